@@ -1,0 +1,66 @@
+"""Run a Hugging Face causal LM with only the FFN neurons that a domain needs.
+
+Importing the package registers the ``sparse_pathways`` model type with the auto classes. Nothing
+heavy is imported for that: the public names load on first use, and the registration waits until
+Transformers itself loads its auto classes.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from hf_sparse_pathways.version import __version__
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.profiling import Profile, profile
+    from hf_sparse_pathways.discovery.selection import select
+    from hf_sparse_pathways.errors import PathwaysError
+    from hf_sparse_pathways.measure.quality import evaluate
+    from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+    from hf_sparse_pathways.pathways.pathway import Pathways
+
+__all__ = [
+    "PathwaysError",
+    "Pathways",
+    "Profile",
+    "SparsePathwaysConfig",
+    "SparsePathwaysForCausalLM",
+    "__version__",
+    "evaluate",
+    "profile",
+    "select",
+]
+
+_HOMES = {
+    "PathwaysError": "errors",
+    "Pathways": "pathways.pathway",
+    "Profile": "discovery.profiling",
+    "SparsePathwaysConfig": "modeling.configuration",
+    "SparsePathwaysForCausalLM": "modeling.model",
+    "evaluate": "measure.quality",
+    "profile": "discovery.profiling",
+    "select": "discovery.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register(_: ModuleType) -> None:
+    import_module(f"{__name__}.modeling.configuration")
+
+
+wrapt.register_post_import_hook(_register, "transformers.models.auto.configuration_auto")

@@ -1,0 +1,35 @@
+"""Errors a user can act on; every message says what was given, what fits, and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PathwaysError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class UnknownNameError(PathwaysError):
+    """A name was asked for that does not exist."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        names = list(known)
+        close = get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        listed = ", ".join(map(repr, names)) if names else "none"
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Known: {listed}.")
+
+
+class UnsupportedModelError(PathwaysError):
+    """The model has no FFN block, or its state does not allow what was asked."""
+
+
+class MismatchError(PathwaysError):
+    """Pathways, masks or a profile were made for a model of another shape."""
+
+
+class ArtefactError(PathwaysError):
+    """A saved file is missing, corrupt, truncated, or of a newer format."""
+
+
+class TextError(PathwaysError):
+    """A text source cannot be read, or holds too little text."""

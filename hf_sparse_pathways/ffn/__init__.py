@@ -1,0 +1,1 @@
+"""FFN blocks: where they are in a model, and how their kept neurons are computed."""

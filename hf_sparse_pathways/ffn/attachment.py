@@ -1,0 +1,176 @@
+"""The swapped leaves of one model: put on, given pathways, kept right, taken off.
+
+A model can change under us: an adapter library wraps a leaf, a quantiser replaces one, a
+dispatcher offloads its weights. ``settle`` looks at every block before a forward pass and keeps
+the result exact: wrapped blocks are masked in front of the wrapper, offloaded ones are masked in
+the leaf, and a replaced leaf is an error instead of silently dense output.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
+from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
+from hf_sparse_pathways.ffn.leaves import (
+    BlockState,
+    IncomingLeaf,
+    OutgoingLeaf,
+    PathwayLeaf,
+    restore_leaf,
+    swap_leaf,
+)
+
+
+class Attachment:
+    """The FFN blocks of one model with swapped leaves.
+
+    Attributes:
+        key: The model's identity among the choices.
+        blocks: One entry per FFN block, in layer order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Swap the leaves of a model, in place.
+
+        Raises:
+            UnsupportedModelError: No FFN block was found.
+        """
+        self.key = ModelKey()
+        self.blocks = tuple(AttachedBlock(block, self.key) for block in find_blocks(model))
+
+    def load(self, pathways: Sequence[Sequence[Tensor]]) -> None:
+        """Replace the pathways, in place: one keep mask ``(d_ff,)`` per pathway and block."""
+        for index, attached in enumerate(self.blocks):
+            attached.state.set_keep(tuple(keep[index] for keep in pathways))
+        self.drop_copies()
+
+    def drop_copies(self) -> None:
+        """Forget all copies of kept weights; they are made again when needed."""
+        for attached in self.blocks:
+            attached.drop_copies()
+
+    def settle(self) -> None:
+        """Notice wrapped, replaced and offloaded leaves; called before each sparse forward.
+
+        Raises:
+            UnsupportedModelError: A leaf was replaced by a module that does not contain it.
+        """
+        for attached in self.blocks:
+            attached.settle()
+
+    def detach(self) -> None:
+        """Restore the leaves' own classes, in place."""
+        for attached in self.blocks:
+            attached.detach()
+
+
+class AttachedBlock:
+    """One FFN block with swapped leaves."""
+
+    def __init__(self, block: FfnBlock, key: ModelKey) -> None:
+        self.block = block
+        self.state = BlockState(key, block.d_ff)
+        rows = 2 if block.layout.fused else 1
+        for leaf in block.incoming:
+            swap_leaf(leaf, IncomingLeaf, self.state, rows)
+        swap_leaf(block.outgoing, OutgoingLeaf, self.state)
+        names = (*block.layout.incoming, block.layout.outgoing)
+        self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}
+        self._verified = False
+        self._seen = dict(self.leaves)
+        self._hook: Any = None
+
+    def drop_copies(self) -> None:
+        """Forget the copies of kept weights."""
+        for leaf in self.leaves.values():
+            leaf.copies.clear()
+
+    def settle(self) -> None:
+        """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
+        children = self.block.parent._modules
+        for name, seen in self._seen.items():
+            if children[name] is not seen:
+                self._adapt()
+                return
+        if not self._verified:
+            self._adapt()
+
+    def _adapt(self) -> None:
+        children = self.block.parent._modules
+        self._seen = {name: self._holder(name, children[name]) for name in self.leaves}
+        wrapped = {name for name, leaf in self.leaves.items() if self._seen[name] is not leaf}
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        outgoing = self.block.layout.outgoing
+        if outgoing in wrapped:
+            self._hook = self._seen[outgoing].register_forward_pre_hook(_MaskInput(self.state))
+        self.state.masked_outside = outgoing in wrapped
+        self.state.masked_only = bool(
+            wrapped or self.block.entangled or not all(map(_is_plain, self.leaves.values()))
+        )
+        self.drop_copies()
+        self._verified = True
+
+    def _holder(self, name: str, module: nn.Module | None) -> nn.Module:
+        """Return what sits at a leaf's place, if the leaf is in it."""
+        leaf = self.leaves[name]
+        if module is None or not any(inner is leaf for inner in module.modules()):
+            raise UnsupportedModelError(
+                f"{self.block.name}.{name} was replaced by {type(module).__name__} after the "
+                "pathways were attached, so they cannot be computed. Quantise or convert the "
+                "dense model first, then attach pathways to it."
+            )
+        return module
+
+    def detach(self) -> None:
+        """Restore the leaves' own classes, in place; wrapped leaves are refused by ``settle``."""
+        self.settle()
+        if self.state.masked_outside or any(
+            self._seen[name] is not leaf for name, leaf in self.leaves.items()
+        ):
+            raise UnsupportedModelError(
+                f"An adapter wraps {self.block.name}. Merge or unload it first."
+            )
+        for leaf in self.leaves.values():
+            restore_leaf(leaf)
+
+
+class _MaskInput:
+    """Forward pre-hook that masks the input of an outgoing leaf's wrapper."""
+
+    def __init__(self, state: BlockState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002
+        choice = find_choice(self.state.key)
+        if choice is None or choice.pathway is None:
+            return None
+        return (self.state.mask(args[0], choice.pathway), *args[1:])
+
+
+def _is_plain(leaf: PathwayLeaf) -> bool:
+    """Whether a leaf computes what ``linear`` does with weights that lie in memory as they are."""
+    hook = getattr(leaf, "_hf_hook", None)
+    if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:
+        return False
+    own = type(leaf).__bases__[1]
+    return own.forward in (nn.Linear.forward, Conv1D.forward) or _behaves_linearly(leaf)
+
+
+@torch.no_grad()
+def _behaves_linearly(leaf: PathwayLeaf) -> bool:
+    """Compare a leaf whose class has its own forward with ``linear`` on one random vector."""
+    weight = leaf.weight
+    if weight.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, weight.shape[1], generator=generator).to(weight)
+    expected = functional.linear(probe, weight, leaf.bias)
+    return torch.allclose(leaf.dense(probe), expected, rtol=1e-2, atol=1e-4)

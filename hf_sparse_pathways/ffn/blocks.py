@@ -1,0 +1,204 @@
+"""Find the FFN blocks of a causal LM's text decoder, or say why a layer has none.
+
+Every module below a numbered layer of the text decoder is compared with the layout table. A match
+is a block; a layer without one is refused with its children's names. Routed experts (packed 3-D
+parameters, or anything below a child called ``experts``) stay dense and are listed apart.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.layouts import Layout, linear_widths, match_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class FfnBlock:
+    """One FFN block of a live model.
+
+    Attributes:
+        name: Qualified name of the module that holds the leaves.
+        parent: That module.
+        layout: The names of its leaves.
+        d_in: Input width of the incoming leaves (d_model).
+        d_ff: Number of neurons.
+        d_out: Output width of the outgoing leaf (d_model).
+        entangled: Why the neurons cannot be computed apart from each other (a norm over d_ff,
+            say), or None. Such a block is exact when masked and never runs compact.
+    """
+
+    name: str
+    parent: nn.Module
+    layout: Layout
+    d_in: int
+    d_ff: int
+    d_out: int
+    entangled: str | None
+
+    @property
+    def incoming(self) -> tuple[nn.Module, ...]:
+        """The leaves from d_model to d_ff."""
+        return tuple(self.parent.get_submodule(name) for name in self.layout.incoming)
+
+    @property
+    def outgoing(self) -> nn.Module:
+        """The leaf from d_ff to d_model; its input is the activation."""
+        return self.parent.get_submodule(self.layout.outgoing)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A decoder layer (or part of one) in which no neurons can be skipped, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What was found in a model.
+
+    Attributes:
+        blocks: The FFN blocks, in the order of the layers.
+        routed: Names of the modules with routed experts, which stay dense.
+        refused: Layers without an FFN block.
+    """
+
+    blocks: tuple[FfnBlock, ...]
+    routed: tuple[str, ...]
+    refused: tuple[Refused, ...]
+
+
+def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
+    """Return the FFN blocks of a causal LM in layer order.
+
+    Raises:
+        UnsupportedModelError: There is none; the message names what the layers hold instead.
+    """
+    survey = survey_model(model)
+    if survey.blocks:
+        return survey.blocks
+    reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in survey.refused[:2])
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no FFN block whose neurons can be skipped ({reasons}). "
+        "Supported are dense FFNs whose linear leaves are named as in "
+        "hf_sparse_pathways/ffn/layouts.py; quantised or adapter-wrapped leaves do not fit: "
+        "load the plain weights, or merge the adapter first."
+    )
+
+
+def survey_model(model: nn.Module) -> Survey:
+    """Look at every layer of the text decoder. Pure."""
+    layers = _decoder_layers(model)
+    blocks: list[FfnBlock] = []
+    routed: list[str] = []
+    refused: list[Refused] = []
+    for layer_name, layer in layers:
+        found = [
+            _describe(name, module, layout)
+            for name, module in layer.named_modules(prefix=layer_name)
+            if not _is_routed(name) and (layout := match_layout(module)) is not None
+        ]
+        experts = _routed_experts(layer_name, layer)
+        routed.extend(experts)
+        blocks.extend(found)
+        if not found:
+            refused.append(Refused(layer_name, _why_nothing(layer, experts)))
+    return Survey(blocks=_without_shared(blocks), routed=tuple(routed), refused=tuple(refused))
+
+
+def _decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the named layers of the text decoder: its longest outermost ModuleList."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not isinstance(decoder, nn.Module):
+        decoder = model
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    lists = [
+        (name, module)
+        for name, module in decoder.named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder layers; its children are "
+            f"{_children(decoder)}. Only decoders built from a ModuleList of layers fit."
+        )
+    name, layers = max(lists, key=lambda item: len(item[1]))
+    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def _describe(name: str, parent: nn.Module, layout: Layout) -> FfnBlock:
+    incoming = linear_widths(parent._modules[layout.incoming[0]])
+    outgoing = linear_widths(parent._modules[layout.outgoing])
+    if incoming is None or outgoing is None:
+        raise UnsupportedModelError(f"{name} changed while it was looked at.")
+    if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:
+        raise UnsupportedModelError(
+            f"{name} reads slices of its weights itself (slow_but_exact with pretraining_tp > 1). "
+            "Load the model with slow_but_exact=False."
+        )
+    return FfnBlock(
+        name=name,
+        parent=parent,
+        layout=layout,
+        d_in=incoming[0],
+        d_ff=outgoing[0],
+        d_out=outgoing[1],
+        entangled=_entanglement(parent, layout, outgoing[0]),
+    )
+
+
+def _entanglement(parent: nn.Module, layout: Layout, d_ff: int) -> str | None:
+    """Say what, between the leaves, mixes neurons or adds to all of them; None if nothing does."""
+    if getattr(parent, "activation_sparsity", 0.0):
+        return "its activation thresholds each neuron by statistics of all of them"
+    leaves = {*layout.incoming, layout.outgoing}
+    for name, module in parent.named_modules():
+        if not name or name.split(".")[0] in leaves:
+            continue
+        widths = linear_widths(module)
+        if widths is not None and widths[1] == d_ff * (2 if layout.fused else 1) != widths[0]:
+            return f"its child {name!r} adds to every neuron"
+        vector = any(
+            parameter.dim() == 1 and parameter.shape[0] == d_ff
+            for parameter in module.parameters(recurse=False)
+        )
+        if widths is None and vector:
+            return f"its child {name!r} works on all neurons at once"
+    return None
+
+
+def _is_routed(name: str) -> bool:
+    return "experts" in name.split(".")
+
+
+def _routed_experts(layer_name: str, layer: nn.Module) -> list[str]:
+    """Return the outermost modules of a layer that hold routed experts."""
+    names = []
+    for name, module in layer.named_modules(prefix=layer_name):
+        packed = any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if packed or name.split(".")[-1] == "experts":
+            names.append(name)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _why_nothing(layer: nn.Module, experts: list[str]) -> str:
+    if experts:
+        return "it has routed experts only, which stay dense"
+    return f"its children are {_children(layer)}"
+
+
+def _children(module: nn.Module) -> str:
+    """Render the direct children and, in brackets, theirs."""
+    parts = []
+    for name, child in module.named_children():
+        inner = ", ".join(grandchild for grandchild, _ in child.named_children())
+        parts.append(f"{name}({inner})" if inner else name)
+    return ", ".join(parts) or "none"
+
+
+def _without_shared(blocks: list[FfnBlock]) -> tuple[FfnBlock, ...]:
+    """Keep one entry for a module that several layers share."""
+    unique = {id(block.parent): block for block in reversed(blocks)}
+    return tuple(block for block in blocks if unique[id(block.parent)] is block)

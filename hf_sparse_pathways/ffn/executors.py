@@ -1,0 +1,129 @@
+"""How an FFN block computes one pathway's kept neurons.
+
+An executor is a pair of functions, one for the incoming leaves and one for the outgoing leaf;
+everything between them (activation function, gating, dropout) is the block's own code.
+
+- ``masked``: the block computes densely and the activation is multiplied by the keep mask. It is
+  the reference, differentiable in every weight, and serves any mixture of rows.
+- ``compact``: the kept rows and columns are copied out once per pathway; the block then computes
+  them alone. The copies are remade when the weights have changed, and are not differentiable, so
+  a forward pass that records gradients is masked instead.
+
+To add one, write the two functions, register them in ``EXECUTORS``, and ``tests/test_exactness.py``
+compares it with zeroed weights on every architecture.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse_pathways.errors import UnknownNameError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+
+AUTO_EXECUTOR = "compact"
+"""What ``"auto"`` means: the fastest executor that is exact for every model."""
+
+
+class Executor(Protocol):
+    """Two functions that compute a choice of pathway; ``x`` has any leading dimensions.
+
+    ``pathway`` is an index, and for ``masked`` also a tensor with one index per row.
+    """
+
+    def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
+        """Map ``(..., d_model)`` to ``(..., d_ff)``, or to the kept neurons only."""
+
+    def outgoing(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
+        """Map the activation that ``incoming`` led to back to ``(..., d_model)``."""
+
+
+class Masked:
+    """Multiply the activation by the keep mask."""
+
+    def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:  # noqa: ARG002
+        """Compute every neuron."""
+        return leaf.dense(x)
+
+    def outgoing(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
+        """Zero the removed neurons."""
+        return leaf.dense(leaf.state.mask(x, pathway))
+
+
+class Compact:
+    """Compute with copies of the kept rows and columns."""
+
+    def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
+        """Compute the kept neurons alone."""
+        kept = _kept_weights(leaf, pathway)
+        return functional.linear(x, kept.weight, kept.bias)
+
+    outgoing = incoming
+
+
+EXECUTORS: Mapping[str, Executor] = MappingProxyType({"masked": Masked(), "compact": Compact()})
+
+
+def resolve_executor(name: str) -> str:
+    """Return the executor that a name stands for.
+
+    Raises:
+        UnknownNameError: Neither ``"auto"`` nor registered.
+    """
+    if name == "auto":
+        return AUTO_EXECUTOR
+    if name not in EXECUTORS:
+        raise UnknownNameError("executor", name, ["auto", *EXECUTORS])
+    return name
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """A leaf's kept rows ``(kept, d_in)`` or columns ``(d_out, kept)``, in ``linear``'s order.
+
+    ``stamp`` identifies the weights they were copied from.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    stamp: tuple[object, ...]
+
+
+def _kept_weights(leaf: "PathwayLeaf", pathway: int) -> KeptWeights:
+    """Return a leaf's copy for a pathway, made again if the weights have changed since."""
+    if torch.compiler.is_compiling():
+        return _copy_kept(leaf, pathway, ())
+    stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
+    copy = leaf.copies.get(pathway)
+    if copy is None or copy.stamp != stamp:
+        copy = leaf.copies[pathway] = _copy_kept(leaf, pathway, stamp)
+    return copy
+
+
+def _stamp(tensor: Tensor) -> tuple[object, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
+
+
+def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> KeptWeights:
+    with torch.inference_mode(False), torch.no_grad():
+        weight = leaf.weight.T if isinstance(leaf, Conv1D) else leaf.weight
+        index = leaf.kept_index(pathway)
+        if weight.shape[leaf.neuron_dim] != leaf.state.d_ff * leaf.rows_per_neuron:
+            raise UnsupportedModelError(
+                f"A leaf holds {weight.shape[leaf.neuron_dim]} of "
+                f"{leaf.state.d_ff * leaf.rows_per_neuron} rows: its weights are sharded. "
+                "Call model.set_executor('masked'), or load without tensor parallelism."
+            )
+        bias = leaf.bias
+        if bias is not None and leaf.neuron_dim == 0:
+            bias = bias[index]
+        kept = weight.index_select(leaf.neuron_dim, index).contiguous()
+        return KeptWeights(kept, bias, stamp)

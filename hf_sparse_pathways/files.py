@@ -1,0 +1,117 @@
+"""Files that are whole or absent: atomic writes, and reads that name what is wrong.
+
+Both artefacts of the package (pathways, profiles) are a JSON file that describes and a safetensors
+file that holds; the JSON carries the other's SHA-256, so that a mixed or truncated pair is noticed.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hf_sparse_pathways.errors import ArtefactError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_pair(json_path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a description and its tensors; the tensors lie beside it as ``.safetensors``."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    described = {**meta, "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(json_path.with_suffix(".safetensors"), data)
+    write_atomically(json_path, f"{text}\n".encode())
+
+
+def read_pair(
+    json_path: Path, tensors_path: Path, newest: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what ``write_pair`` wrote.
+
+    Args:
+        json_path: The description.
+        tensors_path: The tensors.
+        newest: The newest format version that is understood.
+
+    Raises:
+        ArtefactError: A file is missing, corrupt or truncated, the two do not belong together, or
+            the format is newer.
+    """
+    meta = read_json(json_path)
+    version = meta.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtefactError(f"{json_path.name} has format {version!r}, which is no version.")
+    if version > newest:
+        raise ArtefactError(
+            f"{json_path.name} has format {version}; this version of hf-sparse-pathways reads up "
+            f"to {newest}. Upgrade hf-sparse-pathways."
+        )
+    data = _read(tensors_path)
+    if hashlib.sha256(data).hexdigest() != meta.get("tensors_sha256"):
+        raise ArtefactError(
+            f"{tensors_path.name} is not the file that {json_path.name} describes (SHA-256 "
+            "differs): it is truncated, corrupt, or from another save. Fetch or save both again."
+        )
+    try:
+        return meta, load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{tensors_path.name} is not a safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ArtefactError: The file is missing, or is not one JSON object of finite numbers.
+    """
+    try:
+        value = json.loads(_read(path).decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path.name} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path.name} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds finite numbers.
+
+    Raises:
+        ArtefactError: It holds NaN or an infinity.
+    """
+    if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise ArtefactError(f"{name} holds {bad} values that are NaN or infinite.")

@@ -1,0 +1,1 @@
+"""Models with pathways: a base's own classes, derived from once more."""

@@ -1,0 +1,185 @@
+"""The configuration of a model with pathways: the base's own, with a few fields more.
+
+On disk ``model_type`` is ``sparse_pathways`` and ``base_model_type`` names the architecture. In
+memory the configuration is an instance of a class made from ``SparsePathwaysConfig`` and the
+base's class, whose ``model_type`` stays the base's: much code outside reads it (adapter targets,
+weight conversions, tokenisers), and every field of the base is where it was.
+"""
+
+import copy
+from functools import lru_cache
+from typing import Any, Self
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
+
+MODEL_TYPE = "sparse_pathways"
+FORMAT_VERSION = 1
+"""Version of the saved artefact; a newer one is refused."""
+
+
+class SparsePathwaysConfig(PreTrainedConfig):
+    """Configuration of a causal LM with pathways.
+
+    Instances come from ``from_base`` or ``AutoConfig.from_pretrained`` and also derive from the
+    base's configuration class, with all its fields.
+
+    Attributes:
+        domains: The domains' names, in the order of their indices.
+        default_domain: The domain when ``domain`` is omitted; None for dense.
+        executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
+        pathways_format: Version of the artefact's format.
+    """
+
+    model_type = MODEL_TYPE
+
+    domains: list[str] | None = None
+    default_domain: str | None = None
+    executor: str = "auto"
+    pathways_format: int = FORMAT_VERSION
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG004
+        """Refuse an instance without a base; ``from_base`` makes one with it."""
+        if cls is SparsePathwaysConfig:
+            raise TypeError(
+                "SparsePathwaysConfig needs a base's fields; use "
+                "SparsePathwaysConfig.from_base(base_config, domains=[...]), or "
+                "AutoConfig.from_pretrained(folder)."
+            )
+        return super().__new__(cls)
+
+    @classmethod
+    def from_base(cls, base_config: PreTrainedConfig, **fields: Any) -> Self:
+        """Return a base's configuration with pathway fields; the base's is copied.
+
+        Args:
+            base_config: Configuration of the dense model.
+            fields: ``domains``, ``default_domain``, ``executor``.
+
+        Raises:
+            UnsupportedModelError: The base is not an architecture of Transformers.
+            UnknownNameError: An unknown field, or a default that is no domain.
+        """
+        known = ("domains", "default_domain", "executor")
+        for name in fields:
+            if name not in known:
+                raise UnknownNameError("field", name, known)
+        config = copy.deepcopy(base_config)
+        config.__class__ = config_class_for(_base_class(base_config))
+        values = {"domains": [], "default_domain": None, "executor": "auto", **fields}
+        for name, value in {**values, "pathways_format": FORMAT_VERSION}.items():
+            setattr(config, name, value)
+        config.check_default_domain()
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a saved dictionary; the entry class makes the base's derived class."""
+        if cls is not SparsePathwaysConfig:
+            return super().from_dict(config_dict, **kwargs)
+        fields = dict(config_dict)
+        fields.pop("model_type", None)
+        base_type = fields.pop("base_model_type", None)
+        if base_type not in CONFIG_MAPPING:
+            raise ArtefactError(
+                f"config.json names the base architecture {base_type!r}, which this version of "
+                "Transformers does not have. Upgrade transformers."
+            )
+        version = fields.get("pathways_format")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ArtefactError(
+                f"config.json has pathways_format {version!r}; this version of "
+                f"hf-sparse-pathways reads up to {FORMAT_VERSION}. Upgrade hf-sparse-pathways."
+            )
+        return config_class_for(CONFIG_MAPPING[base_type]).from_dict(fields, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load from a folder or Hub repository that holds pathways."""
+        if cls is SparsePathwaysConfig:
+            return AutoConfig.from_pretrained(*args, **kwargs)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a saved dictionary, with the base's model type in place of the entry's."""
+        fields, rest = super().get_config_dict(*args, **kwargs)
+        if fields.get("model_type") == MODEL_TYPE and cls is not SparsePathwaysConfig:
+            fields = {**fields, "model_type": fields["base_model_type"]}
+        return fields, rest
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is saved: the entry's model type, and the base's beside it."""
+        fields = super().to_diff_dict()
+        own = {name: getattr(self, name) for name in _OWN_FIELDS}
+        return {
+            **fields,
+            **own,
+            "model_type": MODEL_TYPE,
+            "base_model_type": type(self).model_type,
+        }
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """A plain base configuration with the same values."""
+        config = copy.deepcopy(self)
+        config.__class__ = type(self).__bases__[1]
+        for name in _OWN_FIELDS:
+            config.__dict__.pop(name, None)
+        return config
+
+    def check_default_domain(self) -> None:
+        """Check that the default is one of the domains.
+
+        Raises:
+            UnknownNameError: It is not.
+        """
+        if self.default_domain is not None and self.default_domain not in (self.domains or []):
+            raise UnknownNameError("default domain", self.default_domain, self.domains or [])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the base's class, since the derived one is made at run time."""
+        return _new_config, (type(self).__bases__[1],), self.__dict__
+
+
+_OWN_FIELDS = ("domains", "default_domain", "executor", "pathways_format")
+
+# A dataclass lists inherited fields as its own. In a class made from this one *and* a base's, the
+# general defaults would then win over the base's (bos_token_id, ...), so only our own stay listed.
+SparsePathwaysConfig.__dataclass_fields__ = {
+    name: SparsePathwaysConfig.__dataclass_fields__[name] for name in _OWN_FIELDS
+}
+
+
+@lru_cache(maxsize=None)
+def config_class_for(base: type[PreTrainedConfig]) -> type[SparsePathwaysConfig]:
+    """Return the class made from ``SparsePathwaysConfig`` and a base's, registered when made."""
+    name = f"SparsePathways{base.__name__}"
+    namespace = {"model_type": base.model_type, "__module__": __name__, "__doc__": base.__doc__}
+    made = type(name, (SparsePathwaysConfig, base), namespace)
+    from hf_sparse_pathways.modeling.model import register_models
+
+    register_models(base, made)
+    return made
+
+
+def _base_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    if isinstance(config, SparsePathwaysConfig):
+        return type(config).__bases__[1]
+    model_type = type(config).model_type
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] is not type(config):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} is not a configuration of Transformers itself, so a saved "
+            "model could not be loaded again. Models with custom code are not supported."
+        )
+    return type(config)
+
+
+def _new_config(base: type[PreTrainedConfig]) -> SparsePathwaysConfig:
+    made = config_class_for(base)
+    return made.__new__(made)
+
+
+AutoConfig.register(MODEL_TYPE, SparsePathwaysConfig, exist_ok=True)

@@ -1,0 +1,1 @@
+"""The artefact: each domain's kept neurons, and the folder that holds them."""

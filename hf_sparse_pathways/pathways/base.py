@@ -1,0 +1,118 @@
+"""The identity of a base model: its name, revision, type, and the shapes of its FFN blocks.
+
+The shapes are the fingerprint that decides whether pathways, masks or a profile fit a model.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+
+from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """Name and widths of one FFN block.
+
+    Attributes:
+        name: Module name inside the decoder, the same with and without a language model head.
+        d_in: Width of its input (d_model).
+        d_ff: Number of neurons.
+        d_out: Width of its output (d_model).
+        branches: Rows of the incoming leaves per neuron: 2 with a gate, else 1.
+    """
+
+    name: str
+    d_in: int
+    d_ff: int
+    d_out: int
+    branches: int
+
+    @classmethod
+    def of(cls, block: FfnBlock, prefix: str) -> Self:
+        """Describe a live block; ``prefix`` is cut from its name."""
+        branches = 2 if block.layout.fused else len(block.layout.incoming)
+        return cls(
+            name=block.name.removeprefix(prefix),
+            d_in=block.d_in,
+            d_ff=block.d_ff,
+            d_out=block.d_out,
+            branches=branches,
+        )
+
+    @property
+    def flops_per_neuron(self) -> int:
+        """Multiply-adds per token and neuron."""
+        return self.branches * self.d_in + self.d_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """Which model something was made for.
+
+    Attributes:
+        name: Hub id or folder it was loaded from; empty if it was built from a config.
+        revision: Commit of the Hub repository, if known.
+        model_type: The architecture, as in its config.
+        blocks: Its FFN blocks, in layer order.
+    """
+
+    name: str
+    revision: str | None
+    model_type: str
+    blocks: tuple[BlockShape, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Describe a live model, dense or with pathways.
+
+        Raises:
+            UnsupportedModelError: It has no FFN blocks.
+        """
+        config: Any = getattr(model, "config", None)
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        return cls(
+            name=str(getattr(config, "_name_or_path", "") or ""),
+            revision=getattr(config, "_commit_hash", None),
+            model_type=str(getattr(type(config), "model_type", "")),
+            blocks=tuple(BlockShape.of(block, prefix) for block in find_blocks(model)),
+        )
+
+    @property
+    def summary(self) -> str:
+        """The shape in a few words."""
+        widths = sorted({block.d_ff for block in self.blocks})
+        models = sorted({block.d_in for block in self.blocks})
+        return (
+            f"{self.model_type} with {len(self.blocks)} FFN blocks, "
+            f"d_model {_span(models)}, d_ff {_span(widths)}"
+        )
+
+    def check_same(self, other: Self) -> None:
+        """Check that another model has the same FFN blocks; names of the models may differ.
+
+        Raises:
+            MismatchError: It has others.
+        """
+        if self.model_type == other.model_type and self.blocks == other.blocks:
+            return
+        detail = next(
+            (
+                f" First difference: {mine.name} ({mine.d_in} -> {mine.d_ff}) against "
+                f"{theirs.name} ({theirs.d_in} -> {theirs.d_ff})."
+                for mine, theirs in zip(self.blocks, other.blocks, strict=False)
+                if mine != theirs
+            ),
+            "",
+        )
+        raise MismatchError(
+            f"Made for {self.name or 'a model without a name'!r} ({self.summary}), but this is "
+            f"{other.name or 'a model without a name'!r} ({other.summary}).{detail} "
+            "Load the base that they were made for, or build pathways for this one."
+        )
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"

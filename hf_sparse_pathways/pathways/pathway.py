@@ -1,0 +1,249 @@
+"""A pathway is one domain's kept neurons; pathways are a base model's pathways together.
+
+Both are values: frozen, without a link to a live model. A pathway holds one ``BlockPathway`` per
+FFN block, in layer order. Besides the domains' pathways there may be *controls* (``pooled``: all
+domains' statistics together), which stand beside them in every measurement and are no domains.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
+from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+POOLED = "pooled"
+"""Name of the control that is selected from all domains' statistics together."""
+
+_DOMAIN_NAME = re.compile(r"\w[\w .+-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockPathway:
+    """What a pathway keeps of one FFN block.
+
+    Attributes:
+        keep: Keep mask ``(d_ff,)``, bool, True = kept.
+    """
+
+    keep: Tensor
+
+    @property
+    def kept(self) -> int:
+        """Number of kept neurons."""
+        return int(self.keep.sum())
+
+    def flops(self, shape: BlockShape) -> int:
+        """Return multiply-adds per token, everything that the pathway computes included."""
+        return self.kept * shape.flops_per_neuron
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pathway:
+    """One domain's kept neurons.
+
+    Attributes:
+        blocks: One entry per FFN block, in layer order.
+        provenance: How it was made (text sources, tokens, score, ...); plain JSON values.
+    """
+
+    blocks: tuple[BlockPathway, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_keep(cls, keep: Iterable[Tensor], provenance: Mapping[str, Any] | None = None) -> Self:
+        """Build from keep masks alone."""
+        blocks = tuple(BlockPathway(keep=mask.detach().cpu().clone()) for mask in keep)
+        return cls(blocks=blocks, provenance=dict(provenance or {}))
+
+    @property
+    def keep(self) -> tuple[Tensor, ...]:
+        """The keep masks, one ``(d_ff,)`` bool tensor per block."""
+        return tuple(block.keep for block in self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Pathways:
+    """The pathways of one base model.
+
+    Attributes:
+        base: The base model's identity and the shapes of its FFN blocks.
+        by_domain: Domain name -> pathway.
+        controls: Control name -> pathway; for measurements only.
+
+    Raises:
+        PathwaysError: A name cannot be a domain.
+        MismatchError: A mask does not fit the base.
+    """
+
+    base: BaseModel
+    by_domain: Mapping[str, Pathway]
+    controls: Mapping[str, Pathway] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.by_domain:
+            _check_domain_name(name)
+        for name, pathway in [*self.by_domain.items(), *self.controls.items()]:
+            _check_shapes(name, pathway, self.base)
+
+    @classmethod
+    def from_masks(cls, model: nn.Module, masks: Mapping[str, Sequence[Tensor]]) -> Self:
+        """Build from your own keep masks.
+
+        Args:
+            model: The dense base model; only its shapes are read.
+            masks: Domain name -> one bool tensor ``(d_ff,)`` per FFN block, in layer order.
+
+        Raises:
+            UnsupportedModelError: The model has no FFN blocks.
+            MismatchError: A mask's number, shape or dtype does not fit.
+        """
+        return cls(
+            base=BaseModel.of(model),
+            by_domain={
+                name: Pathway.from_keep(
+                    (torch.as_tensor(mask) for mask in keep), {"method": "given masks"}
+                )
+                for name, keep in masks.items()
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: "str | PathLike[str]", **hub: Any) -> Self:
+        """Read the pathways in a folder or Hub repository.
+
+        Args:
+            source: A folder, or a Hub repository id.
+            hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, as everywhere in Transformers.
+
+        Raises:
+            ArtefactError: There are none, or they are corrupt, truncated or of a newer format.
+        """
+        from hf_sparse_pathways.pathways.storage import read_pathways
+
+        return read_pathways(cls, source, **hub)
+
+    def save_pretrained(self, folder: "str | PathLike[str]") -> None:
+        """Write ``pathways.json`` and ``pathways.safetensors``; the base is named, not copied.
+
+        Each file is written beside its place and then renamed.
+        """
+        from hf_sparse_pathways.pathways.storage import write_pathways
+
+        write_pathways(self, Path(folder))
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains' names, in the order of their indices."""
+        return list(self.by_domain)
+
+    def __getitem__(self, name: str) -> Pathway:
+        """Return a domain's or a control's pathway.
+
+        Raises:
+            UnknownNameError: There is none of that name.
+        """
+        if name in self.by_domain:
+            return self.by_domain[name]
+        if name in self.controls:
+            return self.controls[name]
+        raise UnknownNameError("domain", name, self.by_domain)
+
+    def sparsity(self, domain: str, *, per_block: bool = False) -> Any:
+        """Return the fraction of neurons removed, in [0, 1).
+
+        Args:
+            domain: A domain's (or control's) name.
+            per_block: Return a list with one fraction per FFN block instead of the overall one.
+        """
+        pathway = self[domain]
+        if per_block:
+            return [
+                1.0 - block.kept / shape.d_ff
+                for block, shape in zip(pathway.blocks, self.base.blocks, strict=True)
+            ]
+        total = sum(shape.d_ff for shape in self.base.blocks)
+        return 1.0 - sum(block.kept for block in pathway.blocks) / total
+
+    def flops(self, domain: str) -> float:
+        """Return the FFN FLOPs of a pathway as a fraction of the dense FFN's.
+
+        Everything that the pathway computes is counted: kept neurons, and whatever compensation
+        or routing it carries.
+        """
+        blocks = zip(self[domain].blocks, self.base.blocks, strict=True)
+        dense = sum(shape.d_ff * shape.flops_per_neuron for shape in self.base.blocks)
+        return sum(block.flops(shape) for block, shape in blocks) / dense
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Check that a model has the FFN blocks that these pathways were made for.
+
+        Raises:
+            MismatchError: It has others; the message shows both shapes.
+        """
+        self.base.check_same(BaseModel.of(model))
+
+    def with_controls(self, controls: Mapping[str, Pathway]) -> Self:
+        """Return a copy with more controls. Pure."""
+        return replace(self, controls={**self.controls, **controls})
+
+    def subset(self, domains: Iterable[str]) -> Self:
+        """Return a copy with some of the domains, and all controls. Pure."""
+        return replace(self, by_domain={name: self._domain(name) for name in domains})
+
+    def merged(self, other: "Pathways") -> Self:
+        """Return a copy with another artefact's domains added, the other's winning. Pure.
+
+        Raises:
+            MismatchError: The other was made for another base.
+        """
+        self.base.check_same(other.base)
+        return replace(self, by_domain={**self.by_domain, **other.by_domain})
+
+    def _domain(self, name: str) -> Pathway:
+        if name not in self.by_domain:
+            raise UnknownNameError("domain", name, self.by_domain)
+        return self.by_domain[name]
+
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{name} {1 - self.sparsity(name):.0%}" for name in self.by_domain)
+        return (
+            f"Pathways(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, "
+            f"kept: {kept or 'no domains'})"
+        )
+
+
+def _check_domain_name(name: object) -> None:
+    if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name == POOLED:
+        raise PathwaysError(
+            f"{name!r} cannot be a domain's name. Use 1 to 64 letters, digits, spaces or ._+- "
+            f"that start with a letter or digit; {POOLED!r} is reserved."
+        )
+
+
+def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
+    if len(pathway.blocks) != len(base.blocks):
+        raise MismatchError(
+            f"Domain {name!r} has {len(pathway.blocks)} masks, but {base.name!r} has "
+            f"{len(base.blocks)} FFN blocks. Give one mask per block, in layer order."
+        )
+    for block, shape in zip(pathway.blocks, base.blocks, strict=True):
+        keep = block.keep
+        if keep.dtype != torch.bool or tuple(keep.shape) != (shape.d_ff,):
+            raise MismatchError(
+                f"Domain {name!r}: the mask of {shape.name} is {keep.dtype} "
+                f"{tuple(keep.shape)}; it has to be torch.bool ({shape.d_ff},)."
+            )
+        if not keep.any():
+            raise MismatchError(
+                f"Domain {name!r}: the mask of {shape.name} keeps no neuron; keep at least one."
+            )

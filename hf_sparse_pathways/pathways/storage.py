@@ -1,0 +1,143 @@
+"""Pathways as two files: ``pathways.json`` describes, ``pathways.safetensors`` holds.
+
+The same two files lie beside the weights of a full checkpoint or alone in a folder (an adapter).
+Tensors are named ``<domain index>.<block index>.keep``, and ``c<control index>...`` for controls;
+what a pathway holds of a block is listed by name, so that more than a mask can follow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.files import read_pair, write_pair
+from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+from hf_sparse_pathways.pathways.pathway import BlockPathway, Pathway, Pathways
+from hf_sparse_pathways.version import __version__
+
+FORMAT_VERSION = 1
+JSON_NAME = "pathways.json"
+TENSORS_NAME = "pathways.safetensors"
+
+
+def write_pathways(pathways: Pathways, folder: Path) -> None:
+    """Write the two files into a folder, which is made if needed; each whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, group in (("", pathways.by_domain), ("c", pathways.controls)):
+        for index, pathway in enumerate(group.values()):
+            for position, block in enumerate(pathway.blocks):
+                tensors[f"{prefix}{index}.{position}.keep"] = block.keep
+    meta = {
+        "format": FORMAT_VERSION,
+        "written_by": f"hf-sparse-pathways {__version__}",
+        "base": base_to_json(pathways.base),
+        "domains": _described(pathways.by_domain),
+        "controls": _described(pathways.controls),
+    }
+    write_pair(folder / JSON_NAME, meta, tensors)
+
+
+def read_pathways(cls: type[Pathways], source: str | PathLike[str], **hub: Any) -> Any:
+    """Read the two files from a folder or Hub repository.
+
+    Raises:
+        ArtefactError: They are missing, corrupt, truncated or of a newer format.
+    """
+    meta, tensors = read_pair(
+        locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub), FORMAT_VERSION
+    )
+    try:
+        base = base_from_json(meta["base"])
+        return cls(
+            base=base,
+            by_domain=_restored(meta["domains"], "", base, tensors),
+            controls=_restored(meta["controls"], "c", base, tensors),
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
+
+
+def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
+    """Return the local path of a file in a folder or Hub repository.
+
+    Raises:
+        ArtefactError: There is no such file, folder or repository.
+    """
+    local = Path(source, hub.get("subfolder") or "", name)
+    if Path(source).is_dir():
+        if not local.is_file():
+            raise ArtefactError(
+                f"{source} has no {name}. A folder with pathways is written by "
+                "save_pretrained or `sparse-pathways build`; for a plain base model pass "
+                "pathways=FOLDER."
+            )
+        return local
+    try:
+        found = cached_file(str(source), name, **hub)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtefactError(f"No {name} in {str(source)!r}: {first}") from error
+    return Path(str(found))
+
+
+def base_to_json(base: BaseModel) -> dict[str, Any]:
+    """Return a base's identity as JSON values."""
+    return asdict(base)
+
+
+def base_from_json(data: dict[str, Any]) -> BaseModel:
+    """Return a base's identity from JSON values.
+
+    Raises:
+        ArtefactError: A value is missing, unknown, or of the wrong kind.
+    """
+    try:
+        blocks = tuple(_block_shape(block) for block in data["blocks"])
+        return BaseModel(**{**data, "blocks": blocks})
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"The base's description does not fit: {error}.") from error
+
+
+def _block_shape(data: dict[str, Any]) -> BlockShape:
+    widths = [data[field.name] for field in fields(BlockShape) if field.name != "name"]
+    if not all(isinstance(width, int) and 0 < width < 2**31 for width in widths):
+        raise ArtefactError(f"An FFN block has impossible widths: {data}.")
+    return BlockShape(**data)
+
+
+def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "provenance": dict(pathway.provenance), "holds": ["keep"]}
+        for name, pathway in group.items()
+    ]
+
+
+def _restored(
+    described: list[dict[str, Any]], prefix: str, base: BaseModel, tensors: dict[str, Tensor]
+) -> dict[str, Pathway]:
+    restored: dict[str, Pathway] = {}
+    for index, entry in enumerate(described):
+        name = str(entry["name"])
+        if name in restored or entry["holds"] != ["keep"]:
+            raise ArtefactError(
+                f"{JSON_NAME}: domain {name!r} stands twice, or holds {entry['holds']}, of which "
+                "this version reads only ['keep']. Upgrade hf-sparse-pathways."
+            )
+        blocks = tuple(
+            BlockPathway(keep=_keep(tensors, f"{prefix}{index}.{position}.keep"))
+            for position in range(len(base.blocks))
+        )
+        restored[name] = Pathway(blocks=blocks, provenance=entry["provenance"])
+    return restored
+
+
+def _keep(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors or tensors[name].dtype != torch.bool:
+        raise ArtefactError(f"{TENSORS_NAME} has no bool tensor {name!r}: it is corrupt.")
+    return tensors[name]

@@ -1,0 +1,132 @@
+"""Oracles: a pathway's output equals that of a plain model with zeroed weights, everywhere."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_sparse_pathways as sp
+from tests.architectures import ARCHITECTURES, build, prompt, random_masks, zeroed
+
+TOLERANCE = 1e-5
+IDS = prompt()
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def case(request):
+    """A dense model, its masks, the model with pathways, and the zeroed references' logits."""
+    dense = build(request.param)
+    masks = random_masks(dense)
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
+    with torch.no_grad():
+        expected = {name: zeroed(dense, keep)(IDS).logits for name, keep in masks.items()}
+        expected[None] = dense(IDS).logits
+    return dense, masks, model, expected
+
+
+def _difference(left, right):
+    return (left - right).abs().max().item()
+
+
+@torch.no_grad()
+def test_masks_visibly_change_the_output(case):
+    *_, expected = case
+    for name in ("code", "law"):
+        assert _difference(expected[name], expected[None]) > 1e-2
+    assert _difference(expected["code"], expected["law"]) > 1e-2
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+@torch.no_grad()
+def test_pathway_equals_zeroed_weights(case, executor):
+    _, _, model, expected = case
+    model.set_executor(executor)
+    for name in ("code", "law"):
+        assert _difference(model(IDS, domain=name).logits, expected[name]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_rows_choose_their_own_pathway(case):
+    _, _, model, expected = case
+    logits = model(IDS, domain=["law", None]).logits
+    assert _difference(logits[0], expected["law"][0]) <= TOLERANCE
+    assert _difference(logits[1], expected[None][1]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_dense_is_bit_equal(case):
+    dense, _, model, expected = case
+    assert torch.equal(model(IDS).logits, expected[None])
+    assert torch.equal(model(IDS, domain=None).logits, expected[None])
+    everything = {"all": [torch.ones_like(keep) for keep in random_masks(dense)["code"]]}
+    full = sp.SparsePathwaysForCausalLM.from_dense(
+        dense, sp.Pathways.from_masks(dense, everything), executor="masked"
+    )
+    assert torch.equal(full(IDS, domain="all").logits, expected[None])
+
+
+@torch.no_grad()
+def test_gradients_equal_those_of_zeroed_weights(case):
+    dense, masks, model, _ = case
+    reference = zeroed(dense, masks["code"])
+    with torch.enable_grad():
+        reference(IDS, labels=IDS).loss.backward()
+        model(IDS, labels=IDS, domain="code").loss.backward()
+    embedding = model.get_input_embeddings().weight.grad
+    assert _difference(embedding, reference.get_input_embeddings().weight.grad) <= TOLERANCE
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_to_dense_undoes_everything(case):
+    dense, _, model, expected = case
+    plain = model.to_dense()
+    assert type(plain) is type(dense)
+    assert type(plain.config) is type(dense.config)
+    assert [type(module) for module in plain.modules()] == [type(m) for m in dense.modules()]
+    assert torch.equal(plain(IDS).logits, expected[None])
+    state, original = plain.state_dict(), dense.state_dict()
+    assert list(state) == list(original)
+    assert all(torch.equal(state[name], original[name]) for name in state)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_equal(case, tmp_path):
+    _, _, model, _ = case
+    model.set_executor("auto")
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert isinstance(loaded, sp.SparsePathwaysForCausalLM)
+    assert loaded.domains == ["code", "law"]
+    for domain in ("code", None, ["law", "code"]):
+        assert torch.equal(loaded(IDS, domain=domain).logits, model(IDS, domain=domain).logits)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_copies_choose_independently(case, duplicate):
+    _, _, model, expected = case
+    model.set_executor("compact")
+    model(IDS, domain="code")
+    twin = duplicate(model)
+    with twin.pathway("code"):
+        assert torch.equal(model(IDS).logits, expected[None])
+        with model.pathway("law"):
+            assert _difference(twin(IDS).logits, expected["code"]) <= TOLERANCE
+            assert _difference(model(IDS).logits, expected["law"]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_compact_really_computes_fewer_neurons(case):
+    _, masks, model, _ = case
+    model.set_executor("compact")
+    model(IDS, domain="code")
+    for attached, keep in zip(model._attachment.blocks, masks["code"], strict=True):
+        assert attached.block.entangled is None
+        for leaf in attached.leaves.values():
+            width = leaf.copies[0].weight.shape[leaf.neuron_dim]
+            assert width == int(keep.sum()) * leaf.rows_per_neuron
