@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.pathways.pathway import Pathways
 
 __all__ = [
-    "PathwaysError",
     "Pathways",
+    "PathwaysError",
     "Profile",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",

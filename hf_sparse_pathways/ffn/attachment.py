@@ -160,7 +160,7 @@ def _is_plain(leaf: PathwayLeaf) -> bool:
     hook = getattr(leaf, "_hf_hook", None)
     if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:
         return False
-    own = type(leaf).__bases__[1]
+    own: Any = type(leaf).__bases__[1]
     return own.forward in (nn.Linear.forward, Conv1D.forward) or _behaves_linearly(leaf)
 
 

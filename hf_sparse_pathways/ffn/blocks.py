@@ -6,6 +6,7 @@ parameters, or anything below a child called ``experts``) stay dense and are lis
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -108,7 +109,7 @@ def survey_model(model: nn.Module) -> Survey:
     return Survey(blocks=_without_shared(blocks), routed=tuple(routed), refused=tuple(refused))
 
 
-def _decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """Return the named layers of the text decoder: its longest outermost ModuleList."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not isinstance(decoder, nn.Module):

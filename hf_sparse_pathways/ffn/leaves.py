@@ -6,7 +6,6 @@ block's forward, checkpoints, adapters and ``isinstance`` checks see no differen
 choice for its model a leaf calls its own class's forward and nothing else.
 """
 
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -118,7 +117,7 @@ class PathwayLeaf(nn.Module):
 
     def dense(self, x: Tensor) -> Tensor:
         """Compute as the leaf's own class does."""
-        return super().forward(x)  # type: ignore[no-any-return, misc]
+        return super().forward(x)
 
     def kept_index(self, pathway: int) -> Tensor:
         """Return the kept rows (or columns) of a pathway, int64, ascending, on the weight's device.
@@ -139,7 +138,7 @@ class PathwayLeaf(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast as any module, and drop the copies of what was before."""
         self.copies.clear()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the leaf's own class, without the weights' copies."""
@@ -183,10 +182,15 @@ def restore_leaf(leaf: PathwayLeaf) -> None:
         delattr(leaf, name)
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[tuple[type[PathwayLeaf], type[nn.Module]], type[PathwayLeaf]] = {}
+
+
 def _leaf_class(role: type[PathwayLeaf], own: type[nn.Module]) -> type[PathwayLeaf]:
-    name = role.__name__.removesuffix("Leaf") + own.__name__
-    return type(name, (role, own), {"__module__": __name__, "__doc__": role.__doc__})
+    if (role, own) not in _CLASSES:
+        name = role.__name__.removesuffix("Leaf") + own.__name__
+        namespace = {"__module__": __name__, "__doc__": role.__doc__}
+        _CLASSES[role, own] = type(name, (role, own), namespace)
+    return _CLASSES[role, own]
 
 
 def _new_leaf(role: type[PathwayLeaf], own: type[nn.Module]) -> PathwayLeaf:

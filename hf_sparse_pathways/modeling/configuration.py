@@ -7,7 +7,6 @@ weight conversions, tokenisers), and every field of the base is where it was.
 """
 
 import copy
-from functools import lru_cache
 from typing import Any, Self
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -153,16 +152,20 @@ SparsePathwaysConfig.__dataclass_fields__ = {
 }
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[type[PreTrainedConfig], type[SparsePathwaysConfig]] = {}
+
+
 def config_class_for(base: type[PreTrainedConfig]) -> type[SparsePathwaysConfig]:
     """Return the class made from ``SparsePathwaysConfig`` and a base's, registered when made."""
-    name = f"SparsePathways{base.__name__}"
-    namespace = {"model_type": base.model_type, "__module__": __name__, "__doc__": base.__doc__}
-    made = type(name, (SparsePathwaysConfig, base), namespace)
-    from hf_sparse_pathways.modeling.model import register_models
+    if base not in _CLASSES:
+        from hf_sparse_pathways.modeling.model import register_models
 
-    register_models(base, made)
-    return made
+        name = f"SparsePathways{base.__name__}"
+        namespace = {"model_type": base.model_type, "__module__": __name__, "__doc__": base.__doc__}
+        made = type(name, (SparsePathwaysConfig, base), namespace)
+        register_models(base, made)
+        _CLASSES[base] = made
+    return _CLASSES[base]
 
 
 def _base_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:

@@ -12,7 +12,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,7 +43,7 @@ from hf_sparse_pathways.pathways.pathway import Pathways
 if TYPE_CHECKING:
     from os import PathLike
 
-    _Base = PreTrainedModel
+    from transformers import PreTrainedModel as _Base
 else:
     _Base = object
 
@@ -140,12 +139,9 @@ class SparsePathwaysModel(_Base):
             restore_choices(previous)
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
-        """Resolve names to indices; controls come after the domains, for measurements."""
-        controls = [] if self._pathways is None else [*self._pathways.controls]
-        try:
-            return resolve_domain(domain, [*self.domains, *controls])
-        except PathwaysError:
-            return resolve_domain(domain, self.domains)
+        """Resolve names to indices; controls come after the domains."""
+        named = [] if self._pathways is None else [*self.domains, *self._pathways.controls]
+        return resolve_domain(domain, named)
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -368,19 +364,24 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             restore_choices(previous)
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[tuple[type, type], Any] = {}
+
+
 def model_class_for(
     base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]
 ) -> type[SparsePathwaysModel]:
     """Return the class made from ours and a base's, with a ``forward`` that takes ``domain``."""
-    ours = SparsePathwaysForCausalLM if base.can_generate() else SparsePathwaysModel
-    namespace = {
-        "__module__": __name__,
-        "__doc__": base.__doc__,
-        "config_class": config_class,
-        "forward": _forward_with_domain(base.forward),
-    }
-    return type(f"SparsePathways{base.__name__}", (ours, base), namespace)
+    if (base, config_class) not in _CLASSES:
+        ours = SparsePathwaysForCausalLM if base.can_generate() else SparsePathwaysModel
+        namespace = {
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+            "config_class": config_class,
+            "forward": _forward_with_domain(base.forward),
+        }
+        made = type(f"SparsePathways{base.__name__}", (ours, base), namespace)
+        _CLASSES[base, config_class] = made
+    return _CLASSES[base, config_class]
 
 
 def register_models(base: type[PreTrainedConfig], made: type[SparsePathwaysConfig]) -> None:

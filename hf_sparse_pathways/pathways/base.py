@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from hf_sparse_pathways.errors import MismatchError
-from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks, survey_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,14 @@ class BaseModel:
         revision: Commit of the Hub repository, if known.
         model_type: The architecture, as in its config.
         blocks: Its FFN blocks, in layer order.
+        routed: Modules with routed experts, which stay dense whatever the pathway.
     """
 
     name: str
     revision: str | None
     model_type: str
     blocks: tuple[BlockShape, ...]
+    routed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -78,6 +80,7 @@ class BaseModel:
             revision=getattr(config, "_commit_hash", None),
             model_type=str(getattr(type(config), "model_type", "")),
             blocks=tuple(BlockShape.of(block, prefix) for block in find_blocks(model)),
+            routed=tuple(name.removeprefix(prefix) for name in survey_model(model).routed),
         )
 
     @property

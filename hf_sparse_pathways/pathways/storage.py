@@ -99,7 +99,7 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
     """
     try:
         blocks = tuple(_block_shape(block) for block in data["blocks"])
-        return BaseModel(**{**data, "blocks": blocks})
+        return BaseModel(**{**data, "blocks": blocks, "routed": tuple(data["routed"])})
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"The base's description does not fit: {error}.") from error
 

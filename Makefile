@@ -1,0 +1,39 @@
+PYTHON ?= python3
+CACHE ?= .cache
+MODEL ?=
+DOMAINS ?=
+SPARSITY ?= 0.3
+BIN = .venv/bin
+
+.PHONY: install demo test test-real lint format results clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python demo/run.py --cache "$(CACHE)" --model "$(MODEL)" --domains "$(DOMAINS)" --sparsity "$(SPARSITY)"
+
+test: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+
+test-real: install
+	$(BIN)/python demo/fetch.py --cache "$(CACHE)" --model --texts
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m real
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,74 @@
+"""The whole product on a real model: fetch, build, reload in a fresh process, measure, generate.
+
+``make demo`` runs it; ``MODEL=`` (a Hub id or folder) and ``DOMAINS="name=path name=path"`` put your
+own in place of the fetched ones. What was built with the same settings is used again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TEXTS = ("code", "law", "medicine")
+CALIBRATION_TOKENS = 12288
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="", help="Hub id or folder; fetched if empty")
+    parser.add_argument("--domains", default="", help="name=path name=path; fetched if empty")
+    parser.add_argument("--sparsity", default="0.3")
+    arguments = parser.parse_args()
+    cache: Path = arguments.cache
+    model, domains = fetch_missing(cache, arguments.model, arguments.domains.split())
+    started = time.perf_counter()
+    output = build_once(cache / "demo", model, domains, arguments.sparsity)
+    run([sys.executable, str(HERE / "show.py"), str(output), *domains])
+    print(
+        f"\nDemo finished in {(time.perf_counter() - started) / 60:.1f} minutes, without fetching."
+    )
+
+
+def fetch_missing(cache: Path, model: str, domains: list[str]) -> tuple[str, list[str]]:
+    """Fetch what the user did not give; return the model and ``name=path`` pairs."""
+    wanted = [] if model else ["--model"]
+    wanted += [] if domains else ["--texts"]
+    if wanted:
+        run([sys.executable, str(HERE / "fetch.py"), "--cache", str(cache), *wanted])
+    fetched = [f"{name}={cache / 'texts' / name}" for name in TEXTS]
+    return model or str(cache / "smollm2-135m-instruct"), domains or fetched
+
+
+def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> Path:
+    """Build the pathways with the command line, unless the same ones are there."""
+    settings = {"model": model, "domains": domains, "sparsity": sparsity}
+    record = folder / "settings.json"
+    output = folder / "model"
+    if record.is_file() and json.loads(record.read_text()) == settings and output.is_dir():
+        print(f"{output}: built already with the same settings")
+        return output
+    command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "build", model]
+    pairs = [part for domain in domains for part in ("--domain", domain)]
+    limits = ["--sparsity", sparsity, "--max-tokens", str(CALIBRATION_TOKENS), "--overwrite"]
+    run([*command, *pairs, *limits, "--output", str(output)])
+    record.write_text(json.dumps(settings, indent=2))
+    return output
+
+
+def run(command: list[str]) -> None:
+    """Run a command in a fresh process; stop here if it fails, with its own message above."""
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Reload a model with pathways as any user would, and show what each domain's pathway does."""
+
+import argparse
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.discovery.text import Documents, read_documents
+from hf_sparse_pathways.measure.report import quantile
+from hf_sparse_pathways.measure.speed import benchmark
+
+SCORED_TOKENS = 3072
+PROMPT_TOKENS = 32
+NEW_TOKENS = 40
+
+
+def main() -> None:
+    """Print one table and one pair of continuations per domain."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("domains", nargs="+", metavar="NAME=PATH")
+    arguments = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    texts = {name: read_documents(path) for name, path in parse_texts(arguments.domains).items()}
+
+    quality = sp.evaluate(model, tokenizer, texts, max_tokens=SCORED_TOKENS)
+    speeds, switch = benchmark(model, rounds=5)
+    for speed in speeds:
+        print_table(quality.caption(speed.domain), *quality.table(speed.domain))
+        low, middle, high = (quantile(speed.ratios, q) for q in (0.25, 0.5, 0.75))
+        print(
+            f"  generate(): dense {quantile(speed.dense, 0.5):.1f} tokens/s, pathway "
+            f"{quantile(speed.sparse, 0.5):.1f} tokens/s, {middle:.2f}x "
+            f"(quartiles {low:.2f} to {high:.2f}, {len(speed.dense)} alternating rounds)\n"
+        )
+        prompt = held_out_prompt(model, tokenizer, speed.domain, texts[speed.domain])
+        for label, domain in (("dense", None), ("pathway", speed.domain)):
+            print(f"  {label}: ...{continue_text(model, tokenizer, prompt, domain)!r}")
+    if switch is not None:
+        print(f"\nSwitching between two resident domains: {1000 * switch:.3f} ms")
+
+
+def held_out_prompt(model: object, tokenizer: object, domain: str, texts: Documents) -> str:
+    """Return the beginning of a document that was not calibrated on, and print it."""
+    seen = model.pathways[domain].provenance["text"]["digests"]
+    document = max(texts.without(seen).items[:20], key=lambda document: len(document.text))
+    ids = tokenizer(document.text[:2000])["input_ids"][:PROMPT_TOKENS]
+    prompt = tokenizer.decode(ids, skip_special_tokens=True)
+    print(f"  prompt:  {prompt!r}")
+    return prompt
+
+
+def continue_text(model: object, tokenizer: object, prompt: str, domain: str | None) -> str:
+    """Generate greedily with one domain's neurons, or densely for None."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, domain=domain, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""``sparse-pathways generate``: continue a prompt with a domain's neurons."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.loading import load_sparse
+from hf_sparse_pathways.errors import PathwaysError
+
+
+def run(  # noqa: PLR0913
+    folder: opt.Folder,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; read from stdin if not given.")
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain to use; the default domain if not given.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Use all neurons.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
+    ] = 0.0,
+    executor: Annotated[str | None, typer.Option(help="auto, masked or compact.")] = None,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto",
+    as_json: opt.Json = False,
+) -> None:
+    """Generate text with a domain's neurons only."""
+    if dense and domain is not None:
+        raise PathwaysError("Give --domain or --dense, not both.")
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text:
+        raise PathwaysError("The prompt is empty. Give --prompt TEXT, or text on stdin.")
+    model, tokenizer = load_sparse(folder, dtype, executor)
+    from transformers import set_seed
+
+    chosen: dict[str, Any] = {"domain": None} if dense else {}
+    if domain is not None:
+        chosen = {"domain": domain}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    set_seed(seed)
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(**inputs, **chosen, **sampling, max_new_tokens=max_new_tokens)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    continuation = tokenizer.decode(new, skip_special_tokens=True)
+    if as_json:
+        used = chosen.get("domain", model.config.default_domain)
+        record = {"domain": used, "prompt": text, "continuation": continuation, "tokens": len(new)}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+    else:
+        typer.echo(text + continuation)

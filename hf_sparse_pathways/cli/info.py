@@ -1,0 +1,87 @@
+"""``sparse-pathways info``: what is in a folder or Hub repository. No weights are loaded."""
+
+import json
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.pathways.pathway import Pathways
+
+
+def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
+    """Show the domains, their sparsity per layer, their text, the base and the size."""
+    if as_json:
+        typer.echo(json.dumps(describe(folder), indent=2))
+    else:
+        print_summary(folder)
+
+
+def describe(source: str | PathLike[str]) -> dict[str, Any]:
+    """Return everything that ``info`` shows as JSON values."""
+    from hf_sparse_pathways.pathways.pathway import Pathways
+    from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, locate
+
+    pathways = Pathways.from_pretrained(source)
+    return {
+        "base": {
+            "name": pathways.base.name,
+            "revision": pathways.base.revision,
+            "model_type": pathways.base.model_type,
+            "summary": pathways.base.summary,
+        },
+        "bytes": sum(locate(source, name).stat().st_size for name in (JSON_NAME, TENSORS_NAME)),
+        "blocks": [block.name for block in pathways.base.blocks],
+        "dense_experts": list(pathways.base.routed),
+        "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
+        "controls": {name: _describe_one(pathways, name) for name in pathways.controls},
+    }
+
+
+def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
+    provenance = dict(pathways[name].provenance)
+    text = {key: value for key, value in provenance.pop("text", {}).items() if key != "digests"}
+    return {
+        "sparsity": pathways.sparsity(name),
+        "flops": pathways.flops(name),
+        "sparsity_per_block": pathways.sparsity(name, per_block=True),
+        **provenance,
+        "text": text,
+    }
+
+
+def print_summary(source: str | PathLike[str]) -> None:
+    """Print what ``describe`` returns as tables."""
+    facts = describe(source)
+    typer.echo(f"pathways of {facts['base']['name'] or 'a model without a name'}")
+    typer.echo(f"  base: {facts['base']['summary']}; pathways: {facts['bytes'] / 1e6:.2f} MB")
+    if facts["dense_experts"]:
+        layers = len(facts["dense_experts"])
+        typer.echo(f"  routed experts in {layers} layers stay dense")
+    arms = {**facts["domains"], **facts["controls"]}
+    rows = [
+        [
+            name,
+            f"{arm['sparsity']:.1%}",
+            f"{arm['flops']:.1%}",
+            str(arm["text"].get("tokens", "-")),
+            str(arm["text"].get("documents", "-")),
+            _shorten(str(arm["text"].get("source", arm.get("method", "-")))),
+        ]
+        for name, arm in arms.items()
+    ]
+    header = ["domain", "sparsity", "FFN FLOPs", "tokens", "documents", "text"]
+    print_table("domains (the last is a control)" if facts["controls"] else "domains", header, rows)
+    layers_table = [
+        [block, *(f"{arm['sparsity_per_block'][index]:.1%}" for arm in arms.values())]
+        for index, block in enumerate(facts["blocks"])
+    ]
+    print_table("sparsity per FFN block", ["block", *arms], layers_table)
+
+
+def _shorten(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"...{text[3 - length :]}"

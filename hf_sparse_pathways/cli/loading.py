@@ -1,0 +1,80 @@
+"""Models, tokenizers and output folders, as the commands need them."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_dense(name: str, dtype: str) -> tuple[Any, Any]:
+    """Load a dense causal LM and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _check_dtype(dtype)
+    return (
+        AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(),
+        AutoTokenizer.from_pretrained(name),
+    )
+
+
+def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any, Any]:
+    """Load a model with pathways and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+
+    _check_dtype(dtype)
+    model = SparsePathwaysForCausalLM.from_pretrained(name, dtype=dtype, executor=executor)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+
+
+def check_output(folder: Path, overwrite: bool, marker: str) -> None:
+    """Check that an output folder may be written, before any work is done.
+
+    Args:
+        folder: It may be absent or empty, or with ``overwrite`` an earlier output.
+        overwrite: Whether an earlier output may be replaced.
+        marker: The file by which an earlier output is known; nothing else is ever replaced.
+
+    Raises:
+        PathwaysError: It may not.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if folder.is_dir() and (folder / marker).is_file():
+        if overwrite:
+            return
+        raise PathwaysError(f"{folder} is not empty. Pass --overwrite to replace what is there.")
+    raise PathwaysError(
+        f"{folder} exists and was not written by this command (it has no {marker}), so it is "
+        "left alone. Choose another --output."
+    )
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill that takes the output's place only when the block has succeeded."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    earlier = partial.with_suffix(".earlier")
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""``sparse-pathways``: from text to a model with pathways, one command per step.
+
+Nothing heavy is imported before a command runs, so that help is instant. An error that the user can
+act on is one line on stderr and exit status 1; wrong usage is 2.
+"""
+
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.version import __version__
+
+app = typer.Typer(
+    name="sparse-pathways",
+    help="Run a Hugging Face causal LM with only the FFN neurons that a domain needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for command in ("profile", "build", "evaluate", "generate", "benchmark", "info"):
+    module = import_module(f"hf_sparse_pathways.cli.{command}")
+    app.command(command)(module.run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparse-pathways {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Run a Hugging Face causal LM with only the FFN neurons that a domain needs."""
+
+
+def main() -> None:
+    """Run a command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        sys.exit(130)
+    except (PathwaysError, OSError, ValueError, ImportError, MemoryError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sys.stderr.write(f"error: {' '.join(line.strip() for line in lines[:3])}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From text to pathways: documents, windows, activation profiles, scores, selection."""

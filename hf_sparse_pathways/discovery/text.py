@@ -1,0 +1,335 @@
+"""Documents out of whatever a user has: strings, files, globs, folders, datasets.
+
+A document is the unit of every split: calibration and evaluation never share one. Its digest
+identifies it across runs, so an artefact can say which documents it has seen. Where a source has
+too few documents to split, long ones are cut into sections, and each section is a document.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob, has_magic
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from hf_sparse_pathways.errors import PathwaysError, TextError
+
+logger = logging.getLogger(__name__)
+
+TextSource = Any
+"""A string, a path, a list of either, a ``datasets`` object, or any iterable of texts or rows."""
+
+FOLDER_SUFFIXES = frozenset(
+    """
+    .c .cc .cfg .cpp .cs .css .csv .go .h .hpp .html .java .jl .js .json .jsonl .kt .license .log
+    .lua .md .parquet .php .pl .py .r .rb .rs .rst .scala .sh .sql .swift .tex .toml .ts .tsx .txt
+    .xml .yaml .yml
+    """.split()  # noqa: SIM905
+)
+"""What is read of a folder; a file that is named itself, or by a glob, may end in anything."""
+
+MAX_ROWS = 200_000
+MAX_CHARACTERS = 200_000_000
+"""Most that is read of one source; files and rows beyond are left out at random, which is said."""
+
+SECTION_CHARACTERS = 4_000
+FEW_DOCUMENTS = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    origin: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits of SHA-256 over the text without outer white space."""
+        return hashlib.sha256(self.text.strip().encode(errors="replace")).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The documents of one domain.
+
+    Attributes:
+        items: Documents, each text once, in the source's order.
+        source: What they were read from, in words that may be saved.
+    """
+
+    items: tuple[Document, ...]
+    source: str
+
+    def without(self, digests: Iterable[str]) -> "Documents":
+        """Return the documents whose digest is not among some. Pure."""
+        seen = set(digests)
+        kept = tuple(document for document in self.items if document.digest not in seen)
+        return Documents(items=kept, source=self.source)
+
+    def split(self, held_out: float, seed: int = 0) -> "tuple[Documents, Documents]":
+        """Return ``(calibration, held-out)`` documents, disjoint. Pure.
+
+        The order by a seeded hash of each text decides, so that the split does not depend on the
+        order of the files, and a text that occurs twice is on one side.
+
+        Args:
+            held_out: Fraction of the documents that is held out, in (0, 1).
+            seed: Another seed is another split.
+
+        Raises:
+            PathwaysError: The fraction is outside (0, 1).
+            TextError: There are fewer than two documents.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise PathwaysError(f"held_out has to be in (0, 1), got {held_out!r}.")
+        if len(self.items) < 2:
+            raise TextError(
+                f"{self.source} has {len(self.items)} document(s), too few to hold any out. Give "
+                "more files, or a longer one."
+            )
+        ranked = sorted(
+            self.items, key=lambda d: hashlib.sha256(f"{seed}{d.digest}".encode()).digest()
+        )
+        count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
+        chosen = {document.digest for document in ranked[:count]}
+        held = tuple(document for document in self.items if document.digest in chosen)
+        return self.without(chosen), Documents(items=held, source=self.source)
+
+
+def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
+    """Read a text source.
+
+    Args:
+        source: One of
+            - a string: a file, folder or glob if there is one of that name, else a text;
+            - a ``Path``;
+            - a list of texts, or of paths;
+            - a ``datasets`` Dataset or IterableDataset, or any iterable of texts or of rows with
+              a text column (``text``, ``content``, or the only one that holds strings).
+        seed: Decides what is read of a source that is larger than ``MAX_CHARACTERS``.
+
+    Returns:
+        Each distinct document that is not blank.
+
+    Raises:
+        TextError: Nothing is there, or it cannot be read as text.
+    """
+    if isinstance(source, Documents):
+        return source
+    files = _matching_files(source)
+    if files is not None:
+        documents: Iterable[Document] = _read_files(files, seed)
+        described = str(source)
+    else:
+        described = _describe(source)
+        items = [source] if isinstance(source, str) else _iterate(source, described)
+        documents = _from_items(items, described, seed)
+    unique = {document.digest: document for document in documents if document.text.strip()}
+    if not unique:
+        raise TextError(f"{described} holds no text. Give files or strings with text in them.")
+    return Documents(items=_sections(tuple(unique.values())), source=described)
+
+
+def _matching_files(source: TextSource) -> list[Path] | None:
+    """Return the files that a path-like source names, or None if it is no path."""
+    if not isinstance(source, (str, Path)):
+        return None
+    text = str(source)
+    if isinstance(source, str) and (len(text) > 1024 or "\n" in text or not text.strip()):
+        return None
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _folder_files(path)
+    if path.is_file():
+        return [path]
+    if has_magic(text):
+        matches = (Path(match) for match in glob(str(path), recursive=True))
+        files = sorted(match for match in matches if match.is_file())
+        if files or not any(character.isspace() for character in text):
+            return _some(files, f"No file matches {text!r}.")
+        return None
+    looks_like_a_path = "/" in text or "\\" in text or path.suffix.lower() in FOLDER_SUFFIXES
+    if isinstance(source, Path) or (looks_like_a_path and not any(c.isspace() for c in text)):
+        raise TextError(f"There is no file, folder or glob {text!r}. Check the path.")
+    return None
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    readable = [path for path in files if path.suffix.lower() in FOLDER_SUFFIXES]
+    if len(readable) < len(files):
+        logger.info("%s: %d files of other kinds left out", folder, len(files) - len(readable))
+    return _some(readable, f"No file in {str(folder)!r} ends in a known suffix; use a glob.")
+
+
+def _some(files: list[Path], complaint: str) -> list[Path]:
+    if not files:
+        raise TextError(complaint)
+    return files
+
+
+def _read_files(files: Sequence[Path], seed: int) -> Iterator[Document]:
+    """Read files in a seeded order until there is enough; yield in the files' order."""
+    shuffled = list(files)
+    random.Random(seed).shuffle(shuffled)
+    read: dict[Path, list[Document]] = {}
+    characters = 0
+    for path in shuffled:
+        if characters > MAX_CHARACTERS:
+            logger.warning("Read %d of %d files, chosen at random.", len(read), len(files))
+            break
+        read[path] = list(_read_file(path, seed))
+        characters += sum(len(document.text) for document in read[path])
+    for path in files:
+        yield from read.get(path, [])
+
+
+def _read_file(path: Path, seed: int) -> Iterator[Document]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _from_items(_parquet_rows(path), str(path), seed)
+    elif suffix == ".jsonl":
+        yield from _from_items(_json_lines(path), str(path), seed)
+    else:
+        text = _read_text(path)
+        if text is not None:
+            yield Document(text, str(path))
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}.") from error
+    if b"\0" in data[:8192]:
+        logger.warning("%s is binary and was left out.", path)
+        return None
+    return data.decode("utf-8", errors="replace").removeprefix("\ufeff")
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise TextError(f"{path}, line {number}, is not JSON: {error}.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise TextError(
+            f"{path}: parquet files need pyarrow. Install it with "
+            "`pip install hf-sparse-pathways[data]`."
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise TextError(f"{path} is not a parquet file: {error}") from error
+
+
+def _iterate(source: TextSource, described: str) -> Iterable[Any]:
+    if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
+        raise TextError(
+            f"{described} is no text source. Give strings, files, globs, folders, or a dataset."
+        )
+    return source
+
+
+def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Document]:
+    """Turn texts, paths and rows into documents; at most ``MAX_ROWS`` of them."""
+    items = _at_most(items, origin, seed)
+    column: str | None = None
+    for index, item in enumerate(items):
+        place = f"{origin}[{index}]"
+        if isinstance(item, dict):
+            column = column or _text_column(item, origin)
+            text = item.get(column)
+            if text is not None:
+                yield Document(str(text), place)
+        elif isinstance(item, Path) or (isinstance(item, str) and _is_file(item)):
+            yield from _read_file(Path(item), seed)
+        elif isinstance(item, str):
+            yield Document(item, place)
+        else:
+            raise TextError(f"{place} is a {type(item).__name__}, not a text, path or row.")
+
+
+def _at_most(items: Any, origin: str, seed: int) -> Iterable[Any]:
+    """Limit the number of items: at random if they can be indexed, else the first ones."""
+    if not hasattr(items, "__len__"):
+        return islice(items, MAX_ROWS)
+    count = len(items)
+    if count <= MAX_ROWS:
+        return cast("Iterable[Any]", items)
+    logger.warning("%s: %d of %d rows read, chosen at random.", origin, MAX_ROWS, count)
+    chosen = sorted(random.Random(seed).sample(range(count), MAX_ROWS))
+    return (items[index] for index in chosen)
+
+
+def _is_file(text: str) -> bool:
+    short = len(text) < 1024 and "\n" not in text
+    return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and Path(text).is_file()
+
+
+def _text_column(row: dict[str, Any], origin: str) -> str:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    for name in ("text", "content"):
+        if name in strings:
+            return name
+    if len(strings) == 1:
+        return strings[0]
+    raise TextError(
+        f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Rename "
+        "the one that holds the documents, or pass a list of its strings."
+    )
+
+
+def _sections(documents: tuple[Document, ...]) -> tuple[Document, ...]:
+    """Cut the documents of a source that has few into sections that can be split."""
+    if len(documents) >= FEW_DOCUMENTS:
+        return documents
+    return tuple(section for document in documents for section in _cut(document))
+
+
+def _cut(document: Document) -> Iterator[Document]:
+    if len(document.text) < 2 * SECTION_CHARACTERS:
+        yield document
+        return
+    for start, end in spans(document.text, SECTION_CHARACTERS):
+        yield Document(document.text[start:end], f"{document.origin}:{start}-{end}")
+
+
+def spans(text: str, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a text into pieces of at most ``length`` characters that end at a line or a space."""
+    start = 0
+    while start < len(text):
+        end = start + length
+        if end < len(text):
+            middle = start + length // 2
+            breaks = (text.rfind(mark, middle, end) for mark in ("\n\n", "\n", " "))
+            end = next((found + 1 for found in breaks if found > 0), end)
+        yield start, min(end, len(text))
+        start = end
+
+
+def _describe(source: TextSource) -> str:
+    name = getattr(getattr(source, "info", None), "dataset_name", None)
+    if name:
+        return f"dataset {name} ({getattr(source, 'split', None) or 'no split'})"
+    if isinstance(source, str):
+        return f"a text of {len(source)} characters"
+    size = f" of {len(source)}" if hasattr(source, "__len__") else ""
+    return f"{type(source).__name__}{size} texts" if size else f"{type(source).__name__} of texts"

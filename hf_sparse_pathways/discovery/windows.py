@@ -1,0 +1,113 @@
+"""Windows of tokens, drawn at random over all documents, and batches of them.
+
+Documents are cut into spans of characters *before* anything is tokenised, the spans are shuffled,
+and only as many are tokenised as the token budget takes: many documents are seen, and a large
+corpus costs no more than a small one. Each window starts as the tokenizer starts a text.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_pathways.discovery.text import Document, Documents, spans
+from hf_sparse_pathways.errors import PathwaysError
+
+CHARACTERS_PER_TOKEN = 3
+"""Cautious: English prose has 4 to 5, code about 3. A span that is too long is halved."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids of a piece of one document."""
+
+    ids: tuple[int, ...]
+    document: Document
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows padded on the right.
+
+    Attributes:
+        ids: int64 ``(batch, tokens)``.
+        mask: bool ``(batch, tokens)``, False on padding.
+        windows: The windows, one per row.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    windows: tuple[Window, ...]
+
+
+def draw_windows(
+    documents: Documents, tokenizer: Any, *, max_tokens: int, max_length: int, seed: int
+) -> list[Window]:
+    """Draw windows until a token budget is met, or every document is used up.
+
+    Args:
+        documents: Where to draw from.
+        tokenizer: A Transformers tokenizer.
+        max_tokens: The budget; the last window is cut to meet it.
+        max_length: Most tokens of a window.
+        seed: Decides the order.
+
+    Raises:
+        PathwaysError: A number is not positive.
+    """
+    for name, value in (("max_tokens", max_tokens), ("max_length", max_length)):
+        if value < 1:
+            raise PathwaysError(f"{name} has to be at least 1, got {value!r}.")
+    pieces = [
+        (document, start, end)
+        for document in documents.items
+        for start, end in spans(document.text, CHARACTERS_PER_TOKEN * max_length)
+    ]
+    random.Random(seed).shuffle(pieces)
+    windows: list[Window] = []
+    left = max_tokens
+    for document, start, end in pieces:
+        for ids in _tokenise(document.text[start:end], tokenizer, max_length):
+            if left > 0 and ids:
+                windows.append(Window(tuple(ids[:left]), document))
+                left -= len(windows[-1].ids)
+        if left <= 0:
+            break
+    return windows
+
+
+def _tokenise(text: str, tokenizer: Any, max_length: int) -> Iterator[list[int]]:
+    """Yield the token ids of a text, halved until each part fits."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if len(ids) <= max_length or len(text) < 2:
+        yield ids[:max_length]
+        return
+    for start, end in spans(text, (len(text) + 1) // 2):
+        yield from _tokenise(text[start:end], tokenizer, max_length)
+
+
+def count_tokens(windows: Sequence[Window]) -> int:
+    """Return the number of tokens in windows."""
+    return sum(len(window.ids) for window in windows)
+
+
+def make_batches(windows: Sequence[Window], batch_size: int) -> Iterator[Batch]:
+    """Yield batches of windows of like length, so that little is padding.
+
+    Raises:
+        PathwaysError: The batch size is not positive.
+    """
+    if batch_size < 1:
+        raise PathwaysError(f"batch_size has to be at least 1, got {batch_size!r}.")
+    ordered = sorted(windows, key=lambda window: -len(window.ids))
+    for start in range(0, len(ordered), batch_size):
+        rows = tuple(ordered[start : start + batch_size])
+        ids = torch.zeros(len(rows), len(rows[0].ids), dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, window in enumerate(rows):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            mask[row, : len(window.ids)] = True
+        yield Batch(ids, mask, rows)

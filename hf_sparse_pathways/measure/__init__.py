@@ -1,0 +1,1 @@
+"""Measurements: quality beside controls, speed beside dense."""

@@ -1,0 +1,227 @@
+"""Perplexity of a model's pathways on held-out documents, beside honest partners.
+
+Every domain's text is scored with the dense model, the domain's pathway, and as controls the pooled
+pathway, a random mask that keeps as many neurons of every block, and the other domains' pathways.
+Documents that the pathways were calibrated on are left out.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
+from hf_sparse_pathways.discovery.windows import (
+    Batch,
+    Window,
+    count_tokens,
+    draw_windows,
+    make_batches,
+)
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
+from hf_sparse_pathways.measure.report import QualityReport, QualityRow
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+
+RANDOM = "random"
+SEEN = ("exclude", "include")
+
+
+def evaluate(  # noqa: PLR0913
+    model: SparsePathwaysForCausalLM,
+    tokenizer: Any,
+    texts: Mapping[str, TextSource],
+    *,
+    controls: bool = True,
+    max_tokens: int = 16384,
+    max_length: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+    seen: str = "exclude",
+) -> QualityReport:
+    """Measure perplexity on each domain's text. The model is left as it was.
+
+    Args:
+        model: A model with pathways.
+        tokenizer: Its tokenizer.
+        texts: Domain name -> text source, held out from calibration.
+        controls: Whether to measure the pooled, random and other domains' pathways too.
+        max_tokens: Most tokens per domain, drawn at random over its documents.
+        max_length: Most tokens per window; each is scored on its own.
+        batch_size: Windows per forward pass.
+        seed: Decides the windows and the random masks.
+        seen: What to do with documents that the pathways were calibrated on: ``"exclude"`` or
+            ``"include"`` them (the report says how many there were).
+
+    Raises:
+        UnknownNameError: A domain that the model does not have.
+        TextError: A source cannot be read, or no document is left that was not calibrated on.
+    """
+    if not isinstance(model, SparsePathwaysForCausalLM):
+        raise PathwaysError(
+            f"evaluate needs a model with pathways, not {type(model).__name__}. Make one with "
+            "SparsePathwaysForCausalLM.from_dense(model, pathways)."
+        )
+    if seen not in SEEN:
+        raise UnknownNameError("value of seen", seen, SEEN)
+    pathways = model.pathways
+    drawn = {}
+    for domain, source in texts.items():
+        if domain not in model.domains:
+            raise UnknownNameError("domain", domain, model.domains)
+        documents, excluded = _held_out(pathways, domain, read_documents(source, seed=seed), seen)
+        windows = draw_windows(
+            documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
+        )
+        _check_scorable(domain, windows)
+        drawn[domain] = (windows, excluded)
+    rows: list[QualityRow] = []
+    with _prepared(model, pathways, seed if controls else None):
+        for domain, (windows, excluded) in drawn.items():
+            arms = _arms(model.pathways, domain, controls)
+            rows.extend(_measure(model, domain, arms, windows, excluded, batch_size))
+    return QualityReport(base=pathways.base.name, rows=tuple(rows))
+
+
+def _held_out(
+    pathways: Pathways, domain: str, documents: Documents, seen: str
+) -> tuple[Documents, int]:
+    """Leave out documents that any pathway was calibrated on; return how many those were."""
+    digests = {
+        digest
+        for pathway in pathways.by_domain.values()
+        for digest in pathway.provenance.get("text", {}).get("digests", ())
+    }
+    fresh = documents.without(digests)
+    excluded = len(documents.items) - len(fresh.items)
+    if seen == "include":
+        return documents, 0
+    if not fresh.items:
+        raise TextError(
+            f"Domain {domain!r}: the pathways were calibrated on all {excluded} documents of "
+            f"{documents.source}. Give held-out documents, or seen='include' to measure on "
+            "calibration text."
+        )
+    return fresh, excluded
+
+
+def _check_scorable(domain: str, windows: list[Window]) -> None:
+    if not any(len(window.ids) > 1 for window in windows):
+        raise TextError(f"Domain {domain!r} has no held-out text of two tokens or more.")
+
+
+@contextmanager
+def _prepared(
+    model: SparsePathwaysForCausalLM, pathways: Pathways, seed: int | None
+) -> Iterator[None]:
+    """Give the model random partners of its pathways, and evaluation mode, for a while."""
+    training = model.training
+    if seed is not None:
+        partners = {
+            f"{RANDOM} {name}": random_partner(pathway, seed)
+            for name, pathway in pathways.by_domain.items()
+        }
+        model.set_pathways(pathways.with_controls(partners))
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.set_pathways(pathways)
+
+
+def random_partner(pathway: Pathway, seed: int) -> Pathway:
+    """Return a pathway that keeps as many neurons of each block, chosen at random. Pure."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = [mask[torch.randperm(len(mask), generator=generator)] for mask in pathway.keep]
+    return Pathway.from_keep(keep, {"method": "random", "seed": seed})
+
+
+def _arms(pathways: Pathways, domain: str, controls: bool) -> list[tuple[str, str | None]]:
+    """Return ``(role, name of the pathway)`` of every arm for one domain's text."""
+    arms: list[tuple[str, str | None]] = [("dense", None), ("pathway", domain)]
+    if controls:
+        if POOLED in pathways.controls:
+            arms.append(("pooled", POOLED))
+        arms.append(("random", f"{RANDOM} {domain}"))
+        arms.extend(("other", name) for name in pathways.domains if name != domain)
+    return arms
+
+
+def _measure(
+    model: SparsePathwaysForCausalLM,
+    domain: str,
+    arms: list[tuple[str, str | None]],
+    windows: list[Window],
+    excluded: int,
+    batch_size: int,
+) -> Iterator[QualityRow]:
+    pathways = model.pathways
+    bar = tqdm(
+        total=count_tokens(windows) * len(arms),
+        desc=f"evaluate {domain}",
+        unit="tok",
+        disable=None,
+    )
+    dense = math.nan
+    with bar:
+        for role, name in arms:
+            loss, tokens = negative_log_likelihood(model, windows, name, batch_size, bar)
+            perplexity = math.exp(min(loss / tokens, 700.0))
+            dense = perplexity if name is None else dense
+            yield QualityRow(
+                domain=domain,
+                role=role,
+                pathway=name,
+                perplexity=perplexity,
+                ratio=perplexity / dense,
+                flops=1.0 if name is None else pathways.flops(name),
+                tokens=tokens,
+                documents=len({window.document.digest for window in windows}),
+                excluded=excluded,
+            )
+
+
+@torch.no_grad()
+def negative_log_likelihood(
+    model: Any,
+    windows: list[Window],
+    domain: str | None,
+    batch_size: int,
+    bar: Any = None,
+) -> tuple[float, int]:
+    """Return the summed loss in nats and the number of scored tokens.
+
+    A window's first token is context only.
+    """
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for batch in make_batches(windows, batch_size):
+        logits = model(
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.mask.long().to(device),
+            use_cache=False,
+            domain=domain,
+        ).logits
+        loss, count = _batch_loss(logits, batch)
+        total, tokens = total + loss, tokens + count
+        if bar is not None:
+            bar.update(int(batch.mask.sum()))
+    return total, tokens
+
+
+def _batch_loss(logits: Tensor, batch: Batch) -> tuple[float, int]:
+    """Sum the next-token loss row by row, so that one row's float32 logits exist at a time."""
+    total, tokens = 0.0, 0
+    for row, window in enumerate(batch.windows):
+        length = len(window.ids)
+        targets = batch.ids[row, 1:length].to(logits.device)
+        scores = logits[row, : length - 1].float()
+        total += float(functional.cross_entropy(scores, targets, reduction="sum"))
+        tokens += length - 1
+    return total, tokens

@@ -1,0 +1,163 @@
+"""Wall clock of ``generate``: dense and sparse alternate in one process, round by round.
+
+Each round times both arms on the same prompt, so that a machine's slow and fast spells fall on
+both; the ratio is taken within a round. Both arms produce exactly the same number of tokens.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_sparse_pathways.discovery.selection import check_sparsity, keep_best
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.ffn.executors import resolve_executor
+from hf_sparse_pathways.measure.report import SpeedReport, quantile
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+
+
+def benchmark(
+    model: SparsePathwaysForCausalLM,
+    domains: Sequence[str] = (),
+    *,
+    sparsity: float | None = None,
+    prompt_tokens: int = 16,
+    new_tokens: int = 32,
+    rounds: int = 7,
+) -> tuple[list[SpeedReport], float | None]:
+    """Time domains' pathways at batch 1. The model is left as it was.
+
+    Args:
+        model: A model with pathways.
+        domains: Which to time; all of them if empty.
+        sparsity: Time random masks of this sparsity under the domains' names instead.
+        prompt_tokens: Length of the prompt, random token ids.
+        new_tokens: Tokens that each call generates.
+        rounds: Timed rounds per domain.
+
+    Returns:
+        One report per domain, and what switching between the first two adds to a step, in seconds
+        (None with fewer than two domains).
+
+    Raises:
+        UnknownNameError: An unknown domain.
+        PathwaysError: A number out of range.
+    """
+    pathways = model.pathways
+    chosen = pathways.subset(domains or pathways.domains)
+    timed = chosen if sparsity is None else _random_pathways(chosen, sparsity)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
+    model.set_pathways(timed)
+    try:
+        reports = [
+            compare_generation(model, prompt, name, new_tokens=new_tokens, rounds=rounds)
+            for name in timed.domains
+        ]
+        first_two = timed.domains[:2]
+        switch = time_switch(model, *first_two) if len(first_two) == 2 else None
+    finally:
+        model.set_pathways(pathways)
+    return reports, switch
+
+
+def _random_pathways(pathways: Pathways, sparsity: float) -> Pathways:
+    fractions = check_sparsity(sparsity, len(pathways.base.blocks))
+    generator = torch.Generator().manual_seed(0)
+    by_domain = {}
+    for name in pathways.domains:
+        keep = [
+            keep_best(torch.rand(block.d_ff, generator=generator), fraction)
+            for block, fraction in zip(pathways.base.blocks, fractions, strict=True)
+        ]
+        by_domain[name] = Pathway.from_keep(keep, {"method": "random"})
+    return replace(pathways, by_domain=by_domain)
+
+
+def compare_generation(
+    model: SparsePathwaysForCausalLM,
+    input_ids: Tensor,
+    domain: str,
+    *,
+    new_tokens: int = 32,
+    rounds: int = 7,
+) -> SpeedReport:
+    """Time greedy generation with and without a pathway.
+
+    Args:
+        model: A model with pathways.
+        input_ids: The prompts, int64 ``(batch, tokens)``.
+        domain: The pathway to time.
+        new_tokens: Tokens that each call generates.
+        rounds: Timed rounds, after one round of warming up.
+
+    Raises:
+        PathwaysError: A count is not positive.
+    """
+    if new_tokens < 1 or rounds < 1:
+        raise PathwaysError(f"new_tokens and rounds have to be positive: {new_tokens}, {rounds}.")
+
+    def run(chosen: str | None) -> float:
+        started = time.perf_counter()
+        model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            domain=chosen,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )
+        return new_tokens * len(input_ids) / (time.perf_counter() - started)
+
+    dense, sparse = _alternate(lambda: run(None), lambda: run(domain), rounds, f"time {domain}")
+    return SpeedReport(
+        domain=domain,
+        executor=resolve_executor(model.config.executor),
+        sparsity=model.pathways.sparsity(domain),
+        dense=tuple(dense),
+        sparse=tuple(sparse),
+    )
+
+
+@torch.no_grad()
+def time_switch(
+    model: SparsePathwaysForCausalLM, first: str, second: str, *, steps: int = 60
+) -> float:
+    """Return what switching between two resident domains adds to a one-token step, in seconds.
+
+    Runs of steps that change the domain every time alternate with runs that keep it; the
+    difference of the medians is the switch.
+    """
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+
+    def step(domain: str) -> float:
+        started = time.perf_counter()
+        model(input_ids=token, use_cache=False, domain=domain)
+        return time.perf_counter() - started
+
+    for domain in (first, second):
+        step(domain)
+    switched, kept = [], []
+    for index in range(steps):
+        one, other = (first, second) if index % 2 else (second, first)
+        step(one)
+        kept.append(step(one))
+        switched.append(step(other))
+    return quantile(switched, 0.5) - quantile(kept, 0.5)
+
+
+def _alternate(
+    dense: Callable[[], float], sparse: Callable[[], float], rounds: int, label: str
+) -> tuple[list[float], list[float]]:
+    """Call both in turn, changing which comes first; the first round is discarded."""
+    results: dict[Any, list[float]] = {dense: [], sparse: []}
+    for index in tqdm(range(rounds + 1), desc=label, unit="round", disable=None):
+        for arm in (dense, sparse) if index % 2 else (sparse, dense):
+            results[arm].append(arm())
+    return results[dense][1:], results[sparse][1:]
