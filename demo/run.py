@@ -1,7 +1,7 @@
 """The whole product on a real model: fetch, build, reload in a fresh process, measure, generate.
 
-``make demo`` runs it; ``MODEL=`` (a Hub id or folder) and ``DOMAINS="name=path name=path"`` put your
-own in place of the fetched ones. What was built with the same settings is used again.
+``make demo`` runs it; ``MODEL=`` (a Hub id or folder) and ``DOMAINS="name=path name=path"`` put
+your own in place of the fetched ones. What was built with the same settings is used again.
 """
 
 import argparse

@@ -129,6 +129,35 @@ ARCHITECTURES = {
 }
 
 
+ARCHITECTURES |= {
+    "bert": lambda: hf.BertLMHeadModel(
+        hf.BertConfig(
+            **{k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}, is_decoder=True
+        )
+    ),
+    "moshi": lambda: _llama_like("Moshi", ffn_dim=64),
+    "falcon_h1": lambda: _llama_like(
+        "FalconH1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8, mamba_chunk_size=8
+    ),
+    "cpmant": lambda: hf.CpmAntForCausalLM(
+        hf.CpmAntConfig(
+            hidden_size=32,
+            dim_head=8,
+            dim_ff=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCAB,
+            prompt_length=4,
+        )
+    ),
+    "modernbert_decoder": lambda: hf.ModernBertDecoderForCausalLM(
+        hf.ModernBertDecoderConfig(
+            **{k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
+        )
+    ),
+}
+
+
 def build(name):
     """Build a tiny model whose weights are large enough that a mask visibly changes its output."""
     torch.manual_seed(0)

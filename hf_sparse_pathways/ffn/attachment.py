@@ -82,8 +82,8 @@ class AttachedBlock:
         swap_leaf(block.outgoing, OutgoingLeaf, self.state)
         names = (*block.layout.incoming, block.layout.outgoing)
         self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}
-        self._verified = False
-        self._seen = dict(self.leaves)
+        self._places = [_place(block.parent, name) for name in names]
+        self._seen: list[nn.Module] = []
         self._hook: Any = None
 
     def drop_copies(self) -> None:
@@ -93,30 +93,38 @@ class AttachedBlock:
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
-        children = self.block.parent._modules
-        for name, seen in self._seen.items():
-            if children[name] is not seen:
-                self._adapt()
+        for (children, key), seen in zip(self._places, self._seen, strict=False):
+            if children[key] is not seen:
+                break
+        else:
+            if self._seen:
                 return
-        if not self._verified:
-            self._adapt()
+        self._adapt()
 
     def _adapt(self) -> None:
-        children = self.block.parent._modules
-        self._seen = {name: self._holder(name, children[name]) for name in self.leaves}
-        wrapped = {name for name, leaf in self.leaves.items() if self._seen[name] is not leaf}
+        """Look at the leaves anew: where they are masked, and whether they can run compact."""
+        self._seen = [
+            self._holder(name, children[key])
+            for name, (children, key) in zip(self.leaves, self._places, strict=True)
+        ]
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        outgoing = self.block.layout.outgoing
-        if outgoing in wrapped:
-            self._hook = self._seen[outgoing].register_forward_pre_hook(_MaskInput(self.state))
-        self.state.masked_outside = outgoing in wrapped
+        outside = self._seen[-1] is not [*self.leaves.values()][-1]
+        if outside:
+            self._hook = self._seen[-1].register_forward_pre_hook(_MaskInput(self.state))
+        self.state.masked_outside = outside
         self.state.masked_only = bool(
-            wrapped or self.block.entangled or not all(map(_is_plain, self.leaves.values()))
+            self.wrapped or self.block.entangled or not all(map(_is_plain, self.leaves.values()))
         )
         self.drop_copies()
-        self._verified = True
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether an adapter wraps a leaf, as of the last ``settle``."""
+        return any(
+            seen is not leaf for seen, leaf in zip(self._seen, self.leaves.values(), strict=True)
+        )
 
     def _holder(self, name: str, module: nn.Module | None) -> nn.Module:
         """Return what sits at a leaf's place, if the leaf is in it."""
@@ -130,16 +138,24 @@ class AttachedBlock:
         return module
 
     def detach(self) -> None:
-        """Restore the leaves' own classes, in place; wrapped leaves are refused by ``settle``."""
+        """Restore the leaves' own classes, in place.
+
+        Raises:
+            UnsupportedModelError: An adapter wraps a leaf.
+        """
         self.settle()
-        if self.state.masked_outside or any(
-            self._seen[name] is not leaf for name, leaf in self.leaves.items()
-        ):
+        if self.wrapped:
             raise UnsupportedModelError(
-                f"An adapter wraps {self.block.name}. Merge or unload it first."
+                f"An adapter wraps leaves of {self.block.name}. Merge or unload it first."
             )
         for leaf in self.leaves.values():
             restore_leaf(leaf)
+
+
+def _place(parent: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    """Return the dictionary of children, and the key, under which a leaf is found."""
+    holder, _, key = path.rpartition(".")
+    return parent.get_submodule(holder)._modules, key
 
 
 class _MaskInput:

@@ -1,8 +1,9 @@
 """Find the FFN blocks of a causal LM's text decoder, or say why a layer has none.
 
 Every module below a numbered layer of the text decoder is compared with the layout table. A match
-is a block; a layer without one is refused with its children's names. Routed experts (packed 3-D
-parameters, or anything below a child called ``experts``) stay dense and are listed apart.
+is a block, unless it lies in a norm or a router; a layer without one is refused with its children's
+names. Routed experts (packed 3-D parameters, or anything below ``experts``) stay dense and are
+listed apart.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn.layouts import Layout, linear_widths, match_layout
+from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class FfnBlock:
         d_ff: Number of neurons.
         d_out: Output width of the outgoing leaf (d_model).
         entangled: Why the neurons cannot be computed apart from each other (a norm over d_ff,
-            say), or None. Such a block is exact when masked and never runs compact.
+            say), or None. Such a block is always masked: it equals the dense block with the
+            removed neurons' columns of the outgoing leaf zeroed.
     """
 
     name: str
@@ -81,25 +83,27 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     if survey.blocks:
         return survey.blocks
     reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in survey.refused[:2])
+    hint = "Routed experts are not supported yet."
+    if not survey.routed:
+        hint = (
+            "Supported are dense FFNs whose linear leaves are named as in "
+            "hf_sparse_pathways/ffn/layouts.py; quantised or adapter-wrapped leaves do not fit: "
+            "load the plain weights, or merge the adapter first."
+        )
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no FFN block whose neurons can be skipped ({reasons}). "
-        "Supported are dense FFNs whose linear leaves are named as in "
-        "hf_sparse_pathways/ffn/layouts.py; quantised or adapter-wrapped leaves do not fit: "
-        "load the plain weights, or merge the adapter first."
+        f"{type(model).__name__} has no FFN block whose neurons can be skipped ({reasons}). {hint}"
     )
 
 
 def survey_model(model: nn.Module) -> Survey:
     """Look at every layer of the text decoder. Pure."""
-    layers = _decoder_layers(model)
     blocks: list[FfnBlock] = []
     routed: list[str] = []
     refused: list[Refused] = []
-    for layer_name, layer in layers:
+    for layer_name, layer in _decoder_layers(model):
         found = [
-            _describe(name, module, layout)
-            for name, module in layer.named_modules(prefix=layer_name)
-            if not _is_routed(name) and (layout := match_layout(module)) is not None
+            _describe(f"{layer_name}.{path}" if path else layer_name, module, layout)
+            for path, module, layout in _matches(layer)
         ]
         experts = _routed_experts(layer_name, layer)
         routed.extend(experts)
@@ -110,28 +114,64 @@ def survey_model(model: nn.Module) -> Survey:
 
 
 def _decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
-    """Return the named layers of the text decoder: its longest outermost ModuleList."""
+    """Return the named layers of the text decoder, of all of its stacks that have FFN blocks.
+
+    A stack is an outermost ModuleList that does not belong to another modality's encoder. If none
+    has a block, the longest is returned, for its layers to be refused by name.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not isinstance(decoder, nn.Module):
+    if not isinstance(decoder, nn.Module) or not any(
+        isinstance(module, nn.ModuleList) for module in decoder.modules()
+    ):
         decoder = model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    lists = [
+    named = list(decoder.named_modules(prefix=prefix))
+    foreign = tuple(f"{name}." for name, module in named if _is_foreign(module, decoder))
+    stacks = [
         (name, module)
-        for name, module in decoder.named_modules(prefix=prefix)
-        if isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
+        for name, module in named
+        if isinstance(module, nn.ModuleList)
+        and not any(part.isdigit() for part in name.split("."))
+        and not name.startswith(foreign)
     ]
-    if not lists:
+    if not stacks:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder layers; its children are "
             f"{_children(decoder)}. Only decoders built from a ModuleList of layers fit."
         )
-    name, layers = max(lists, key=lambda item: len(item[1]))
-    return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+    matching = [(name, stack) for name, stack in stacks if any(map(_matches, stack))]
+    chosen = matching or [max(stacks, key=lambda item: len(item[1]))]
+    return [(f"{name}.{i}", layer) for name, stack in chosen for i, layer in enumerate(stack)]
+
+
+def _is_foreign(module: nn.Module, decoder: nn.Module) -> bool:
+    """Whether a module encodes another modality than text."""
+    modalities = getattr(type(module), "input_modalities", None)
+    if module is decoder or modalities is None or not isinstance(modalities, (str, tuple, list)):
+        return False
+    return "text" not in ((modalities,) if isinstance(modalities, str) else modalities)
+
+
+def _matches(layer: nn.Module) -> list[tuple[str, nn.Module, Layout]]:
+    """Return what follows a layout in a layer: its path in the layer, the module, the layout."""
+    return [
+        (path, module, layout)
+        for path, module in layer.named_modules()
+        if not _is_elsewhere(path) and (layout := match_layout(module)) is not None
+    ]
+
+
+def _is_elsewhere(path: str) -> bool:
+    """Whether a path in a layer leads into routed experts, a router or a norm."""
+    return any(
+        part in ("experts", "gate") or "norm" in part or "router" in part
+        for part in path.split(".")
+    )
 
 
 def _describe(name: str, parent: nn.Module, layout: Layout) -> FfnBlock:
-    incoming = linear_widths(parent._modules[layout.incoming[0]])
-    outgoing = linear_widths(parent._modules[layout.outgoing])
+    incoming = linear_widths(find_child(parent, layout.incoming[0]))
+    outgoing = linear_widths(find_child(parent, layout.outgoing))
     if incoming is None or outgoing is None:
         raise UnsupportedModelError(f"{name} changed while it was looked at.")
     if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:
@@ -154,9 +194,9 @@ def _entanglement(parent: nn.Module, layout: Layout, d_ff: int) -> str | None:
     """Say what, between the leaves, mixes neurons or adds to all of them; None if nothing does."""
     if getattr(parent, "activation_sparsity", 0.0):
         return "its activation thresholds each neuron by statistics of all of them"
-    leaves = {*layout.incoming, layout.outgoing}
+    leaves = tuple(f"{name}." for name in (*layout.incoming, layout.outgoing))
     for name, module in parent.named_modules():
-        if not name or name.split(".")[0] in leaves:
+        if not name or f"{name}.".startswith(leaves):
             continue
         widths = linear_widths(module)
         if widths is not None and widths[1] == d_ff * (2 if layout.fused else 1) != widths[0]:
@@ -170,16 +210,13 @@ def _entanglement(parent: nn.Module, layout: Layout, d_ff: int) -> str | None:
     return None
 
 
-def _is_routed(name: str) -> bool:
-    return "experts" in name.split(".")
-
-
 def _routed_experts(layer_name: str, layer: nn.Module) -> list[str]:
     """Return the outermost modules of a layer that hold routed experts."""
     names = []
     for name, module in layer.named_modules(prefix=layer_name):
-        packed = any(p.dim() == 3 for p in module.parameters(recurse=False))
-        if packed or name.split(".")[-1] == "experts":
+        packed = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        named = "expert" in type(module).__name__.lower()
+        if (packed and named) or name.split(".")[-1] == "experts":
             names.append(name)
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of an FFN block's linear leaves.
+    """Names of an FFN block's linear leaves, relative to the module that holds them all.
 
     Attributes:
         incoming: Leaves from d_model to d_ff; the gate first where there is one.
@@ -40,6 +40,12 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(("lin1",), "lin2"),
     Layout(("input_linear",), "output_linear", fused=True),
     Layout(("Wi",), "Wo", fused=True),
+    Layout(("fc1",), "fc2", fused=True),
+    Layout(("intermediate.dense",), "output.dense"),
+    Layout(("intermediate",), "output"),
+    Layout(("w_in.w_0", "w_in.w_1"), "w_out"),
+    Layout(("proj_up_gate", "proj_up"), "proj_down"),
+    Layout(("0",), "2"),
 )
 
 
@@ -52,11 +58,19 @@ def linear_widths(leaf: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
+def find_child(parent: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a dotted path below another, or None."""
+    module: nn.Module | None = parent
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
 def match_layout(parent: nn.Module) -> Layout | None:
     """Return the layout that a module's children follow in name and shape, or None."""
     for layout in LAYOUTS:
-        outgoing = linear_widths(parent._modules.get(layout.outgoing))
-        incoming = [linear_widths(parent._modules.get(name)) for name in layout.incoming]
+        outgoing = linear_widths(find_child(parent, layout.outgoing))
+        incoming = [linear_widths(find_child(parent, name)) for name in layout.incoming]
         if outgoing is None or None in incoming:
             continue
         width = outgoing[0] * (2 if layout.fused else 1)

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import (
@@ -48,6 +52,8 @@ else:
     _Base = object
 
 Domain = str | Sequence[str | None] | Tensor | None
+
+CLASS_PREFIX = "SparsePathways"
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -186,6 +192,12 @@ class SparsePathwaysModel(_Base):
             self.pathways.save_pretrained(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say what the base says: checkpoint conversion and initialisation depend on it."""
+        base: Any = cls.__bases__[-1]
+        return bool(base.is_custom_code())
 
     @classmethod
     def from_pretrained(
@@ -379,7 +391,7 @@ def model_class_for(
             "config_class": config_class,
             "forward": _forward_with_domain(base.forward),
         }
-        made = type(f"SparsePathways{base.__name__}", (ours, base), namespace)
+        made = type(f"{CLASS_PREFIX}{base.__name__}", (ours, base), namespace)
         _CLASSES[base, config_class] = made
     return _CLASSES[base, config_class]
 
@@ -392,7 +404,16 @@ def register_models(base: type[PreTrainedConfig], made: type[SparsePathwaysConfi
     ):
         if base in mapping:
             model_class = _first(mapping[base])
+            _share_conversion(model_class)
             auto.register(made, model_class_for(model_class, made), exist_ok=True)
+
+
+def _share_conversion(base: type[PreTrainedModel]) -> None:
+    """Convert our class's checkpoints as the base's, where that is kept by the class's name."""
+    conversion = get_checkpoint_conversion_mapping(base.__name__)
+    if conversion is not None:
+        name = f"{CLASS_PREFIX}{base.__name__}"
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
 
 
 def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -441,17 +462,22 @@ def _copy_structure(model: nn.Module, replaced: dict[int, Any]) -> Any:
 
 
 def _check_convertible(model: nn.Module) -> None:
-    base = type(model)
-    config = getattr(model, "config", None)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not isinstance(
-        model, SparsePathwaysModel
-    )
-    if not known or base is not _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+    base, config = type(model), getattr(model, "config", None)
+    if isinstance(model, SparsePathwaysModel):
         raise UnsupportedModelError(
-            f"{base.__name__} cannot be given pathways: it has to be what "
-            "AutoModelForCausalLM.from_pretrained(base) returns, not a bare decoder, a "
-            "classifier, an adapter model (merge it first), or a model with pathways "
-            "(use set_pathways, or to_dense() first)."
+            f"{base.__name__} has pathways already: use set_pathways, or to_dense() first."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{base.__name__} has a {type(config).__name__}, from which AutoModelForCausalLM could "
+            "not load a saved model again. Only models that it loads by themselves fit."
+        )
+    known = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    if base is not known:
+        raise UnsupportedModelError(
+            f"{base.__name__} cannot be given pathways: it has to be a {known.__name__}, as "
+            "AutoModelForCausalLM returns it, not a bare decoder, a classifier or an adapter "
+            "model (merge that first)."
         )
     _check_undispatched(model)
 
