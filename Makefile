@@ -19,6 +19,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python demo/run.py --cache "$(CACHE)" --model "$(MODEL)" --domains "$(DOMAINS)" --sparsity "$(SPARSITY)"
 
+results: install
+	$(BIN)/python demo/run.py --cache "$(CACHE)" --sparsity "$(SPARSITY)" --readme README.md
+
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 

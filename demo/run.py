@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("--model", default="", help="Hub id or folder; fetched if empty")
     parser.add_argument("--domains", default="", help="name=path name=path; fetched if empty")
     parser.add_argument("--sparsity", default="0.3")
+    parser.add_argument("--readme", help="a Markdown file to write the results into")
     arguments = parser.parse_args()
     cache: Path = arguments.cache
     model, domains = fetch_missing(cache, arguments.model, arguments.domains.split())
     started = time.perf_counter()
     output = build_once(cache / "demo", model, domains, arguments.sparsity)
-    run([sys.executable, str(HERE / "show.py"), str(output), *domains])
+    readme = ["--readme", arguments.readme] if arguments.readme else []
+    run([sys.executable, str(HERE / "show.py"), str(output), *domains, *readme])
     print(
         f"\nDemo finished in {(time.perf_counter() - started) / 60:.1f} minutes, without fetching."
     )

@@ -1,15 +1,23 @@
 """Reload a model with pathways as any user would, and show what each domain's pathway does."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.text import Documents, read_documents
-from hf_sparse_pathways.measure.report import quantile
+from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.measure.report import QualityReport, SpeedReport, quantile, summarise
 from hf_sparse_pathways.measure.speed import benchmark
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+
+Speeds = Sequence[SpeedReport]
 
 SCORED_TOKENS = 3072
 PROMPT_TOKENS = 32
@@ -21,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("domains", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("--readme", type=Path, help="write the results between its markers")
     arguments = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(arguments.folder)
@@ -40,11 +49,36 @@ def main() -> None:
         prompt = held_out_prompt(model, tokenizer, speed.domain, texts[speed.domain])
         for label, domain in (("dense", None), ("pathway", speed.domain)):
             print(f"  {label}: ...{continue_text(model, tokenizer, prompt, domain)!r}")
+    if arguments.readme is not None:
+        write_results(arguments.readme, model, quality, speeds)
     if switch is not None:
         print(f"\nSwitching between two resident domains: {1000 * switch:.3f} ms")
 
 
-def held_out_prompt(model: object, tokenizer: object, domain: str, texts: Documents) -> str:
+def write_results(
+    readme: Path, model: SparsePathwaysForCausalLM, quality: QualityReport, speeds: Speeds
+) -> None:
+    """Put the measured table between the markers of a Markdown file."""
+    first = speeds[0]
+    rows = [row for row in quality.rows if row.role == "dense"]
+    caption = (
+        f"{Path(quality.base).name}, {str(model.dtype).removeprefix('torch.')}, "
+        f"{first.sparsity:.0%} of the FFN neurons removed, {torch.get_num_threads()} CPU threads. "
+        f"Perplexity (ratio to dense) on {min(row.tokens for row in rows)} held-out tokens per "
+        f"domain; speed is the ratio to dense `generate()` at batch 1, the median (quartiles) of "
+        f"{len(first.dense)} alternating rounds."
+    )
+    text = readme.read_text(encoding="utf-8")
+    start, end = "<!-- results: written by `make results` -->", "<!-- /results -->"
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    content = f"{start}\n{caption}\n\n{summarise(quality, speeds)}\n{end}"
+    write_atomically(readme, f"{before}{content}{after}".encode())
+
+
+def held_out_prompt(
+    model: SparsePathwaysForCausalLM, tokenizer: Any, domain: str, texts: Documents
+) -> str:
     """Return the beginning of a document that was not calibrated on, and print it."""
     seen = model.pathways[domain].provenance["text"]["digests"]
     document = max(texts.without(seen).items[:20], key=lambda document: len(document.text))
@@ -54,7 +88,9 @@ def held_out_prompt(model: object, tokenizer: object, domain: str, texts: Docume
     return prompt
 
 
-def continue_text(model: object, tokenizer: object, prompt: str, domain: str | None) -> str:
+def continue_text(
+    model: SparsePathwaysForCausalLM, tokenizer: Any, prompt: str, domain: str | None
+) -> str:
     """Generate greedily with one domain's neurons, or densely for None."""
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, domain=domain, do_sample=False, max_new_tokens=NEW_TOKENS)

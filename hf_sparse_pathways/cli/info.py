@@ -19,6 +19,7 @@ def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
         typer.echo(json.dumps(describe(folder), indent=2))
     else:
         print_summary(folder)
+        print_blocks(folder)
 
 
 def describe(source: str | PathLike[str]) -> dict[str, Any]:
@@ -55,32 +56,36 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
 
 
 def print_summary(source: str | PathLike[str]) -> None:
-    """Print what ``describe`` returns as tables."""
+    """Print the base and the domains."""
     facts = describe(source)
     typer.echo(f"pathways of {facts['base']['name'] or 'a model without a name'}")
     typer.echo(f"  base: {facts['base']['summary']}; pathways: {facts['bytes'] / 1e6:.2f} MB")
     if facts["dense_experts"]:
-        layers = len(facts["dense_experts"])
-        typer.echo(f"  routed experts in {layers} layers stay dense")
-    arms = {**facts["domains"], **facts["controls"]}
+        typer.echo(f"  routed experts in {len(facts['dense_experts'])} layers stay dense")
     rows = [
         [
-            name,
+            f"{name} (control)" if name in facts["controls"] else name,
             f"{arm['sparsity']:.1%}",
             f"{arm['flops']:.1%}",
             str(arm["text"].get("tokens", "-")),
             str(arm["text"].get("documents", "-")),
             _shorten(str(arm["text"].get("source", arm.get("method", "-")))),
         ]
-        for name, arm in arms.items()
+        for name, arm in {**facts["domains"], **facts["controls"]}.items()
     ]
     header = ["domain", "sparsity", "FFN FLOPs", "tokens", "documents", "text"]
-    print_table("domains (the last is a control)" if facts["controls"] else "domains", header, rows)
-    layers_table = [
+    print_table("domains", header, rows)
+
+
+def print_blocks(source: str | PathLike[str]) -> None:
+    """Print each FFN block's sparsity under each domain."""
+    facts = describe(source)
+    arms = {**facts["domains"], **facts["controls"]}
+    rows = [
         [block, *(f"{arm['sparsity_per_block'][index]:.1%}" for arm in arms.values())]
         for index, block in enumerate(facts["blocks"])
     ]
-    print_table("sparsity per FFN block", ["block", *arms], layers_table)
+    print_table("sparsity per FFN block", ["block", *arms], rows)
 
 
 def _shorten(text: str, length: int = 40) -> str:

@@ -15,7 +15,6 @@ compares it with zeroed weights on every architecture.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -68,7 +67,8 @@ class Compact:
     outgoing = incoming
 
 
-EXECUTORS: Mapping[str, Executor] = MappingProxyType({"masked": Masked(), "compact": Compact()})
+EXECUTORS: Mapping[str, Executor] = {"masked": Masked(), "compact": Compact()}
+"""A plain dictionary: Dynamo cannot trace a look-up in a mapping proxy."""
 
 
 def resolve_executor(name: str) -> str:

@@ -73,6 +73,8 @@ def fit_rows(rows: Tensor, batch: int, *, expand: bool) -> int | Tensor | None:
                 "entry per row, or a single name for all."
             )
         rows = rows.repeat_interleave(batch // len(rows))
+    if torch.compiler.is_compiling():  # values are not known while a graph is traced
+        return rows
     first = int(rows[0])
     if bool((rows == first).all()):
         return None if first < 0 else first
@@ -89,6 +91,8 @@ def _index(name: Any, names: Sequence[str]) -> int:
 
 def _checked_indices(rows: Tensor, count: int) -> Tensor:
     valid = rows.dim() == 1 and rows.numel() > 0 and not rows.is_floating_point()
+    if valid and torch.compiler.is_compiling():  # values are not known while a graph is traced
+        return rows.long()
     if not valid or bool(((rows < -1) | (rows >= count)).any()):
         raise PathwaysError(
             f"domain as a tensor has to hold one index per row, from -1 (dense) to {count - 1}; "

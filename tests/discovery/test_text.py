@@ -1,0 +1,433 @@
+"""Every kind of text source gives the same documents; a split never shares one."""
+
+import json
+import random
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from hf_sparse_pathways.discovery import text as text_module
+from hf_sparse_pathways.discovery.text import (
+    SECTION_CHARACTERS,
+    Document,
+    Documents,
+    read_documents,
+    spans,
+)
+from hf_sparse_pathways.errors import PathwaysError, TextError
+from tests.texts import documents
+
+TEXTS = documents("code", count=8)
+ROWS = [{"text": text, "id": str(index)} for index, text in enumerate(TEXTS)]
+
+
+def _texts(source, **options):
+    return [document.text for document in read_documents(source, **options).items]
+
+
+def _files(folder, suffix=".txt"):
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{index}{suffix}" for index in range(len(TEXTS))]
+    for path, text in zip(paths, TEXTS, strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def _json_lines(path, rows=ROWS):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _parquet(path, columns=None, **options):
+    columns = {"text": TEXTS} if columns is None else columns
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+class Stream:
+    """An iterable without a length."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+SOURCES = {
+    "strings": lambda folder: TEXTS,
+    "tuple": lambda folder: tuple(TEXTS),
+    "generator": lambda folder: (text for text in TEXTS),
+    "rows": lambda folder: ROWS,
+    "stream of rows": lambda folder: Stream(),
+    "content column": lambda folder: [{"content": t, "url": "x"} for t in TEXTS],
+    "text beats content": lambda folder: [{"content": "no", "text": t} for t in TEXTS],
+    "only column": lambda folder: [{"body": t, "stars": 3} for t in TEXTS],
+    "paths": lambda folder: _files(folder),
+    "paths as strings": lambda folder: [str(path) for path in _files(folder)],
+    "folder": lambda folder: _files(folder)[0].parent,
+    "folder as string": lambda folder: str(_files(folder)[0].parent),
+    "markdown": lambda folder: _files(folder, ".md")[0].parent,
+    "python": lambda folder: _files(folder, ".py")[0].parent,
+    "upper case suffix": lambda folder: _files(folder, ".TXT")[0].parent,
+    "glob": lambda folder: f"{_files(folder)[0].parent}/*.txt",
+    "glob of an unknown suffix": lambda folder: f"{_files(folder, '.xyz')[0].parent}/[0-9].xyz",
+    "recursive glob": lambda folder: f"{_files(folder / 'deep')[0].parents[1]}/**/*.txt",
+    "jsonl": lambda folder: _json_lines(folder / "rows.jsonl"),
+    "jsonl of strings": lambda folder: _json_lines(folder / "rows.jsonl", TEXTS),
+    "jsonl with blank lines": lambda folder: _spaced(_json_lines(folder / "rows.jsonl")),
+    "parquet": lambda folder: _parquet(folder / "rows.parquet"),
+    "parquet in row groups": lambda folder: _parquet(folder / "a.parquet", row_group_size=3),
+    "Dataset": lambda folder: datasets.Dataset.from_list(ROWS),
+    "IterableDataset": lambda folder: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    "Documents": lambda folder: read_documents(TEXTS),
+}
+
+
+def _spaced(path):
+    path.write_text(path.read_text().replace("\n", "\n\n  \n"))
+    return path
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_gives_the_same_documents(kind, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    read = read_documents(SOURCES[kind](folder))
+    assert [document.text for document in read.items] == TEXTS
+    assert [d.digest for d in read.items] == [d.digest for d in read_documents(TEXTS).items]
+    assert read.source
+    json.dumps(read.source)
+
+
+LITERALS = {
+    "words": "a literal text, no file",
+    "one word": "hello",
+    "slash and spaces": "either and/or both are fine",
+    "glob characters": "Is this **bold**? Yes [it is]",
+    "several lines": "one\n/two.txt\n",
+    "suffix and spaces": "see main.py",
+    "a long line": "word " * 100,
+    "a long line with a question": "what? " * 100,
+    "a tilde": "~approximately five words",
+    "a NUL": "some\0thing else",
+    "very long": "word " * 500,
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_string_that_names_no_file_is_a_text(name):
+    assert _texts(LITERALS[name]) == [LITERALS[name]]
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_strings_of_a_list_are_texts(name):
+    assert _texts([LITERALS[name], "another"]) == [LITERALS[name], "another"]
+
+
+def test_a_long_line_that_ends_like_a_file_is_a_text_in_a_list():
+    line = "word " * 100 + "main.py"
+    assert _texts([line]) == [line]
+
+
+MISSING = {
+    "file": lambda folder: str(folder / "absent.txt"),
+    "bare file name": lambda folder: "absent.txt",
+    "path": lambda folder: folder / "absent",
+    "path with spaces": lambda folder: folder / "not there",
+    "folder": lambda folder: f"{folder}/absent/",
+    "glob": lambda folder: f"{folder}/*.txt",
+    "glob path": lambda folder: folder / "*.md",
+    "user's home": lambda folder: "~nobody-of-that-name/a.txt",
+    "empty folder": lambda folder: folder,
+    "listed path": lambda folder: [folder / "absent.txt"],
+    "listed jsonl": lambda folder: [folder / "absent.jsonl"],
+    "listed parquet": lambda folder: [folder / "absent.parquet"],
+    "listed folder": lambda folder: [folder],
+    "listed string": lambda folder: [str(folder / "absent.txt")],
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_missing_path_is_refused_by_name(kind, tmp_path):
+    source = MISSING[kind](tmp_path)
+    with pytest.raises(TextError) as caught:
+        read_documents(source)
+    assert str(source[0] if isinstance(source, list) else source) in str(caught.value)
+
+
+def test_a_folder_is_read_recursively_and_only_known_suffixes(tmp_path):
+    nested = tmp_path / "a" / "b.txt"  # a folder with a file's suffix
+    nested.mkdir(parents=True)
+    (nested / "inner.md").write_text("inner")
+    (tmp_path / "top.txt").write_text("top")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG text")
+    (tmp_path / "no_suffix").write_text("no suffix")
+    (tmp_path / "binary.txt").write_bytes(b"abc\0def")
+    _json_lines(tmp_path / "rows.jsonl", [{"text": "row"}])
+    _parquet(tmp_path / "rows.parquet", {"text": ["cell"]})
+    assert sorted(_texts(tmp_path)) == ["cell", "inner", "row", "top"]
+    assert _texts(tmp_path / "no_suffix") == ["no suffix"]
+
+
+@pytest.mark.parametrize("name", ["picture.png", "binary.bin"])
+def test_a_folder_without_a_known_suffix_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"some text")
+    with pytest.raises(TextError, match="suffix"):
+        read_documents(tmp_path)
+
+
+EMPTY = {
+    "empty string": "",
+    "blank string": " \n\t ",
+    "empty list": [],
+    "blank texts": ["", "  ", "\n"],
+    "rows of None": [{"text": "  "}, {"text": None}],
+    "empty dataset": datasets.Dataset.from_dict({"text": []}),
+    "empty generator": iter(()),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_a_source_without_text_is_refused(kind):
+    with pytest.raises(TextError, match="no text"):
+        read_documents(EMPTY[kind])
+
+
+def test_a_binary_file_alone_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("utf-16 is no UTF-8".encode("utf-16"))
+    with pytest.raises(TextError, match=r"a\.txt"):
+        read_documents(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("source", [None, 5, 1.5, b"bytes", {"text": "x"}, [5], [None], [b"x"]])
+def test_what_is_no_text_source_is_refused(source):
+    with pytest.raises(TextError):
+        read_documents(source)
+
+
+@pytest.mark.parametrize(
+    "row", [{"title": "a", "body": "b"}, {"ids": [1, 2]}, {}], ids=["two strings", "none", "empty"]
+)
+@pytest.mark.parametrize("wrap", [list, iter], ids=["list", "iterator"])
+def test_rows_without_a_clear_text_column_are_refused_with_their_columns(row, wrap):
+    with pytest.raises(TextError) as caught:
+        read_documents(wrap([row]))
+    assert all(name in str(caught.value) for name in row)
+
+
+@pytest.mark.parametrize("empty", [None, float("nan")])
+@pytest.mark.parametrize("column", ["text", "content"])
+def test_an_empty_first_row_does_not_decide_the_column(column, empty):
+    rows = [{column: empty, "id": "a"}, {column: "a real document", "id": "b"}]
+    assert "a real document" in _texts(rows)
+    assert "b" not in _texts(rows)
+
+
+def test_blank_and_duplicate_documents_count_once():
+    read = _texts(["a", "b", "a", " ", " a\n", "", "b"])
+    assert sorted(text.strip() for text in read) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    text = json.dumps({"text": "hello"}) if suffix == ".jsonl" else "hello"
+    (tmp_path / f"a{suffix}").write_text(text, encoding="utf-8-sig")
+    assert _texts(tmp_path / f"a{suffix}") == ["hello"]
+
+
+def test_invalid_utf8_is_replaced(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    assert _texts(tmp_path / "a.txt") == ["caf\ufffd au lait"]
+
+
+def test_digests_ignore_outer_space_and_take_any_text():
+    assert Document(" a \n", "x").digest == Document("a", "y").digest
+    assert Document("a", "x").digest != Document("b", "x").digest
+    assert Document("lone \ud83d surrogate", "x").digest
+
+
+CORRUPT = {
+    "truncated jsonl": ("a.jsonl", b'{"text": "one"}\n{"text": "tw'),
+    "no json": ("a.jsonl", b"hello\n"),
+    "number": ("a.jsonl", b"5\n"),
+    "deep nesting": ("a.jsonl", b"[" * 100_000),
+    "huge number": ("a.jsonl", b"1" * 5000),
+    "empty parquet": ("a.parquet", b""),
+    "text as parquet": ("a.parquet", b"hello " * 100),
+    "magic alone": ("a.parquet", b"PAR1PAR1"),
+}
+
+
+@pytest.mark.parametrize("kind", CORRUPT)
+def test_a_corrupt_file_is_a_text_error_that_names_it(kind, tmp_path):
+    name, content = CORRUPT[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TextError, match=name):
+        read_documents(tmp_path / name)
+
+
+def test_the_line_of_corrupt_jsonl_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": oops}\n')
+    with pytest.raises(TextError, match="line 3"):
+        read_documents(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9, 0.99])
+def test_truncated_parquet_is_a_text_error(tmp_path, fraction):
+    whole = _parquet(tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: int(len(whole) * fraction)])
+    with pytest.raises(TextError, match=r"a\.parquet"):
+        read_documents(tmp_path / "a.parquet")
+
+
+def test_parquet_with_invalid_utf8_is_a_text_error_or_read(tmp_path):
+    options = {"compression": "none", "use_dictionary": False}
+    path = _parquet(tmp_path / "a.parquet", {"text": ["needle in hay"]}, **options)
+    whole = path.read_bytes()
+    assert whole.count(b"needle in") >= 1
+    path.write_bytes(whole.replace(b"needle in", b"\xff" * 9))
+    try:
+        read_documents(path)
+    except TextError as error:
+        assert "a.parquet" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_CHARACTERS"])
+def test_a_source_that_is_too_large_is_read_in_part(monkeypatch, tmp_path, limit):
+    monkeypatch.setattr(text_module, limit, 3)
+    source = TEXTS if limit == "MAX_ROWS" else _files(tmp_path / "f")[0].parent
+    read = _texts(source)
+    assert len(read) == (3 if limit == "MAX_ROWS" else 1)
+    assert read == _texts(source)
+    assert read == [text for text in TEXTS if text in read], "the source's order"
+    assert len({tuple(_texts(source, seed=seed)) for seed in range(8)}) > 1
+
+
+def test_a_stream_that_is_too_long_is_cut(monkeypatch):
+    monkeypatch.setattr(text_module, "MAX_ROWS", 3)
+    assert _texts(Stream()) == TEXTS[:3]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_a_split_is_disjoint_and_complete(fraction, count):
+    read = read_documents(documents("law", count=count))
+    calibration, held_out = read.split(fraction)
+    mine, theirs = ({d.digest for d in part.items} for part in (calibration, held_out))
+    assert mine
+    assert theirs
+    assert not mine & theirs
+    assert mine | theirs == {document.digest for document in read.items}
+    assert len(theirs) == min(max(1, round(fraction * count)), count - 1)
+    for part in (calibration, held_out):
+        assert [d for d in read.items if d in part.items] == list(part.items), "order kept"
+
+
+def test_a_split_is_independent_of_order_and_duplicates():
+    texts = documents("law", count=30)
+    shuffled = texts + texts[:7]
+    random.Random(1).shuffle(shuffled)
+    for seed in (0, 1):
+        parts = (read_documents(source).split(0.3, seed) for source in (texts, shuffled))
+        first, second = ([{d.digest for d in part.items} for part in pair] for pair in parts)
+        assert first == second
+
+
+def test_a_split_survives_added_documents_mostly():
+    texts = documents("law", count=100)
+    before = {d.digest for d in read_documents(texts[:90]).split(0.2)[1].items}
+    after = {d.digest for d in read_documents(texts).split(0.2)[1].items}
+    assert len(before & after) >= 0.7 * len(before)
+
+
+def test_splits_are_deterministic_and_seeds_differ():
+    read = read_documents(documents("law", count=30))
+    held_out = [read.split(0.3, seed)[1].items for seed in (0, 0, 1, 2)]
+    assert held_out[0] == held_out[1]
+    assert len({held_out[0], held_out[2], held_out[3]}) == 3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(PathwaysError, match="held_out"):
+        read_documents(TEXTS).split(fraction)
+
+
+def test_a_single_short_document_cannot_be_split():
+    with pytest.raises(TextError, match="too few"):
+        read_documents("short").split(0.5)
+
+
+def test_a_single_long_document_is_cut_into_sections_and_split():
+    text = "\n".join(documents("code", count=200))
+    read = read_documents(text)
+    assert "".join(document.text for document in read.items) == text
+    assert len(read.items) > len(text) // SECTION_CHARACTERS
+    assert max(len(document.text) for document in read.items) <= SECTION_CHARACTERS
+    assert len({document.origin for document in read.items}) == len(read.items)
+    calibration, held_out = read.split(0.2)
+    assert calibration.items
+    assert held_out.items
+    assert not {d.digest for d in calibration.items} & {d.digest for d in held_out.items}
+
+
+def test_many_documents_are_not_cut():
+    long = "\n".join(documents("code", count=200))
+    assert _texts([long, *TEXTS]) == [long, *TEXTS]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [("word " * 800) * 5, "begin" + " " * 20_000 + "end"],
+    ids=["repetitive", "blank in the middle"],
+)
+def test_sections_are_distinct_and_not_blank(text):
+    read = read_documents(text)
+    assert all(document.text.strip() for document in read.items)
+    assert len({document.digest for document in read.items}) == len(read.items)
+
+
+def test_a_repetitive_document_is_never_split_into_nothing():
+    read = read_documents(("word " * 800) * 5)
+    try:
+        parts = read.split(0.2)
+    except TextError:
+        return
+    assert all(part.items for part in parts)
+
+
+def test_without_removes_by_digest_and_is_pure():
+    read = read_documents(TEXTS)
+    first, *rest = read.items
+    assert read.without([first.digest]) == Documents(items=tuple(rest), source=read.source)
+    assert len(read.items) == len(TEXTS)
+
+
+def _random_text(seed):
+    generator = random.Random(seed)
+    alphabet = generator.choice(["ab", "a \n", "word\n\n ", "é\u2028 \t.", " "])
+    return "".join(generator.choices(alphabet, k=generator.randrange(0, 300)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 50, 299, 1000])
+def test_spans_cover_the_text_without_overlap(length):
+    for seed in range(60):
+        text = _random_text(seed)
+        pieces = list(spans(text, length))
+        assert "".join(text[start:end] for start, end in pieces) == text
+        assert all(0 < end - start <= length for start, end in pieces)
+        assert [end for _, end in pieces[:-1]] == [start for start, _ in pieces[1:]]
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "first"),
+    [
+        ("aaaa bbbb\ncccc dddd\n\neeee ffff", 22, "aaaa bbbb\ncccc dddd\n"),
+        ("aaaa bbbb\ncccc dddd\n\neeee ffff", 13, "aaaa bbbb\n"),
+        ("aaaa bbbb cccc", 11, "aaaa bbbb "),
+        ("aaaabbbbcccc", 5, "aaaab"),
+    ],
+)
+def test_spans_end_at_a_paragraph_a_line_or_a_space(text, length, first):
+    start, end = next(iter(spans(text, length)))
+    assert text[start:end] == first
