@@ -158,7 +158,7 @@ _CLASSES: dict[type[PreTrainedConfig], type[SparsePathwaysConfig]] = {}
 def config_class_for(base: type[PreTrainedConfig]) -> type[SparsePathwaysConfig]:
     """Return the class made from ``SparsePathwaysConfig`` and a base's, registered when made."""
     if base not in _CLASSES:
-        from hf_sparse_pathways.modeling.model import register_models
+        from hf_sparse_pathways.modeling.classes import register_models
 
         name = f"SparsePathways{base.__name__}"
         namespace = {"model_type": base.model_type, "__module__": __name__, "__doc__": base.__doc__}

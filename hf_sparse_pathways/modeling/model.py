@@ -7,29 +7,18 @@ registered with the auto classes. Building one swaps the leaves of its FFN block
 the base's own code runs.
 """
 
-import copy
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
@@ -42,6 +31,11 @@ from hf_sparse_pathways.ffn.choices import (
 from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import UNSET, Unset, fit_rows, resolve_domain
+from hf_sparse_pathways.modeling.structure import (
+    check_convertible,
+    check_undispatched,
+    copy_structure,
+)
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
@@ -52,8 +46,6 @@ else:
     _Base = object
 
 Domain = str | Sequence[str | None] | Tensor | None
-
-CLASS_PREFIX = "SparsePathways"
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -151,17 +143,20 @@ class SparsePathwaysModel(_Base):
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _enter(self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Push the choice for one forward pass; return the previous head."""
-        expand = False
-        if isinstance(domain, Unset):
-            ambient = find_choice(self._attachment.key)
-            if ambient is None:
-                chosen = self._resolve(self.config.default_domain)
-            else:
-                chosen, expand = ambient.pathway, ambient.expand
-        else:
-            chosen = self._resolve(domain)
+    def _chosen(self, domain: Domain | Unset) -> tuple[int | Tensor | None, bool]:
+        """Return what a call that names ``domain`` computes, and whether its rows may expand."""
+        if not isinstance(domain, Unset):
+            return self._resolve(domain), False
+        ambient = find_choice(self._attachment.key)
+        if ambient is None:
+            return self._resolve(self.config.default_domain), False
+        return ambient.pathway, ambient.expand
+
+    def enter_forward(
+        self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make the choice for one forward pass; return what ``restore_choices`` takes after it."""
+        chosen, expand = self._chosen(domain)
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, _batch_size(args, kwargs), expand=expand)
         if isinstance(chosen, Tensor):
@@ -184,14 +179,23 @@ class SparsePathwaysModel(_Base):
     # -- saving and loading -----------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: "str | PathLike[str]", push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: "str | PathLike[str]",
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save weights, configuration and pathways; see the base for the other arguments."""
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.pathways.save_pretrained(save_directory)
+        pathways = self.pathways
+        names = ("repo_id", "commit_message", "private", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            pathways.save_pretrained(save_directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            hub.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(**hub, token=kwargs.get("token"))
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -222,6 +226,7 @@ class SparsePathwaysModel(_Base):
             ArtefactError: There are no pathways, or they are corrupt or of a newer format.
             MismatchError: They were made for another model.
         """
+        resolve_executor(executor or "auto")
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -267,15 +272,15 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         """
         resolve_executor(executor)
         pathways.check_fits(model)
-        _check_convertible(model)
+        check_convertible(model)
         config = SparsePathwaysConfig.from_base(
             model.config,
             domains=pathways.domains,
             default_domain=default_domain,
             executor=executor,
         )
-        sparse = _copy_structure(model, {id(model.config): config})
-        sparse.__class__ = model_class_for(type(model), type(config))
+        sparse = copy_structure(model, {id(model.config): config})
+        sparse.__class__ = _model_class(type(model), type(config))
         sparse._attachment = Attachment(sparse)
         sparse.set_pathways(pathways)
         return sparse
@@ -286,9 +291,9 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         Raises:
             UnsupportedModelError: An adapter wraps a leaf, or the model is dispatched.
         """
-        _check_undispatched(self)
+        check_undispatched(self)
         base_config = self.config.base_config
-        dense = _copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
+        dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()
         del dense._attachment, dense._pathways
         dense.__class__ = type(self).__bases__[1]
@@ -360,13 +365,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
         """Make the choice for a whole generation; rows are repeated for beams."""
-        if isinstance(domain, Unset):
-            ambient = find_choice(self._attachment.key)
-            chosen = (
-                self._resolve(self.config.default_domain) if ambient is None else ambient.pathway
-            )
-        else:
-            chosen = self._resolve(domain)
+        chosen, _ = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, _batch_size(args, kwargs), expand=False)
         previous = push_choice(self._attachment.key, chosen, expand=True)
@@ -374,71 +373,6 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             yield
         finally:
             restore_choices(previous)
-
-
-_CLASSES: dict[tuple[type, type], Any] = {}
-
-
-def model_class_for(
-    base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]
-) -> type[SparsePathwaysModel]:
-    """Return the class made from ours and a base's, with a ``forward`` that takes ``domain``."""
-    if (base, config_class) not in _CLASSES:
-        ours = SparsePathwaysForCausalLM if base.can_generate() else SparsePathwaysModel
-        namespace = {
-            "__module__": __name__,
-            "__doc__": base.__doc__,
-            "config_class": config_class,
-            "forward": _forward_with_domain(base.forward),
-        }
-        made = type(f"{CLASS_PREFIX}{base.__name__}", (ours, base), namespace)
-        _CLASSES[base, config_class] = made
-    return _CLASSES[base, config_class]
-
-
-def register_models(base: type[PreTrainedConfig], made: type[SparsePathwaysConfig]) -> None:
-    """Register the models of a configuration class with the auto classes."""
-    for auto, mapping in (
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-        (AutoModel, MODEL_MAPPING),
-    ):
-        if base in mapping:
-            model_class = _first(mapping[base])
-            _share_conversion(model_class)
-            auto.register(made, model_class_for(model_class, made), exist_ok=True)
-
-
-def _share_conversion(base: type[PreTrainedModel]) -> None:
-    """Convert our class's checkpoints as the base's, where that is kept by the class's name."""
-    conversion = get_checkpoint_conversion_mapping(base.__name__)
-    if conversion is not None:
-        name = f"{CLASS_PREFIX}{base.__name__}"
-        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
-
-
-def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a ``forward`` with the base's signature and a keyword ``domain``.
-
-    The signature matters: ``generate`` and ``Trainer`` read it to decide what they pass.
-    """
-
-    @functools.wraps(base_forward)
-    def forward(self: Any, *args: Any, domain: Any = UNSET, **kwargs: Any) -> Any:
-        previous = self._enter(domain, args, kwargs)
-        try:
-            return base_forward(self, *args, **kwargs)
-        finally:
-            restore_choices(previous)
-
-    signature = inspect.signature(base_forward)
-    parameters = list(signature.parameters.values())
-    named = inspect.Parameter("domain", inspect.Parameter.KEYWORD_ONLY, default=UNSET)
-    last = len(parameters)
-    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        last -= 1
-    parameters.insert(last, named)
-    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return forward
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -450,48 +384,6 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1
 
 
-def _copy_structure(model: nn.Module, replaced: dict[int, Any]) -> Any:
-    """Copy the modules of a model, sharing its parameters and buffers.
-
-    Args:
-        model: The model; unchanged.
-        replaced: ``id(object) -> stand-in`` for objects that the copy has instead.
-    """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**shared, **replaced})
-
-
-def _check_convertible(model: nn.Module) -> None:
-    base, config = type(model), getattr(model, "config", None)
-    if isinstance(model, SparsePathwaysModel):
-        raise UnsupportedModelError(
-            f"{base.__name__} has pathways already: use set_pathways, or to_dense() first."
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"{base.__name__} has a {type(config).__name__}, from which AutoModelForCausalLM could "
-            "not load a saved model again. Only models that it loads by themselves fit."
-        )
-    known = _first(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    if base is not known:
-        raise UnsupportedModelError(
-            f"{base.__name__} cannot be given pathways: it has to be a {known.__name__}, as "
-            "AutoModelForCausalLM returns it, not a bare decoder, a classifier or an adapter "
-            "model (merge that first)."
-        )
-    _check_undispatched(model)
-
-
-def _check_undispatched(model: nn.Module) -> None:
-    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
-    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UnsupportedModelError(
-            f"The model is already dispatched to {', '.join(devices) or 'devices'}, and its hooks "
-            "would bypass the pathways. Load it with SparsePathwaysForCausalLM.from_pretrained("
-            "base, pathways=..., device_map=...), which attaches them before dispatch."
-        )
-
-
 def _read_pathways(
     pathways: "Pathways | str | PathLike[str] | None",
     beside: "str | PathLike[str]",
@@ -500,18 +392,20 @@ def _read_pathways(
     """Return pathways as given, from their own place, or from beside the weights."""
     if isinstance(pathways, Pathways):
         return pathways
-    if pathways is not None:
-        token = {"token": kwargs["token"]} if kwargs.get("token") is not None else {}
-        return Pathways.from_pretrained(pathways, **token)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    return Pathways.from_pretrained(beside, **hub)
+    if pathways is None:
+        return Pathways.from_pretrained(beside, **hub)
+    for name in ("revision", "subfolder"):  # those of the weights' repository
+        hub.pop(name, None)
+    return Pathways.from_pretrained(pathways, **hub)
 
 
-def _first(entry: Any) -> Any:
-    """Return the class that an auto mapping's entry stands for."""
-    return entry[0] if isinstance(entry, (list, tuple)) else entry
+def _model_class(base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]) -> Any:
+    from hf_sparse_pathways.modeling.classes import model_class_for
+
+    return model_class_for(base, config_class)
 
 
 def _new_model(base: type[PreTrainedModel], config_base: type[PreTrainedConfig]) -> Any:
-    made = model_class_for(base, config_class_for(config_base))
+    made = _model_class(base, config_class_for(config_base))
     return made.__new__(made)

@@ -66,15 +66,13 @@ WRONG_VALUES = [
     *((("domains", 0), value) for value in WRONG),
     *((("domains", 0, "name"), value) for value in (None, True, 5, [], {}, "law")),
     *((("domains", 0, "tokens"), value) for value in (*WRONG, "999", [9.5] * 3, ["9"] * 3)),
-    *((("domains", 0, "tokens", 1), value) for value in (*WRONG[:5], *WRONG[6:], 0, "5")),
-    *((("domains", 0, "provenance"), value) for value in (*WRONG[:8],)),
+    *((("domains", 0, "tokens", 1), value) for value in (None, True, 0, -1, 1.5, "5", [], {})),
+    *((("domains", 0, "provenance"), value) for value in WRONG[:8]),
 ]
 
 
 @pytest.mark.parametrize(("keys", "value"), WRONG_VALUES, ids=str)
 def test_a_value_of_the_wrong_kind_is_refused(path, keys, value):
-    if keys[-2:] == ("tokens", 1) and value == 5:
-        value = 2**70  # a count may be any whole number that statistics could have
     set_field(path, keys, value)
     _assert_refused(path)
 

@@ -1,0 +1,96 @@
+"""The classes made at run time: one per base model class, registered with the auto classes.
+
+Such a class derives from ours and from the base's, and differs from the latter in ``forward`` alone,
+which takes ``domain``. Transformers decides some things by a class's module or name; those are
+handed on from the base.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+)
+
+from hf_sparse_pathways.ffn.choices import restore_choices
+from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+from hf_sparse_pathways.modeling.domains import UNSET
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM, SparsePathwaysModel
+from hf_sparse_pathways.modeling.structure import first_class
+
+CLASS_PREFIX = "SparsePathways"
+
+_CLASSES: dict[tuple[type, type], Any] = {}
+
+
+def model_class_for(
+    base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]
+) -> type[SparsePathwaysModel]:
+    """Return the class made from ours and a base's, with a ``forward`` that takes ``domain``."""
+    if (base, config_class) not in _CLASSES:
+        ours = SparsePathwaysForCausalLM if base.can_generate() else SparsePathwaysModel
+        namespace = {
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+            "config_class": config_class,
+            "forward": _forward_with_domain(base.forward),
+        }
+        made = type(f"{CLASS_PREFIX}{base.__name__}", (ours, base), namespace)
+        _CLASSES[base, config_class] = made
+    return _CLASSES[base, config_class]
+
+
+def register_models(base: type[PreTrainedConfig], made: type[SparsePathwaysConfig]) -> None:
+    """Register the models of a configuration class with the auto classes."""
+    for auto, mapping in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModel, MODEL_MAPPING),
+    ):
+        if base in mapping:
+            model_class = first_class(mapping[base])
+            _share_conversion(model_class)
+            auto.register(made, model_class_for(model_class, made), exist_ok=True)
+
+
+def _share_conversion(base: type[PreTrainedModel]) -> None:
+    """Convert our class's checkpoints as the base's, where that is kept by the class's name."""
+    conversion = get_checkpoint_conversion_mapping(base.__name__)
+    if conversion is not None:
+        name = f"{CLASS_PREFIX}{base.__name__}"
+        register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
+
+
+def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``forward`` with the base's signature and a keyword ``domain``.
+
+    The signature matters: ``generate`` and ``Trainer`` read it to decide what they pass.
+    """
+
+    @functools.wraps(base_forward)
+    def forward(self: Any, *args: Any, domain: Any = UNSET, **kwargs: Any) -> Any:
+        previous = self.enter_forward(domain, args, kwargs)
+        try:
+            return base_forward(self, *args, **kwargs)
+        finally:
+            restore_choices(previous)
+
+    signature = inspect.signature(base_forward)
+    parameters = list(signature.parameters.values())
+    named = inspect.Parameter("domain", inspect.Parameter.KEYWORD_ONLY, default=UNSET)
+    last = len(parameters)
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        last -= 1
+    parameters.insert(last, named)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward

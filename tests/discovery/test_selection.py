@@ -1,0 +1,339 @@
+"""Selections against naive ones, and their counts exactly."""
+
+import copy
+import json
+import math
+import random
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy
+import pytest
+import torch
+
+from hf_sparse_pathways.discovery.profiling import Profile, profile
+from hf_sparse_pathways.discovery.scores import SCORES, ScoreInput
+from hf_sparse_pathways.discovery.selection import DEFAULT_SPARSITY, keep_best, make_rule, select
+from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
+from tests.architectures import build, tiny_llama
+from tests.discovery.profiles import random_profile
+from tests.texts import documents, tiny_tokenizer
+
+MODEL = tiny_llama()
+PROFILE = random_profile(MODEL)
+BLOCKS = len(PROFILE.base.blocks)
+NAN = float("nan")
+
+
+def _kept(pathways, domain):
+    return [int(mask.sum()) for mask in pathways[domain].keep]
+
+
+def _keep(pathways, domain):
+    return [mask.tolist() for mask in pathways[domain].keep]
+
+
+def _naive_best(scores, sparsity):
+    """Return the mask of the best neurons, by sorting."""
+    count = max(1, len(scores) - round(sparsity * len(scores)))
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[:count]
+    return [index in best for index in range(len(scores))]
+
+
+def _scores(domain, name, model=MODEL, given=PROFILE):
+    """Return a score's values by its formula, per block, as lists."""
+    values = []
+    for block, statistics in zip(find_blocks(model), given[domain].blocks, strict=True):
+        if name == "mean_abs":
+            values.append((statistics.abs_sum / statistics.tokens).tolist())
+            continue
+        weight = block.outgoing.weight.double()
+        if weight.shape[1] != block.d_ff:  # Conv1D
+            weight = weight.T
+        norms = weight.pow(2).sum(0).sqrt()
+        values.append(((statistics.square_sum / statistics.tokens).sqrt() * norms).tolist())
+    return values
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2_odd", "phi3", "opt", "deepseek_v3"])
+@pytest.mark.parametrize("score", ["mean_abs", "wanda"])
+def test_the_best_neurons_of_each_block_are_kept(architecture, score):
+    model = build(architecture)
+    given = random_profile(model)
+    pathways = select(model, given, sparsity=0.4, score=score)
+    for domain in given.domains:
+        naive = [_naive_best(values, 0.4) for values in _scores(domain, score, model, given)]
+        assert _keep(pathways, domain) == naive
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.0, 0.01, 0.25, 0.3, 1 / 3, 0.5, 0.9, 0.99, 1 - 1e-9])
+def test_the_kept_counts_are_exact(sparsity):
+    pathways = select(MODEL, PROFILE, sparsity=sparsity)
+    for domain in (*PROFILE.domains, POOLED):
+        expected = [max(1, 48 - round(sparsity * 48))] * BLOCKS
+        assert _kept(pathways, domain) == expected
+        assert pathways.sparsity(domain) == pytest.approx(1 - sum(expected) / (48 * BLOCKS))
+        assert pathways.flops(domain) == pytest.approx(sum(expected) / (48 * BLOCKS))
+
+
+@pytest.mark.parametrize("wrap", [list, tuple])
+def test_each_block_may_have_its_own_sparsity(wrap):
+    fractions = [0.0, 0.5, 0.9]
+    pathways = select(MODEL, PROFILE, sparsity=wrap(fractions))
+    assert _kept(pathways, "code") == [48 - round(f * 48) for f in fractions]
+    assert pathways["code"].provenance["sparsity"] == fractions
+
+
+def test_defaults_are_wanda_at_the_default_sparsity():
+    plain, named = (
+        select(MODEL, PROFILE, **options)
+        for options in ({}, {"sparsity": DEFAULT_SPARSITY, "score": "wanda"})
+    )
+    assert _keep(plain, "law") == _keep(named, "law")
+    assert plain["law"].provenance == named["law"].provenance
+    paper, named = (
+        select(MODEL, PROFILE, percentile=50, score=score) for score in (None, "mean_abs")
+    )
+    assert _keep(paper, "law") == _keep(named, "law")
+
+
+def test_smaller_pathways_lie_in_larger_ones():
+    kept = [_keep(select(MODEL, PROFILE, sparsity=s), "code") for s in (0.2, 0.5, 0.8)]
+    for large, small in zip(kept, kept[1:], strict=False):
+        pairs = zip(sum(large, []), sum(small, []), strict=True)
+        assert all(outer or not inner for outer, inner in pairs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_ties_do_not_change_the_count(count):
+    for sparsity in (0.0, 0.3, 0.5, 0.99):
+        kept = keep_best(torch.zeros(count), sparsity)
+        assert int(kept.sum()) == max(1, count - round(sparsity * count))
+
+
+def _naive_percentile(blocks, percentile, pool):
+    """Remove what scores below the percentile, by counting; keep each block's best."""
+    masks = []
+    everything = sorted(value for block in blocks for value in block)
+    for block in blocks:
+        ranked = sorted(block) if pool == "layer" else everything
+        below = math.ceil(Fraction(percentile) * len(ranked) / 100)
+        threshold = ranked[min(below, len(ranked) - 1)]
+        masks.append([value >= threshold or value == max(block) for value in block])
+    return masks
+
+
+@pytest.mark.parametrize("pool", ["layer", "model"])
+@pytest.mark.parametrize("percentile", [0, 10, 25, 50.0, 62.5, 75, 90, 99, 99.99])
+def test_the_percentile_rule_equals_a_naive_one(percentile, pool):
+    pathways = select(MODEL, PROFILE, percentile=percentile, pool=pool)
+    for domain in PROFILE.domains:
+        naive = _naive_percentile(_scores(domain, "mean_abs"), percentile, pool)
+        assert _keep(pathways, domain) == naive
+
+
+@pytest.mark.parametrize("percentile", range(100))
+def test_a_percentile_removes_that_many_of_a_hundred(percentile):
+    rule, _ = make_rule(None, percentile, "layer", 1)
+    scores = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
+    assert int((~rule([scores])[0]).sum()) == percentile
+
+
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+def test_percentiles_are_those_of_numpy(percentile):
+    rule, _ = make_rule(None, percentile, "layer", 1)
+    scores = torch.rand(1001, generator=torch.Generator().manual_seed(0)).double()
+    threshold = numpy.percentile(scores.numpy(), percentile, method="higher")
+    assert rule([scores])[0].tolist() == (scores.numpy() >= threshold).tolist()
+
+
+def test_a_block_of_low_scores_keeps_its_best_neuron():
+    rule, _ = make_rule(None, 50, "model", 2)
+    low, high = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([5.0, 6.0, 7.0])
+    assert [mask.tolist() for mask in rule([low, high])] == [[False, True, False], [True] * 3]
+
+
+def test_a_users_function_is_given_the_block(monkeypatch):
+    given = []
+
+    def smallest_mean(block):
+        given.append(block)
+        return -block.statistics.mean
+
+    pathways = select(MODEL, PROFILE, sparsity=0.5, score=smallest_mean)
+    for position, statistics in enumerate(PROFILE["law"].blocks):
+        naive = _naive_best((-statistics.sum / statistics.tokens).tolist(), 0.5)
+        assert pathways["law"].keep[position].tolist() == naive
+    assert pathways["law"].provenance["score"] == "smallest_mean"
+    assert all(isinstance(block, ScoreInput) for block in given)
+    leaves = [block.outgoing.weight for block in find_blocks(MODEL)]
+    for index, block in enumerate(given):
+        assert block.down.dtype == torch.float32
+        assert torch.equal(block.down, leaves[index % BLOCKS])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "phi3"])
+def test_down_is_oriented_the_same_for_every_layout(architecture):
+    model, shapes = build(architecture).bfloat16(), []
+
+    def spy(block):
+        shapes.append((tuple(block.down.shape), block.down.dtype))
+        return block.statistics.mean
+
+    select(model, random_profile(model, ["code"]), score=spy)
+    expected = [((b.d_out, b.d_ff), torch.float32) for b in find_blocks(model)]
+    assert shapes == expected
+
+
+BAD_SCORES = {
+    "short": lambda block: block.statistics.mean[:-1],
+    "two dimensions": lambda block: block.statistics.mean[None],
+    "list": lambda block: block.statistics.mean.tolist(),
+    "None": lambda block: None,
+    "NaN": lambda block: block.statistics.mean * NAN,
+    "one NaN": lambda block: block.statistics.mean.clone().index_fill_(0, torch.tensor(3), NAN),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SCORES)
+@pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"percentile": 50}])
+def test_bad_scores_are_refused(kind, rule):
+    with pytest.raises(PathwaysError, match="Score"):
+        select(MODEL, PROFILE, score=BAD_SCORES[kind], **rule)
+
+
+UNKNOWN = {
+    "score": ({"score": "wanda2"}, "wanda"),
+    "score with a percentile": ({"score": "mean_ab", "percentile": 50}, "mean_abs"),
+    "pool": ({"percentile": 50, "pool": "layers"}, "layer"),
+    "model pool": ({"percentile": 50, "pool": "modle"}, "model"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_name_is_refused_with_a_hint(kind):
+    options, hint = UNKNOWN[kind]
+    with pytest.raises(UnknownNameError, match=rf"Did you mean '{hint}'\?"):
+        select(MODEL, PROFILE, **options)
+
+
+BAD_SPARSITY = [-0.1, 1.0, 1, True, NAN, float("inf"), -float("inf"), "x", "xxx", "0.3", {}, b"abc"]
+
+
+@pytest.mark.parametrize("sparsity", BAD_SPARSITY, ids=repr)
+def test_a_sparsity_out_of_range_is_refused(sparsity):
+    with pytest.raises(PathwaysError, match="sparsit"):
+        select(MODEL, PROFILE, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", BAD_SPARSITY, ids=repr)
+def test_a_sparsity_out_of_range_in_a_list_is_refused(sparsity):
+    with pytest.raises(PathwaysError, match="sparsity"):
+        select(MODEL, PROFILE, sparsity=[0.1, sparsity, 0.1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_a_list_of_another_length_is_refused_with_both_numbers(count):
+    with pytest.raises(PathwaysError, match=rf"{count} sparsities .* {BLOCKS} FFN blocks"):
+        select(MODEL, PROFILE, sparsity=[0.1] * count)
+
+
+@pytest.mark.parametrize("percentile", [-1, 100, 150, NAN, float("inf"), True, "x", "50"], ids=repr)
+def test_a_percentile_out_of_range_is_refused(percentile):
+    with pytest.raises(PathwaysError, match="percentile"):
+        select(MODEL, PROFILE, percentile=percentile)
+
+
+def test_two_rules_are_refused():
+    with pytest.raises(PathwaysError, match="not both"):
+        select(MODEL, PROFILE, sparsity=0.3, percentile=50)
+
+
+def test_random_is_seeded_and_differs_by_domain_and_block():
+    first, again = (select(MODEL, PROFILE, sparsity=0.5, score="random") for _ in range(2))
+    other = select(MODEL, PROFILE, sparsity=0.5, score="random", seed=1)
+    assert _keep(first, "code") == _keep(again, "code")
+    assert _keep(first, "code") != _keep(other, "code")
+    masks = [tuple(mask) for name in ("code", "law", POOLED) for mask in _keep(first, name)]
+    assert len(set(masks)) == len(masks)
+
+
+def test_random_does_not_depend_on_the_statistics_or_other_domains():
+    alone = select(MODEL, random_profile(MODEL, ["law"], seed=9), score="random")
+    assert _keep(alone, "law") == _keep(select(MODEL, PROFILE, score="random"), "law")
+
+
+def test_selecting_does_not_touch_the_global_generator():
+    state = torch.get_rng_state()
+    python = random.getstate()
+    select(MODEL, PROFILE, score="random")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+
+
+@pytest.mark.parametrize(
+    "rule", [{"sparsity": 0.3}, {"percentile": 60}, {"percentile": 60, "pool": "model"}]
+)
+def test_the_pooled_control_is_selected_from_all_text_together(rule):
+    tokenizer = tiny_tokenizer()
+    texts = {name: documents(name, 6, words) for name, words in (("code", 9), ("law", 25))}
+    options = {"max_length": 64, "batch_size": 1}
+    apart = profile(MODEL, tokenizer, texts, **options)
+    together = profile(MODEL, tokenizer, {"all": sum(texts.values(), [])}, **options)
+    pathways = select(MODEL, apart, **rule)
+    assert pathways.domains == ["code", "law"]
+    assert list(pathways.controls) == [POOLED]
+    assert _keep(pathways, POOLED) == _keep(select(MODEL, together, **rule), "all")
+    text = pathways[POOLED].provenance["text"]
+    assert text["tokens"] == together["all"].tokens
+    assert text["digests"] == together["all"].provenance["digests"]
+
+
+def test_one_domain_has_no_pooled_control():
+    assert not select(MODEL, random_profile(MODEL, ["law"])).controls
+
+
+def test_a_profile_of_another_model_is_refused_with_both_shapes():
+    other = build("gpt2")
+    with pytest.raises(MismatchError) as caught:
+        select(MODEL, random_profile(other))
+    message = str(caught.value)
+    for part in ("gpt2 with 3 FFN blocks", "d_ff 128", "llama with 3 FFN blocks", "d_ff 48"):
+        assert part in message
+
+
+def test_a_profile_of_other_widths_is_refused_with_the_first_difference():
+    blocks = list(PROFILE.base.blocks)
+    blocks[1] = replace(blocks[1], d_ff=47)
+    other = Profile(base=replace(PROFILE.base, blocks=tuple(blocks)), by_domain=PROFILE.by_domain)
+    with pytest.raises(MismatchError, match=r"layers\.1\..*32 -> 47.*32 -> 48"):
+        select(MODEL, other)
+
+
+def test_the_provenance_says_how_and_from_what():
+    pathways = select(MODEL, PROFILE, percentile=50, pool="model", seed=3)
+    for domain in PROFILE.domains:
+        assert pathways[domain].provenance == {
+            "method": "score",
+            "score": "mean_abs",
+            "percentile": 50,
+            "pool": "model",
+            "seed": 3,
+            "text": PROFILE[domain].provenance,
+        }
+    assert pathways[POOLED].provenance["text"]["digests"] == ["code1", "code2", "law1", "law2"]
+    json.dumps(pathways["code"].provenance, allow_nan=False)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_selecting_is_pure_and_fits_the_model(score):
+    weights, given = copy.deepcopy(MODEL.state_dict()), copy.deepcopy(PROFILE)
+    pathways = select(MODEL, PROFILE, score=score)
+    assert isinstance(pathways, Pathways)
+    pathways.check_fits(MODEL)
+    assert all(torch.equal(MODEL.state_dict()[name], weights[name]) for name in weights)
+    for domain in given.domains:
+        for mine, theirs in zip(PROFILE[domain].blocks, given[domain].blocks, strict=True):
+            assert torch.equal(mine.abs_sum, theirs.abs_sum)
