@@ -34,18 +34,18 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def parse_texts(pairs: list[str]) -> dict[str, str]:
-    """Turn ``NAME=PATH`` options into a dictionary.
+def parse_texts(pairs: list[str]) -> dict[str, Path]:
+    """Turn ``NAME=PATH`` options into a dictionary; a path may be a glob.
 
     Raises:
         PathwaysError: One has no ``=``, or a name stands twice.
     """
-    texts: dict[str, str] = {}
+    texts: dict[str, Path] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not separator or not name or not path:
             raise PathwaysError(f"--domain {pair!r} does not fit; write --domain NAME=PATH.")
         if name in texts:
             raise PathwaysError(f"--domain {name!r} was given twice; use one glob or folder.")
-        texts[name] = path
+        texts[name] = Path(path)
     return texts

@@ -1,5 +1,6 @@
 """``sparse-pathways profile``: take the activation profile of each domain's text."""
 
+from pathlib import Path
 from typing import Any
 
 from hf_sparse_pathways.cli import options as opt
@@ -43,7 +44,7 @@ def run(  # noqa: PLR0913
     print_line(f"{taken} -> {output}")
 
 
-def calibration_texts(texts: dict[str, str], held_out: float, seed: int) -> dict[str, Any]:
+def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
     """Read each domain's documents and set some aside, which ``evaluate`` will find again."""
     from hf_sparse_pathways.discovery.text import read_documents
 

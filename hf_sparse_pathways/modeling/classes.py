@@ -1,8 +1,8 @@
 """The classes made at run time: one per base model class, registered with the auto classes.
 
-Such a class derives from ours and from the base's, and differs from the latter in ``forward`` alone,
-which takes ``domain``. Transformers decides some things by a class's module or name; those are
-handed on from the base.
+Such a class derives from ours and from the base's; only its ``forward`` is new: the base's, with
+``domain``. Transformers decides some things by a class's module or name; those are handed on from
+the base.
 """
 
 import functools

@@ -78,6 +78,8 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
                 "pathways=FOLDER."
             )
         return local
+    if Path(source).is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
+        raise ArtefactError(f"There is no folder {str(source)!r}. Check the path.")
     try:
         found = cached_file(str(source), name, **hub)
     except OSError as error:

@@ -15,6 +15,7 @@ from tests.pathways.corruption import (
     flipped,
     read_meta,
     set_field,
+    taken,
 )
 
 
@@ -60,20 +61,24 @@ def test_a_missing_field_is_refused(path, keys):
     _assert_refused(path)
 
 
-WRONG_VALUES = [
-    *((("base",), value) for value in WRONG),
-    *((("domains",), value) for value in WRONG if value != []),
-    *((("domains", 0), value) for value in WRONG),
-    *((("domains", 0, "name"), value) for value in (None, True, 5, [], {}, "law")),
-    *((("domains", 0, "tokens"), value) for value in (*WRONG, "999", [9.5] * 3, ["9"] * 3)),
-    *((("domains", 0, "tokens", 1), value) for value in (None, True, 0, -1, 1.5, "5", [], {})),
-    *((("domains", 0, "provenance"), value) for value in WRONG[:8]),
-]
+WRONG_VALUES = {
+    ("base",): WRONG,
+    ("domains",): [value for value in WRONG if value != []],
+    ("domains", 0): WRONG,
+    ("domains", 0, "name"): (None, True, 5, [], {}),
+    ("domains", 0, "tokens"): (*WRONG, "999", [9.5] * 3, ["9"] * 3, [9] * 4),
+    ("domains", 0, "tokens", 1): (None, True, 0, -1, 1.5, "5", [], {}),
+    ("domains", 0, "provenance"): WRONG[:8],
+}
 
 
-@pytest.mark.parametrize(("keys", "value"), WRONG_VALUES, ids=str)
-def test_a_value_of_the_wrong_kind_is_refused(path, keys, value):
-    set_field(path, keys, value)
+@pytest.mark.parametrize("keys", WRONG_VALUES, ids=str)
+def test_values_of_the_wrong_kind_are_refused(path, keys):
+    assert taken(path, keys, WRONG_VALUES[keys], Profile, ArtefactError) == []
+
+
+def test_a_domain_that_stands_twice_is_refused(path):
+    set_field(path, ("domains", 0, "name"), "law")
     _assert_refused(path)
 
 

@@ -157,3 +157,19 @@ FILES = {
 
 WRONG = (None, True, 5, -1, 1.5, "x", [], ["x"], {}, {"x": 1})
 """One value of every JSON type, or two: a field takes some and has to refuse the others."""
+
+
+def taken(path, keys, values, artefact, refused):
+    """Return those values of a field with which the artefact is read without complaint.
+
+    Any other exception than the refusals is raised.
+    """
+    read = []
+    for value in values:
+        set_field(path, keys, value)
+        try:
+            artefact.from_pretrained(path.parent)
+        except refused:
+            continue
+        read.append(value)
+    return read
