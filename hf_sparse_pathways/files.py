@@ -21,17 +21,26 @@ from hf_sparse_pathways.errors import ArtefactError
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place, then rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _write_together({path: content})
+
+
+def _write_together(contents: dict[Path, bytes]) -> None:
+    """Write every file beside its place before the first is renamed there."""
+    staged: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(staged[path], 0o666 & ~mask)
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in staged.values():
+            Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -40,8 +49,7 @@ def write_pair(json_path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     described = {**meta, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(json_path.with_suffix(".safetensors"), data)
-    write_atomically(json_path, f"{text}\n".encode())
+    _write_together({json_path.with_suffix(".safetensors"): data, json_path: f"{text}\n".encode()})
 
 
 def read_pair(
@@ -85,12 +93,22 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: The file is missing, or is not one JSON object of finite numbers.
     """
+    data = _read(path)
     try:
-        value = json.loads(_read(path).decode(), parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path.name} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ArtefactError(f"{path.name} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer and generated texts of three domains, small enough for tests/architectures.py."""
+"""A tiny tokenizer and generated texts of three domains, for the models of architectures.py."""
 
 import random
 import string
@@ -9,21 +9,17 @@ from transformers import PreTrainedTokenizerFast
 from tests.architectures import VOCAB
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-SHARED = tuple("the of and a to in is that for with as on by it from was are this be at".split())
-WORDS = {
-    "code": tuple(
-        """def return class import loop value list index print none true false lambda yield
-        async raise float tuple string object""".split()  # noqa: SIM905
-    ),
-    "law": tuple(
-        """court judge appeal statute plaintiff contract clause breach verdict counsel tort
-        liable motion ruling petition evidence witness sentence treaty damages""".split()  # noqa: SIM905
-    ),
-    "medicine": tuple(
-        """patient dose renal fever acute lesion biopsy tumour cardiac therapy symptom
-        chronic plasma nerve vaccine insulin artery trauma clinic syndrome""".split()  # noqa: SIM905
-    ),
+_SHARED = "the of and a to in is that for with as on by it from was are this be at"
+_WORDS = {
+    "code": """def return class import loop value list index print none true false lambda yield
+        async raise float tuple string object""",
+    "law": """court judge appeal statute plaintiff contract clause breach verdict counsel tort
+        liable motion ruling petition evidence witness sentence treaty damages""",
+    "medicine": """patient dose renal fever acute lesion biopsy tumour cardiac therapy symptom
+        chronic plasma nerve vaccine insulin artery trauma clinic syndrome""",
 }
+SHARED = tuple(_SHARED.split())
+WORDS = {domain: tuple(words.split()) for domain, words in _WORDS.items()}
 CHARACTERS = "\n " + string.ascii_letters + string.digits + string.punctuation[:-1]
 
 

@@ -32,7 +32,7 @@ def run(  # noqa: PLR0913
         str | None, typer.Option(help="wanda, mean_abs or random. [wanda; mean_abs by percentile]")
     ] = None,
     max_tokens: opt.MaxTokens = MAX_TOKENS,
-    max_length: opt.MaxLength = 512,
+    max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,

@@ -18,7 +18,7 @@ def run(  # noqa: PLR0913
         bool, typer.Option(help="Measure pooled, random and other domains' pathways too.")
     ] = True,
     max_tokens: Annotated[int, typer.Option(help="Scored tokens per domain and arm.")] = 8192,
-    max_length: opt.MaxLength = 512,
+    max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 4,
     seed: opt.Seed = 0,
     seen: Annotated[

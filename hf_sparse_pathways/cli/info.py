@@ -47,10 +47,10 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
     provenance = dict(pathways[name].provenance)
     text = {key: value for key, value in provenance.pop("text", {}).items() if key != "digests"}
     return {
+        **provenance,
         "sparsity": pathways.sparsity(name),
         "flops": pathways.flops(name),
         "sparsity_per_block": pathways.sparsity(name, per_block=True),
-        **provenance,
         "text": text,
     }
 

@@ -68,13 +68,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    earlier = partial.with_suffix(".earlier")
+    earlier = partial.with_name(f"{partial.name}.earlier")
     try:
         yield partial
         partial.chmod(0o755)
         if folder.exists():
             folder.rename(earlier)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)

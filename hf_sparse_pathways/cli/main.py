@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.version import __version__
 
 app = typer.Typer(
@@ -46,10 +45,11 @@ def main() -> None:
     """Run a command."""
     try:
         app()
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        sys.exit(130)
-    except (PathwaysError, OSError, ValueError, ImportError, MemoryError) as error:
+    except SystemExit as stopped:
+        if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word
+            sys.stderr.write("interrupted; nothing was written\n")
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever a model or a file throws, one line says it)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.stderr.write(f"error: {' '.join(line.strip() for line in lines[:3])}\n")
         sys.exit(1)

@@ -22,7 +22,9 @@ Texts = Annotated[
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in DIR.")]
 MaxTokens = Annotated[int, typer.Option(help="Calibration tokens per domain.")]
-MaxLength = Annotated[int, typer.Option(help="Most tokens per window.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Most tokens per window. [512, or the model's positions]")
+]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
 HeldOut = Annotated[
     float, typer.Option(help="Fraction of each domain's documents kept for evaluation.")

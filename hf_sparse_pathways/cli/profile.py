@@ -16,7 +16,7 @@ def run(  # noqa: PLR0913
     domain: opt.Texts,
     output: opt.Output,
     max_tokens: opt.MaxTokens = MAX_TOKENS,
-    max_length: opt.MaxLength = 512,
+    max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,

@@ -26,13 +26,14 @@ from hf_sparse_pathways.discovery.windows import (
     count_tokens,
     draw_windows,
     make_batches,
+    resolve_length,
 )
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.files import check_finite, read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.storage import base_from_json, base_to_json
+from hf_sparse_pathways.pathways.storage import base_from_json, base_to_json, check_entries
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
@@ -208,12 +209,15 @@ class Profile:
         meta, tensors = read_pair(path, path.with_suffix(".safetensors"), FORMAT_VERSION)
         try:
             base = base_from_json(meta["base"])
+            check_entries(meta["domains"])
             by_domain = {
                 str(entry["name"]): _restored(entry, f"{index}", base, tensors)
                 for index, entry in enumerate(meta["domains"])
             }
         except (KeyError, TypeError, IndexError) as error:
             raise ArtefactError(f"{path} lacks or misuses {error}.") from error
+        if len(by_domain) < len(meta["domains"]):
+            raise ArtefactError(f"{path} names a domain twice.")
         return cls(base=base, by_domain=by_domain)
 
     def __repr__(self) -> str:
@@ -227,7 +231,7 @@ def profile(  # noqa: PLR0913
     texts: Mapping[str, TextSource],
     *,
     max_tokens: int = 65536,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> Profile:
@@ -239,7 +243,7 @@ def profile(  # noqa: PLR0913
         texts: Domain name -> text source (see ``read_documents``). All of it is calibration text:
             hold out what you evaluate on.
         max_tokens: Most tokens per domain, drawn at random over all of its documents.
-        max_length: Most tokens per window.
+        max_length: Most tokens per window; by default 512, or the model's positions if fewer.
         batch_size: Windows per forward pass.
         seed: Decides which windows are drawn.
 
@@ -251,6 +255,7 @@ def profile(  # noqa: PLR0913
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
+    max_length = resolve_length(model, max_length)
     drawn = {}
     for domain, source in texts.items():
         documents = read_documents(source, seed=seed)
@@ -407,6 +412,10 @@ def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> di
 def _restored(
     entry: dict[str, Any], prefix: str, base: BaseModel, tensors: dict[str, Tensor]
 ) -> DomainProfile:
+    counts = entry["tokens"]
+    whole = isinstance(counts, list) and all(type(count) is int and count > 0 for count in counts)
+    if not whole or len(counts) != len(base.blocks):
+        raise ArtefactError(f"Domain {entry['name']!r}: tokens have to be one count per block.")
     blocks = []
     for position, shape in enumerate(base.blocks):
         values = {name: tensors[f"{prefix}.{position}.{name}"] for name in TENSORS}

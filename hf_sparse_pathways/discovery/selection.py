@@ -163,12 +163,13 @@ def keep_best(scores: Tensor, sparsity: float) -> Tensor:
 def _percentile_rule(percentile: float, pool: str) -> Rule:
     if pool not in POOLS:
         raise UnknownNameError("pool", pool, POOLS)
-    if not (math.isfinite(percentile) and 0.0 <= percentile < 100.0):
+    number = isinstance(percentile, (int, float)) and math.isfinite(percentile)
+    if not number or not 0.0 <= percentile < 100.0:
         raise PathwaysError(f"percentile has to be in [0, 100), got {percentile!r}.")
 
     def threshold(scores: Tensor) -> Tensor:
         ranked = scores.sort().values  # quantile() refuses more than 2**24 values
-        return ranked[min(math.ceil(percentile / 100 * len(ranked)), len(ranked) - 1)]
+        return ranked[min(math.ceil(percentile * len(ranked) / 100), len(ranked) - 1)]
 
     def rule(scores: list[Tensor]) -> list[Tensor]:
         common = threshold(torch.cat(scores)) if pool == "model" else None

@@ -8,6 +8,7 @@ too few documents to split, long ones are cut into sections, and each section is
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,15 +126,20 @@ def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
     files = _matching_files(source)
     if files is not None:
         documents: Iterable[Document] = _read_files(files, seed)
-        described = str(source)
+        described = str(source).encode(errors="replace").decode()  # any bytes may be in a name
     else:
         described = _describe(source)
         items = [source] if isinstance(source, str) else _iterate(source, described)
         documents = _from_items(items, described, seed)
-    unique = {document.digest: document for document in documents if document.text.strip()}
+    unique = _distinct(documents)
     if not unique:
         raise TextError(f"{described} holds no text. Give files or strings with text in them.")
-    return Documents(items=_sections(tuple(unique.values())), source=described)
+    return Documents(items=_distinct(_sections(unique)), source=described)
+
+
+def _distinct(documents: Iterable[Document]) -> tuple[Document, ...]:
+    kept = {document.digest: document for document in documents if document.text.strip()}
+    return tuple(kept.values())
 
 
 def _matching_files(source: TextSource) -> list[Path] | None:
@@ -143,21 +149,27 @@ def _matching_files(source: TextSource) -> list[Path] | None:
     text = str(source)
     if isinstance(source, str) and (len(text) > 1024 or "\n" in text or not text.strip()):
         return None
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
         return _folder_files(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
     if has_magic(text):
         matches = (Path(match) for match in glob(str(path), recursive=True))
-        files = sorted(match for match in matches if match.is_file())
+        files = sorted(match for match in matches if os.path.isfile(match))
         if files or not any(character.isspace() for character in text):
             return _some(files, f"No file matches {text!r}.")
         return None
-    looks_like_a_path = "/" in text or "\\" in text or path.suffix.lower() in FOLDER_SUFFIXES
-    if isinstance(source, Path) or (looks_like_a_path and not any(c.isspace() for c in text)):
+    if isinstance(source, Path) or _looks_like_a_path(text):
         raise TextError(f"There is no file, folder or glob {text!r}. Check the path.")
     return None
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Whether a string without a file of that name is more likely a mistake than a text."""
+    if not text or any(character.isspace() for character in text):
+        return False
+    return "/" in text or "\\" in text or Path(text[-20:]).suffix.lower() in FOLDER_SUFFIXES
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -214,13 +226,17 @@ def _read_text(path: Path) -> str | None:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    try:
+        file = path.open(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TextError(f"{path}, line {number}, is not JSON: {error}.") from error
 
 
@@ -236,7 +252,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise TextError(f"{path} is not a parquet file: {error}") from error
 
 
@@ -257,11 +273,13 @@ def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Docume
         if isinstance(item, dict):
             column = column or _text_column(item, origin)
             text = item.get(column)
-            if text is not None:
-                yield Document(str(text), place)
+            if isinstance(text, str):
+                yield Document(text, place)
         elif isinstance(item, Path) or (isinstance(item, str) and _is_file(item)):
             yield from _read_file(Path(item), seed)
         elif isinstance(item, str):
+            if _looks_like_a_path(item):
+                raise TextError(f"{place}: there is no file {item!r}. Check the path.")
             yield Document(item, place)
         else:
             raise TextError(f"{place} is a {type(item).__name__}, not a text, path or row.")
@@ -281,13 +299,13 @@ def _at_most(items: Any, origin: str, seed: int) -> Iterable[Any]:
 
 def _is_file(text: str) -> bool:
     short = len(text) < 1024 and "\n" not in text
-    return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and Path(text).is_file()
+    return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and os.path.isfile(text)
 
 
 def _text_column(row: dict[str, Any], origin: str) -> str:
     strings = [name for name, value in row.items() if isinstance(value, str)]
     for name in ("text", "content"):
-        if name in strings:
+        if name in strings or (name in row and _is_missing(row[name])):
             return name
     if len(strings) == 1:
         return strings[0]
@@ -295,6 +313,10 @@ def _text_column(row: dict[str, Any], origin: str) -> str:
         f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Rename "
         "the one that holds the documents, or pass a list of its strings."
     )
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value  # NaN, as tables mark what is missing
 
 
 def _sections(documents: tuple[Document, ...]) -> tuple[Document, ...]:

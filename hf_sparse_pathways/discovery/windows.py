@@ -20,6 +20,9 @@ CHARACTERS_PER_TOKEN = 3
 """Cautious: English prose has 4 to 5, code about 3. A span that is too long is halved."""
 
 
+DEFAULT_LENGTH = 512
+
+
 @dataclass(frozen=True)
 class Window:
     """Token ids of a piece of one document."""
@@ -41,6 +44,25 @@ class Batch:
     ids: Tensor
     mask: Tensor
     windows: tuple[Window, ...]
+
+
+def resolve_length(model: Any, max_length: int | None) -> int:
+    """Return the most tokens of a window: as given, or the default within the model's positions.
+
+    Raises:
+        PathwaysError: The model has fewer positions than asked for.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text_config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if max_length is None:
+        return min(DEFAULT_LENGTH, positions)
+    if max_length > positions and hasattr(text_config, "max_position_embeddings"):
+        raise PathwaysError(
+            f"max_length {max_length} is more than the model's {positions} positions. Give at "
+            f"most {positions}."
+        )
+    return max_length
 
 
 def draw_windows(
@@ -81,7 +103,8 @@ def draw_windows(
 
 def _tokenise(text: str, tokenizer: Any, max_length: int) -> Iterator[list[int]]:
     """Yield the token ids of a text, halved until each part fits."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    valid = text.encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
+    ids = list(tokenizer(valid, verbose=False)["input_ids"])
     if len(ids) <= max_length or len(text) < 2:
         yield ids[:max_length]
         return

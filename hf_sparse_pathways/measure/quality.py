@@ -22,13 +22,14 @@ from hf_sparse_pathways.discovery.windows import (
     count_tokens,
     draw_windows,
     make_batches,
+    resolve_length,
 )
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.report import QualityReport, QualityRow
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 
-RANDOM = "random"
+RANDOM = "random:"  # no domain's name holds a colon
 SEEN = ("exclude", "include")
 
 
@@ -39,7 +40,7 @@ def evaluate(  # noqa: PLR0913
     *,
     controls: bool = True,
     max_tokens: int = 16384,
-    max_length: int = 512,
+    max_length: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
     seen: str = "exclude",
@@ -52,11 +53,12 @@ def evaluate(  # noqa: PLR0913
         texts: Domain name -> text source, held out from calibration.
         controls: Whether to measure the pooled, random and other domains' pathways too.
         max_tokens: Most tokens per domain, drawn at random over its documents.
-        max_length: Most tokens per window; each is scored on its own.
+        max_length: Most tokens per window, each scored on its own; by default 512, or the model's
+            positions if fewer.
         batch_size: Windows per forward pass.
         seed: Decides the windows and the random masks.
-        seen: What to do with documents that the pathways were calibrated on: ``"exclude"`` or
-            ``"include"`` them (the report says how many there were).
+        seen: What to do with documents that the pathways were calibrated on: ``"exclude"`` them
+            (the report says how many there were), or ``"include"`` them.
 
     Raises:
         UnknownNameError: A domain that the model does not have.
@@ -70,6 +72,7 @@ def evaluate(  # noqa: PLR0913
     if seen not in SEEN:
         raise UnknownNameError("value of seen", seen, SEEN)
     pathways = model.pathways
+    max_length = resolve_length(model, max_length)
     drawn = {}
     for domain, source in texts.items():
         if domain not in model.domains:
@@ -120,7 +123,7 @@ def _prepared(
     model: SparsePathwaysForCausalLM, pathways: Pathways, seed: int | None
 ) -> Iterator[None]:
     """Give the model random partners of its pathways, and evaluation mode, for a while."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     if seed is not None:
         partners = {
             f"{RANDOM} {name}": random_partner(pathway, seed)
@@ -131,7 +134,8 @@ def _prepared(
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         model.set_pathways(pathways)
 
 
@@ -172,6 +176,11 @@ def _measure(
     with bar:
         for role, name in arms:
             loss, tokens = negative_log_likelihood(model, windows, name, batch_size, bar)
+            if math.isnan(loss):
+                raise PathwaysError(
+                    f"The loss of {name or 'the dense model'!r} on {domain!r} text is NaN. Check "
+                    "the weights, or load them in float32."
+                )
             perplexity = math.exp(min(loss / tokens, 700.0))
             dense = perplexity if name is None else dense
             yield QualityRow(

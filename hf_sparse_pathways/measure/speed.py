@@ -48,9 +48,12 @@ def benchmark(
         UnknownNameError: An unknown domain.
         PathwaysError: A number out of range.
     """
+    if prompt_tokens < 1:
+        raise PathwaysError(f"prompt_tokens has to be positive, got {prompt_tokens}.")
     pathways = model.pathways
     chosen = pathways.subset(domains or pathways.domains)
     timed = chosen if sparsity is None else _random_pathways(chosen, sparsity)
+    timed = pathways.merged(timed)  # the default domain stays one
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
@@ -58,9 +61,9 @@ def benchmark(
     try:
         reports = [
             compare_generation(model, prompt, name, new_tokens=new_tokens, rounds=rounds)
-            for name in timed.domains
+            for name in chosen.domains
         ]
-        first_two = timed.domains[:2]
+        first_two = chosen.domains[:2]
         switch = time_switch(model, *first_two) if len(first_two) == 2 else None
     finally:
         model.set_pathways(pathways)

@@ -70,7 +70,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         values = {"domains": [], "default_domain": None, "executor": "auto", **fields}
         for name, value in {**values, "pathways_format": FORMAT_VERSION}.items():
             setattr(config, name, value)
-        config.check_default_domain()
+        config.check_default_domain(config.domains)
         return config
 
     @classmethod
@@ -129,14 +129,14 @@ class SparsePathwaysConfig(PreTrainedConfig):
             config.__dict__.pop(name, None)
         return config
 
-    def check_default_domain(self) -> None:
-        """Check that the default is one of the domains.
+    def check_default_domain(self, domains: list[str]) -> None:
+        """Check that the default is one of some domains.
 
         Raises:
             UnknownNameError: It is not.
         """
-        if self.default_domain is not None and self.default_domain not in (self.domains or []):
-            raise UnknownNameError("default domain", self.default_domain, self.domains or [])
+        if self.default_domain is not None and self.default_domain not in domains:
+            raise UnknownNameError("default domain", self.default_domain, domains)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the base's class, since the derived one is made at run time."""

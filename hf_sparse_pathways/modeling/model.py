@@ -91,13 +91,14 @@ class SparsePathwaysModel(_Base):
 
         Raises:
             MismatchError: They were made for a model of another shape.
+            UnknownNameError: The default domain is not among them.
         """
         pathways.check_fits(self)
+        self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
         self._attachment.load([pathway.keep for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
-        self.config.check_default_domain()
 
     @property
     def domains(self) -> list[str]:

@@ -5,6 +5,7 @@ Tensors are named ``<domain index>.<block index>.keep``, and ``c<control index>.
 what a pathway holds of a block is listed by name, so that more than a mask can follow.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
 from hf_sparse_pathways.files import read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.pathway import BlockPathway, Pathway, Pathways
@@ -59,6 +60,10 @@ def read_pathways(cls: type[Pathways], source: str | PathLike[str], **hub: Any) 
             by_domain=_restored(meta["domains"], "", base, tensors),
             controls=_restored(meta["controls"], "c", base, tensors),
         )
+    except (ArtefactError, MismatchError):
+        raise
+    except PathwaysError as error:
+        raise ArtefactError(f"{JSON_NAME} in {source}: {error}") from error
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
 
@@ -70,7 +75,7 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
         ArtefactError: There is no such file, folder or repository.
     """
     local = Path(source, hub.get("subfolder") or "", name)
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         if not local.is_file():
             raise ArtefactError(
                 f"{source} has no {name}. A folder with pathways is written by "
@@ -101,14 +106,38 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
     """
     try:
         blocks = tuple(_block_shape(block) for block in data["blocks"])
+        texts = [data["name"], data["model_type"], data["revision"] or "", *data["routed"]]
+        if not blocks or not isinstance(data["routed"], list) or not _all_text(texts):
+            raise TypeError("a value of the wrong kind")
+        if data["revision"] is not None and not isinstance(data["revision"], str):
+            raise TypeError("a revision that is no text")
         return BaseModel(**{**data, "blocks": blocks, "routed": tuple(data["routed"])})
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"The base's description does not fit: {error}.") from error
 
 
+def _all_text(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def check_entries(entries: Any) -> None:
+    """Check the description of a list of domains or controls.
+
+    Raises:
+        ArtefactError: They are no list, or a name is no string, or a provenance no object.
+    """
+    fits = isinstance(entries, list) and all(
+        isinstance(entry["name"], str) and isinstance(entry["provenance"], dict)
+        for entry in entries
+    )
+    if not fits:
+        raise ArtefactError("The list of domains or controls holds a value of the wrong kind.")
+
+
 def _block_shape(data: dict[str, Any]) -> BlockShape:
     widths = [data[field.name] for field in fields(BlockShape) if field.name != "name"]
-    if not all(isinstance(width, int) and 0 < width < 2**31 for width in widths):
+    possible = all(type(width) is int and 0 < width < 2**31 for width in widths)
+    if not possible or not isinstance(data["name"], str):
         raise ArtefactError(f"An FFN block has impossible widths: {data}.")
     return BlockShape(**data)
 
@@ -123,6 +152,7 @@ def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
 def _restored(
     described: list[dict[str, Any]], prefix: str, base: BaseModel, tensors: dict[str, Tensor]
 ) -> dict[str, Pathway]:
+    check_entries(described)
     restored: dict[str, Pathway] = {}
     for index, entry in enumerate(described):
         name = str(entry["name"])

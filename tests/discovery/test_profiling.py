@@ -262,7 +262,7 @@ def test_the_model_is_left_as_it_was(run, mode):
     if mode == "mixed":
         model.transformer.h[1].eval()
     weights = copy.deepcopy(model.state_dict())
-    find_blocks(model)[0].outgoing.register_forward_hook(lambda *args: None)
+    find_blocks(model)[0].outgoing.register_forward_hook(lambda *_: None)
     before = _state(model)
     run(model)
     assert _state(model) == before

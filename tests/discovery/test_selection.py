@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain, pairwise
 
 import numpy
 import pytest
@@ -101,8 +102,8 @@ def test_defaults_are_wanda_at_the_default_sparsity():
 
 def test_smaller_pathways_lie_in_larger_ones():
     kept = [_keep(select(MODEL, PROFILE, sparsity=s), "code") for s in (0.2, 0.5, 0.8)]
-    for large, small in zip(kept, kept[1:], strict=False):
-        pairs = zip(sum(large, []), sum(small, []), strict=True)
+    for large, small in pairwise(kept):
+        pairs = zip(chain(*large), chain(*small), strict=True)
         assert all(outer or not inner for outer, inner in pairs)
 
 
@@ -192,7 +193,7 @@ BAD_SCORES = {
     "short": lambda block: block.statistics.mean[:-1],
     "two dimensions": lambda block: block.statistics.mean[None],
     "list": lambda block: block.statistics.mean.tolist(),
-    "None": lambda block: None,
+    "None": lambda _: None,
     "NaN": lambda block: block.statistics.mean * NAN,
     "one NaN": lambda block: block.statistics.mean.clone().index_fill_(0, torch.tensor(3), NAN),
 }
@@ -282,7 +283,7 @@ def test_the_pooled_control_is_selected_from_all_text_together(rule):
     texts = {name: documents(name, 6, words) for name, words in (("code", 9), ("law", 25))}
     options = {"max_length": 64, "batch_size": 1}
     apart = profile(MODEL, tokenizer, texts, **options)
-    together = profile(MODEL, tokenizer, {"all": sum(texts.values(), [])}, **options)
+    together = profile(MODEL, tokenizer, {"all": [*chain(*texts.values())]}, **options)
     pathways = select(MODEL, apart, **rule)
     assert pathways.domains == ["code", "law"]
     assert list(pathways.controls) == [POOLED]

@@ -54,14 +54,14 @@ class Stream:
 
 
 SOURCES = {
-    "strings": lambda folder: TEXTS,
-    "tuple": lambda folder: tuple(TEXTS),
-    "generator": lambda folder: (text for text in TEXTS),
-    "rows": lambda folder: ROWS,
-    "stream of rows": lambda folder: Stream(),
-    "content column": lambda folder: [{"content": t, "url": "x"} for t in TEXTS],
-    "text beats content": lambda folder: [{"content": "no", "text": t} for t in TEXTS],
-    "only column": lambda folder: [{"body": t, "stars": 3} for t in TEXTS],
+    "strings": lambda _: TEXTS,
+    "tuple": lambda _: tuple(TEXTS),
+    "generator": lambda _: (text for text in TEXTS),
+    "rows": lambda _: ROWS,
+    "stream of rows": lambda _: Stream(),
+    "content column": lambda _: [{"content": t, "url": "x"} for t in TEXTS],
+    "text beats content": lambda _: [{"content": "no", "text": t} for t in TEXTS],
+    "only column": lambda _: [{"body": t, "stars": 3} for t in TEXTS],
     "paths": lambda folder: _files(folder),
     "paths as strings": lambda folder: [str(path) for path in _files(folder)],
     "folder": lambda folder: _files(folder)[0].parent,
@@ -77,9 +77,9 @@ SOURCES = {
     "jsonl with blank lines": lambda folder: _spaced(_json_lines(folder / "rows.jsonl")),
     "parquet": lambda folder: _parquet(folder / "rows.parquet"),
     "parquet in row groups": lambda folder: _parquet(folder / "a.parquet", row_group_size=3),
-    "Dataset": lambda folder: datasets.Dataset.from_list(ROWS),
-    "IterableDataset": lambda folder: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
-    "Documents": lambda folder: read_documents(TEXTS),
+    "Dataset": lambda _: datasets.Dataset.from_list(ROWS),
+    "IterableDataset": lambda _: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    "Documents": lambda _: read_documents(TEXTS),
 }
 
 
@@ -131,13 +131,13 @@ def test_a_long_line_that_ends_like_a_file_is_a_text_in_a_list():
 
 MISSING = {
     "file": lambda folder: str(folder / "absent.txt"),
-    "bare file name": lambda folder: "absent.txt",
+    "bare file name": lambda _: "absent.txt",
     "path": lambda folder: folder / "absent",
     "path with spaces": lambda folder: folder / "not there",
     "folder": lambda folder: f"{folder}/absent/",
     "glob": lambda folder: f"{folder}/*.txt",
     "glob path": lambda folder: folder / "*.md",
-    "user's home": lambda folder: "~nobody-of-that-name/a.txt",
+    "user's home": lambda _: "~nobody-of-that-name/a.txt",
     "empty folder": lambda folder: folder,
     "listed path": lambda folder: [folder / "absent.txt"],
     "listed jsonl": lambda folder: [folder / "absent.jsonl"],

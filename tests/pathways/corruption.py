@@ -139,19 +139,19 @@ FILES = {
     "format missing": lambda path: drop_field(path, ["format"]),
     "format NaN": _field("format", float("nan")),
     **{f"sha {value!r}": _sha(value) for value in ("0" * 64, "", None, 5, [], {})},
-    "tensors empty": _tensors(lambda data: b"", consistent=False),
+    "tensors empty": _tensors(lambda _: b"", consistent=False),
     **{f"tensors cut at {part}": _tensors(lambda data, part=part: data[: int(part * len(data))],
                                           consistent=False) for part in (0.01, 0.5, 0.99)},
     "tensors longer": _tensors(lambda data: data + b"\0", consistent=False),
-    "tensors empty, consistent": _tensors(lambda data: b"", consistent=True),
+    "tensors empty, consistent": _tensors(lambda _: b"", consistent=True),
     **{f"tensors cut at {part}, consistent": _tensors(
         lambda data, part=part: data[: int(part * len(data))], consistent=True)
        for part in (0.01, 0.5, 0.99)},
     "tensors longer, consistent": _tensors(lambda data: data + b"\0", consistent=True),
-    "tensors garbage, consistent": _tensors(lambda data: b"garbage " * 50, consistent=True),
+    "tensors garbage, consistent": _tensors(lambda _: b"garbage " * 50, consistent=True),
     "tensors huge header, consistent": _tensors(
         lambda data: b"\xff" * 8 + data[8:], consistent=True),
-    "tensors none, consistent": _tensors(lambda data: save({}), consistent=True),
+    "tensors none, consistent": _tensors(lambda _: save({}), consistent=True),
 }
 # fmt: on
 

@@ -1,0 +1,244 @@
+"""From text to a measured model, one command after the other."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.profiling import Profile
+from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.version import __version__
+from tests.cli.commands import run, run_well
+from tests.cli.conftest import save_dense
+from tests.texts import tiny_tokenizer
+
+COMMANDS = ("profile", "build", "evaluate", "generate", "benchmark", "info")
+SMALL = ("--prompt-tokens", 2, "--new-tokens", 2, "--rounds", 1)
+
+
+def _info(folder):
+    return json.loads(run_well("info", folder, "--json"))
+
+
+def test_build_writes_a_checkpoint_that_the_auto_classes_load(places):
+    model = AutoModelForCausalLM.from_pretrained(places.built)
+    assert isinstance(model, sp.SparsePathwaysForCausalLM)
+    assert model.domains == ["code", "law"]
+    assert list(model.pathways.controls) == ["pooled"]
+    dense = AutoModelForCausalLM.from_pretrained(places.dense)
+    ids = AutoTokenizer.from_pretrained(places.built)("the court", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, dense(**ids).logits)
+    assert stat.S_IMODE(places.built.stat().st_mode) == 0o755
+    assert sorted(path.name for path in places.built.parent.iterdir()) == [
+        "built",
+        "dense",
+        "texts",
+    ], "nothing else is left beside it"
+
+
+def test_info_says_what_was_built(places):
+    facts = _info(places.built)
+    pathways = sp.Pathways.from_pretrained(places.built)
+    assert facts["base"]["model_type"] == "llama"
+    assert facts["base"]["name"] == str(places.dense)
+    assert list(facts["domains"]) == ["code", "law"]
+    assert list(facts["controls"]) == ["pooled"]
+    for name, arm in {**facts["domains"], **facts["controls"]}.items():
+        assert arm["sparsity"] == pytest.approx(pathways.sparsity(name)) == 0.5
+        assert arm["flops"] == pathways.flops(name)
+        assert arm["sparsity_per_block"] == pathways.sparsity(name, per_block=True)
+        assert "digests" not in arm["text"]
+    assert facts["domains"]["code"]["text"]["documents"] == 8, "two of ten are held out"
+    files = ("pathways.json", "pathways.safetensors")
+    assert facts["bytes"] == sum((places.built / name).stat().st_size for name in files)
+
+
+def test_info_prints_a_row_per_arm_and_block(places):
+    shown = run_well("info", places.built)
+    for word in ("code", "law", "pooled", "50.0%", *_info(places.built)["blocks"]):
+        assert word in shown
+
+
+def test_evaluate_measures_what_build_held_out(places):
+    options = ("--batch-size", 2, "--max-length", 64, "--json")
+    report = json.loads(run_well("evaluate", places.built, *places.texts, *options))
+    roles = ["dense", "pathway", "pooled", "random", "other"]
+    assert [row["role"] for row in report["rows"]] == roles * 2
+    assert {row["documents"] for row in report["rows"]} == {2}
+    assert {row["excluded"] for row in report["rows"]} == {8}
+    held_out = {d.digest for d in read_documents(str(places.code)).split(0.2)[1].items}
+    pathways = sp.Pathways.from_pretrained(places.built)
+    assert not held_out & set(pathways["code"].provenance["text"]["digests"])
+    assert held_out | set(pathways["code"].provenance["text"]["digests"]) == {
+        document.digest for document in read_documents(str(places.code)).items
+    }
+    model = AutoModelForCausalLM.from_pretrained(places.built)
+    texts = {"code": str(places.code), "law": f"{places.law}/*.txt"}
+    own = sp.evaluate(model, tiny_tokenizer(), texts, max_length=64, batch_size=2)
+    assert report == json.loads(json.dumps(own.to_dict()))
+
+
+def test_evaluate_prints_a_table_per_domain(places):
+    shown = run_well("evaluate", places.built, *places.texts, "--no-controls")
+    assert shown.count("pathway code") == 1
+    assert shown.count("pathway law") == 1
+    assert "8 calibration documents left out" in shown
+    assert "random" not in shown
+
+
+def test_generate_equals_the_models_own(places):
+    model = AutoModelForCausalLM.from_pretrained(places.built)
+    tokenizer = AutoTokenizer.from_pretrained(places.built)
+    inputs = tokenizer("the court of", return_tensors="pt")
+    options = ("--prompt", "the court of", "--max-new-tokens", 5)
+    texts = set()
+    for choice, domain in ((("--domain", "law"), "law"), (("--dense",), None), ((), None)):
+        record = json.loads(run_well("generate", places.built, *options, *choice, "--json"))
+        output = model.generate(**inputs, domain=domain, do_sample=False, max_new_tokens=5)[0]
+        new = output[inputs["input_ids"].shape[1] :]
+        assert record == {
+            "domain": domain,
+            "prompt": "the court of",
+            "continuation": tokenizer.decode(new, skip_special_tokens=True),
+            "tokens": len(new),
+        }
+        texts.add(record["continuation"])
+        plain = run_well("generate", places.built, *options, *choice)
+        assert plain == f"the court of{record['continuation']}\n"
+    assert len(texts) == 2, "the pathway changes what is said"
+
+
+def test_generate_reads_stdin_and_samples_by_seed(places):
+    options = ("--max-new-tokens", 8, "--temperature", 2.0)
+    seeds = ["0", "0", "1"]
+    said = [
+        run_well("generate", places.built, *options, "--seed", seed, stdin="the judge")
+        for seed in seeds
+    ]
+    assert all(text.startswith("the judge") for text in said)
+    assert said[0] == said[1] != said[2]
+
+
+def test_benchmark_reports_every_domain(places, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    options = (*SMALL, "--json", "--threads", 1, "--executor", "masked")
+    record = json.loads(run_well("benchmark", places.built, *options))
+    assert [report["domain"] for report in record["generate"]] == ["code", "law"]
+    assert {report["executor"] for report in record["generate"]} == {"masked"}
+    assert {len(report["sparse"]) for report in record["generate"]} == {1}
+    assert isinstance(record["switch_seconds"], float)
+    assert threads == [1]
+    shown = run_well("benchmark", places.built, *SMALL, "--domain", "law", "--sparsity", 0.25)
+    assert "law: dense" in shown
+    assert "sparsity 25%" in shown
+    assert "switching" not in shown
+
+
+def test_build_from_a_profile_equals_build_from_text(places, tmp_path):
+    run_well("profile", places.dense, *places.texts, "--output", tmp_path / "profile")
+    options = ("--sparsity", "0.5", "--output", tmp_path / "built")
+    run_well("build", places.dense, "--profile", tmp_path / "profile", *options)
+    for name in ("pathways.json", "pathways.safetensors", "model.safetensors"):
+        assert (tmp_path / "built" / name).read_bytes() == (places.built / name).read_bytes()
+    assert Profile.from_pretrained(tmp_path / "profile").domains == ["code", "law"]
+
+
+@pytest.mark.parametrize(
+    ("options", "per_block", "recipe"),
+    [
+        (("--sparsity", "0,0.25,0.5"), [0, 0.25, 0.5], {"score": "wanda"}),
+        (("--sparsity", "0.25"), [0.25] * 3, {"method": "score"}),
+        ((), [14 / 48] * 3, {"seed": 0}),
+        (("--percentile", "50"), [0.5] * 3, {"score": "mean_abs", "pool": "layer"}),
+        (("--score", "random", "--sparsity", 0.5, "--seed", 3), [0.5] * 3, {"seed": 3}),
+        (("--held-out", 0, "--sparsity", 0.5), [0.5] * 3, {"method": "score"}),
+    ],
+    ids=["list", "one", "default", "percentile", "random", "nothing held out"],
+)
+def test_build_takes_any_rule(places, tmp_path, options, per_block, recipe):
+    run_well("build", places.dense, *places.texts[:2], *options, "--output", tmp_path / "built")
+    facts = _info(tmp_path / "built")
+    arm = facts["domains"]["code"]
+    assert arm["sparsity"] == pytest.approx(sum(per_block) / 3), "what is removed, not asked for"
+    assert arm["sparsity_per_block"] == pytest.approx(per_block)
+    assert {name: arm[name] for name in recipe} == recipe
+    assert arm["text"]["documents"] == (10 if "--held-out" in options else 8)
+    assert not facts["controls"]
+
+
+def test_build_sets_the_default_domain(places, tmp_path):
+    options = ("--default-domain", "law", "--output", tmp_path / "built")
+    run_well("build", places.dense, *places.texts, *options)
+    said = run_well("generate", tmp_path / "built", "--prompt", "the", "--json")
+    assert json.loads(said)["domain"] == "law"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "phi3"])
+def test_other_architectures_go_all_the_way(places, tmp_path, architecture):
+    save_dense(tmp_path / "dense", architecture)
+    options = ("--max-length", 64, "--output", tmp_path / "built")
+    run_well("build", tmp_path / "dense", *places.texts, *options)
+    options = ("--max-length", 64, "--json")
+    report = json.loads(run_well("evaluate", tmp_path / "built", *places.texts, *options))
+    assert len(report["rows"]) == 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_can_be_chosen(places, dtype):
+    record = json.loads(run_well("benchmark", places.built, *SMALL, "--dtype", dtype, "--json"))
+    assert record["dtype"] == f"torch.{dtype}"
+
+
+def test_version_and_help():
+    assert run_well("--version") == f"sparse-pathways {__version__}\n"
+    shown = run_well("--help")
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    assert f"{command} [OPTIONS]" in run_well(command, "--help")
+
+
+USAGE = {
+    "no command": (),
+    "unknown command": ("bild",),
+    "unknown option": ("info", "x", "--jsn"),
+    "no argument": ("info",),
+    "no output": ("profile", "x", "--domain", "a=b"),
+    "no number": ("build", "x", "--output", "y", "--percentile", "many"),
+    "too small": ("generate", "x", "--max-new-tokens", "0"),
+    "negative temperature": ("generate", "x", "--temperature", "-1"),
+    "no rounds": ("benchmark", "x", "--rounds", "0"),
+}
+
+
+@pytest.mark.parametrize("kind", USAGE)
+def test_wrong_usage_is_status_2(kind):
+    ran = run(*USAGE[kind])
+    assert ran.status == 2
+    assert "Usage" in ran.err + ran.out
+    assert "Traceback" not in ran.err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from hf_sparse_pathways.cli.main import app\n"
+        "for arguments in (['--help'], ['build', '--help']):\n"
+        "    app(arguments, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "Usage" in ran.stdout

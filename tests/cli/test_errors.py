@@ -1,0 +1,359 @@
+"""An error is one line and status 1; nothing half-made is left, nothing foreign is touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_sparse_pathways.cli import loading
+from hf_sparse_pathways.cli.loading import written_whole
+from tests.cli.commands import assert_error, run, run_well
+from tests.cli.conftest import save_dense
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def _content(folder):
+    """Return every path below a folder with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+BUILDS = {
+    "no such model": (("{tmp}/absent", "{texts}"), "absent"),
+    "no such repository": (("nobody/no-such-model-at-all", "{texts}"), "huggingface"),
+    "no domain": (("{dense}",), "--domain"),
+    "domain without =": (("{dense}", "--domain", "code"), "NAME=PATH"),
+    "domain without a name": (("{dense}", "--domain", "=x"), "NAME=PATH"),
+    "domain without a path": (("{dense}", "--domain", "code="), "NAME=PATH"),
+    "domain twice": (("{dense}", "--domain", "code={code}", "--domain", "code=x"), "twice"),
+    "domain and profile": (("{dense}", "{texts}", "--profile", "x"), "--profile"),
+    "bad domain name": (("{dense}", "--domain", "../code={code}"), "../code"),
+    "reserved domain name": (("{dense}", "--domain", "pooled={code}"), "pooled"),
+    "absent text": (("{dense}", "--domain", "code={tmp}/absent.txt"), "absent.txt"),
+    "text too short": (("{dense}", "--domain", "code={code}/code000.txt"), "too few"),
+    "sparsity 1": (("{dense}", "{texts}", "--sparsity", "1"), "sparsity"),
+    "sparsity negative": (("{dense}", "{texts}", "--sparsity=-0.1"), "sparsity"),
+    "sparsity NaN": (("{dense}", "{texts}", "--sparsity", "nan"), "sparsity"),
+    "sparsity words": (("{dense}", "{texts}", "--sparsity", "much"), "--sparsity"),
+    "sparsity list": (("{dense}", "{texts}", "--sparsity", "0.1,0.2"), "3 FFN blocks"),
+    "sparsity comma": (("{dense}", "{texts}", "--sparsity", "0.1,"), "--sparsity"),
+    "two rules": (("{dense}", "{texts}", "--sparsity", "0.1", "--percentile", "5"), "not both"),
+    "percentile 100": (("{dense}", "{texts}", "--percentile", "100"), "percentile"),
+    "unknown pool": (("{dense}", "{texts}", "--percentile", "5", "--pool", "x"), "pool"),
+    "unknown score": (("{dense}", "{texts}", "--score", "wnda"), "Did you mean 'wanda'?"),
+    "unknown dtype": (("{dense}", "{texts}", "--dtype", "float31"), "float32"),
+    "unknown default": (("{dense}", "{texts}", "--default-domain", "lwa"), "'law'"),
+    "held out 1": (("{dense}", "{texts}", "--held-out", "1"), "held_out"),
+    "no tokens": (("{dense}", "{texts}", "--max-tokens", "0"), "max_tokens"),
+    "few tokens": (("{dense}", "{texts}", "--max-tokens", "5"), "5 tokens"),
+    "no length": (("{dense}", "{texts}", "--max-length", "0"), "max_length"),
+    "no batch": (("{dense}", "{texts}", "--batch-size", "0"), "batch_size"),
+    "absent profile": (("{dense}", "--profile", "{tmp}/absent"), "profile.json"),
+    "a model with pathways": (("{built}", "{texts}"), "pathways"),
+}
+
+
+def _filled(arguments, places, tmp):
+    words = []
+    for word in arguments:
+        if word == "{texts}":
+            words.extend(places.texts)
+        else:
+            names = {"dense": places.dense, "code": places.code, "built": places.built}
+            words.append(word.format(**names, tmp=tmp))
+    return words
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_a_failed_build_is_one_line_and_leaves_nothing(places, tmp_path, kind):
+    arguments, part = BUILDS[kind]
+    words = _filled(arguments, places, tmp_path)
+    assert_error(run("build", *words, "--output", tmp_path / "deep" / "out"), part)
+    assert not list(tmp_path.rglob("*out*"))
+
+
+RUNS = {
+    "evaluate an unknown domain": (("evaluate", "{built}", "--domain", "cod={code}"), "'code'"),
+    "evaluate without =": (("evaluate", "{built}", "--domain", "code"), "NAME=PATH"),
+    "evaluate seen text": (
+        ("evaluate", "{built}", "--domain", "code={code}", "--seen", "both"),
+        "'include'",
+    ),
+    "evaluate a plain model": (("evaluate", "{dense}", "--domain", "code={code}"), "pathways.json"),
+    "generate an unknown domain": (
+        ("generate", "{built}", "--prompt", "a", "--domain", "lw"),
+        "'law'",
+    ),
+    "generate both": (
+        ("generate", "{built}", "--prompt", "a", "--domain", "law", "--dense"),
+        "both",
+    ),
+    "generate from nothing": (("generate", "{built}", "--prompt", ""), "empty"),
+    "generate by an unknown executor": (
+        ("generate", "{built}", "--prompt", "a", "--executor", "compct"),
+        "'compact'",
+    ),
+    "generate with a plain model": (("generate", "{dense}", "--prompt", "a"), "pathways.json"),
+    "benchmark an unknown domain": (("benchmark", "{built}", "--domain", "cod"), "'code'"),
+    "benchmark sparsity 1": (("benchmark", "{built}", "--sparsity", "1"), "sparsity"),
+    "info of nothing": (("info", "{tmp}/absent"), "absent"),
+    "info of a plain model": (("info", "{dense}"), "pathways.json"),
+    "info of a file": (("info", "{code}/code000.txt"), "code000.txt"),
+    "info of no repository": (("info", "not a repository !"), "not a repository !"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_failed_command_is_one_line(places, tmp_path, kind):
+    arguments, part = RUNS[kind]
+    assert_error(run(*_filled(arguments, places, tmp_path)), part)
+
+
+def _cut(path, fraction=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
+
+
+def _narrow(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: weights[name][:, :-1].contiguous()}, folder / "model.safetensors")
+
+
+def _set(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+DAMAGES = {
+    "weights cut": lambda f: _cut(f / "model.safetensors"),
+    "weights empty": lambda f: _cut(f / "model.safetensors", 0),
+    "weights absent": lambda f: (f / "model.safetensors").unlink(),
+    "weights of another shape": _narrow,
+    "config cut": lambda f: _cut(f / "config.json"),
+    "config absent": lambda f: (f / "config.json").unlink(),
+    "config of a newer format": lambda f: _set(f / "config.json", pathways_format=99),
+    "config of another base": lambda f: _set(f / "config.json", base_model_type="no_such_type"),
+    "tokenizer cut": lambda f: _cut(f / "tokenizer.json"),
+    "tokenizer absent": lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+    "pathways.json cut": lambda f: _cut(f / "pathways.json"),
+    "pathways.safetensors cut": lambda f: _cut(f / "pathways.safetensors"),
+    "pathways absent": lambda f: (f / "pathways.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_corrupt_folder_is_one_line(copied, damage):
+    DAMAGES[damage](copied)
+    assert_error(run("generate", copied, "--prompt", "the court", "--domain", "law"))
+
+
+@pytest.mark.parametrize(
+    "damage", [name for name in DAMAGES if name.startswith(("weights", "tokenizer", "config cut"))]
+)
+def test_a_corrupt_base_is_one_line(places, tmp_path, damage):
+    dense = Path(shutil.copytree(places.dense, tmp_path / "dense"))
+    DAMAGES[damage](dense)
+    assert_error(run("build", dense, *places.texts, "--output", tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["dense"]
+
+
+def test_a_profile_of_another_model_is_one_line(places, tmp_path):
+    save_dense(tmp_path / "other", "gpt2")
+    options = ("--max-length", 64, "--output", tmp_path / "profile")
+    run_well("profile", tmp_path / "other", *places.texts, *options)
+    ran = run("build", places.dense, "--profile", tmp_path / "profile", "--output", tmp_path / "o")
+    assert_error(ran, "gpt2", "llama")
+
+
+def test_windows_beyond_the_positions_are_one_line(places, tmp_path):
+    save_dense(tmp_path / "dense", "gpt2")
+    long = tmp_path / "long.txt"
+    long.write_text(" ".join(path.read_text() for path in places.code.iterdir()) * 50)
+    options = ("--domain", f"code={long}", "--output", tmp_path / "out", "--max-length", 500)
+    assert_error(run("build", tmp_path / "dense", *options))
+
+
+def test_a_nan_model_is_one_line_and_leaves_nothing(places, tmp_path):
+    dense = Path(shutil.copytree(places.dense, tmp_path / "dense"))
+    weights = load_file(dense / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0] = torch.nan
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    assert_error(run("build", dense, *places.texts, "--output", tmp_path / "out"), "NaN")
+    assert os.listdir(tmp_path) == ["dense"]
+
+
+def _build(places, output, *options):
+    return run("build", places.dense, *places.texts, "--output", output, *options)
+
+
+def test_an_empty_folder_may_be_the_output(places, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert _build(places, tmp_path / "out").status == 0
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "pathways.json").is_file()
+
+
+def test_an_earlier_output_is_replaced_only_if_asked(places, copied):
+    (copied / "leftover.txt").write_text("of the earlier output")
+    before = _content(copied)
+    assert_error(_build(places, copied), "--overwrite")
+    assert _content(copied) == before
+    assert _build(places, copied, "--overwrite", "--sparsity", "0.25").status == 0
+    assert not (copied / "leftover.txt").exists()
+    assert json.loads(run_well("info", copied, "--json"))["domains"]["law"]["sparsity"] == 0.25
+    assert os.listdir(copied.parent) == ["copied"]
+
+
+FOREIGN = {
+    "a folder with a file": lambda path: (path.mkdir(), (path / "notes.txt").write_text("mine")),
+    "a folder with a folder": lambda path: (path / "inner").mkdir(parents=True),
+    "a hidden file": lambda path: (path.mkdir(), (path / ".git").write_text("mine")),
+    "a file": lambda path: path.write_text("mine"),
+    "an empty file": lambda path: path.write_text(""),
+    "the marker is a folder": lambda path: (path / "pathways.json").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)], ids=["plain", "overwrite"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_places_are_never_touched(places, tmp_path, kind, options):
+    FOREIGN[kind](tmp_path / "out")
+    before = _content(tmp_path)
+    assert_error(_build(places, tmp_path / "out", *options), tmp_path / "out")
+    assert _content(tmp_path) == before
+
+
+def test_the_base_is_never_overwritten(places, tmp_path):
+    dense = Path(shutil.copytree(places.dense, tmp_path / "dense"))
+    before = _content(tmp_path)
+    assert_error(run("build", dense, *places.texts, "--output", dense, "--overwrite"))
+    assert _content(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["profile", "build"])
+def test_one_commands_output_is_foreign_to_the_other(places, tmp_path, command):
+    other = {"profile": "build", "build": "profile"}[command]
+    arguments = (places.dense, *places.texts, "--output", tmp_path / "out")
+    run_well(other, *arguments)
+    before = _content(tmp_path)
+    assert_error(run(command, *arguments, "--overwrite"), "not written by this command")
+    assert _content(tmp_path) == before
+    run_well(other, *arguments, "--overwrite")
+
+
+FAILURES = {
+    "saving the model": "transformers.PreTrainedModel.save_pretrained",
+    "saving the tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
+    "saving the pathways": "hf_sparse_pathways.pathways.pathway.Pathways.save_pretrained",
+    "profiling": "hf_sparse_pathways.discovery.profiling.profile",
+    "selecting": "hf_sparse_pathways.discovery.selection.select",
+}
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError(28, "No space left"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_a_build_that_fails_midway_leaves_what_was_there(
+    places, tmp_path, monkeypatch, failure, earlier, error, status
+):
+    if earlier:
+        shutil.copytree(places.built, tmp_path / "out")
+    before = _content(tmp_path)
+
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(FAILURES[failure], fail)
+    ran = _build(places, tmp_path / "out", *(["--overwrite"] if earlier else []))
+    assert ran.status == status
+    assert _content(tmp_path) == before
+    assert len(ran.err.strip().splitlines()) == 1
+
+
+def _write(output, name, text):
+    before = output.exists()
+    with written_whole(output) as folder:
+        assert output.exists() == before
+        (folder / name).write_text("half")
+        (folder / name).write_text(text)
+
+
+def _broken_rename(monkeypatch, call):
+    own, calls = Path.rename, []
+
+    def rename(self, target):
+        calls.append(self)
+        if len(calls) == call:
+            raise OSError(5, "Input/output error")
+        return own(self, target)
+
+    monkeypatch.setattr(loading.Path, "rename", rename)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch, call):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").write_text("hours of work")
+    before = _content(tmp_path)
+    _broken_rename(monkeypatch, call)
+    with pytest.raises(OSError, match="Input/output"):
+        _write(tmp_path / "out", "weights", "new")
+    assert _content(tmp_path) == before
+
+
+def test_the_remains_of_a_crash_do_not_stand_in_the_way(tmp_path):
+    """Another run's folder beside the output is not ours to delete, and no obstacle."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    (tmp_path / ".out.earlier").mkdir()
+    (tmp_path / ".out.earlier" / "a").write_text("of a crashed run")
+    _write(tmp_path / "out", "a", "new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert (tmp_path / ".out.earlier" / "a").read_text() == "of a crashed run"
+
+
+@pytest.mark.parametrize("name", ["out", "v1.2", "deep/er/out"])
+def test_an_output_is_whole_or_absent(tmp_path, name):
+    output = tmp_path / name
+    with pytest.raises(TypeError):
+        _write(output, "a", 5)
+    assert not output.exists()
+    assert all(path.is_dir() for path in tmp_path.rglob("*"))
+    _write(output, "a", "whole")
+    assert os.listdir(output) == ["a"]
+    assert os.listdir(output.parent) == [output.name]
+
+
+def test_a_relative_output_is_where_the_command_started(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _build(places, "out").status == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_real_program_fails_in_one_line(places):
+    program = [sys.executable, "-m", "hf_sparse_pathways.cli.main"]
+    ran = subprocess.run(
+        [*program, "info", str(places.dense)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert ran.stderr.startswith("error: ")

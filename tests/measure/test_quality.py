@@ -1,0 +1,294 @@
+"""Perplexities against a naive computation, and partners that are what they say."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.text import Document, read_documents
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
+from hf_sparse_pathways.measure.quality import evaluate, random_partner
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+from tests.architectures import build, random_masks, zeroed
+from tests.texts import documents, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+# Lengths differ, so that batches are padded; each document is one window.
+TEXTS = {
+    name: [text for words in (2, 9, 15) for text in documents(name, 3, words)]
+    for name in ("code", "law")
+}
+CALIBRATION = {name: documents(name, 4, 20, seed=9) for name in TEXTS}
+
+
+@torch.no_grad()
+def _naive(model, texts):
+    """Return the perplexity and tokens of plain passes over single documents, in float64."""
+    losses = []
+    for text in texts:
+        ids = torch.tensor([TOKENIZER(text)["input_ids"]])
+        logits = model(ids).logits[0, :-1].double()
+        losses.extend(functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist())
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "opt"])
+def case(request):
+    dense = build(request.param)
+    pathways = select(dense, profile(dense, TOKENIZER, CALIBRATION, max_length=64), sparsity=0.5)
+    return dense, sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
+
+
+def _model(masks=None, architecture="llama"):
+    dense = build(architecture)
+    pathways = Pathways.from_masks(dense, masks or random_masks(dense))
+    return sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
+
+
+def _evaluate(model, texts=TEXTS, **options):
+    return evaluate(model, TOKENIZER, texts, **{"max_length": 64, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+def test_perplexities_equal_naive_ones(case, batch_size, executor):
+    dense, model = case
+    model.set_executor(executor)
+    report = _evaluate(model, batch_size=batch_size)
+    assert report.domains == list(TEXTS)
+    for row in report.rows:
+        plain = dense
+        if row.role in ("pathway", "other", "pooled"):
+            plain = zeroed(dense, model.pathways[row.pathway].keep)
+        elif row.role == "random":
+            partner = random_partner(model.pathways[row.domain], 0)
+            plain = zeroed(dense, partner.keep)
+        expected, tokens = _naive(plain, TEXTS[row.domain])
+        assert row.perplexity == pytest.approx(expected, rel=1e-4), (row.domain, row.role)
+        assert (row.tokens, row.documents, row.excluded) == (tokens, len(TEXTS[row.domain]), 0)
+
+
+def test_every_domain_has_its_partners(case):
+    _, model = case
+    report = _evaluate(model)
+    for domain, other in (("code", "law"), ("law", "code")):
+        roles = [(row.role, row.pathway) for row in report.of(domain)]
+        assert roles[:3] == [("dense", None), ("pathway", domain), ("pooled", "pooled")]
+        assert [role for role, _ in roles[3:]] == ["random", "other"]
+        assert roles[4][1] == other
+        dense = report.of(domain)[0]
+        assert (dense.ratio, dense.flops) == (1.0, 1.0)
+        for row in report.of(domain):
+            assert row.ratio == pytest.approx(row.perplexity / dense.perplexity)
+            assert row.tokens == dense.tokens
+            if row.role in ("pathway", "other", "pooled"):
+                assert row.flops == pytest.approx(model.pathways.flops(row.pathway))
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_controls_are_optional_and_pooled_only_where_it_is(case):
+    _, model = case
+    report = _evaluate(model, controls=False)
+    assert [row.role for row in report.rows] == ["dense", "pathway"] * 2
+    assert [row.role for row in _evaluate(_model()).of("law")] == [
+        "dense",
+        "pathway",
+        "random",
+        "other",
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_random_partner_keeps_as_many_of_each_block(seed):
+    model = build("deepseek_v3")
+    pathway = Pathway.from_keep(random_masks(model, keep=0.3)["code"])
+    before = [mask.clone() for mask in pathway.keep]
+    partner, again = (random_partner(pathway, seed) for _ in range(2))
+    for mine, theirs in zip(pathway.blocks, partner.blocks, strict=True):
+        assert mine.kept == theirs.kept
+        assert mine.keep.shape == theirs.keep.shape
+    assert all(map(torch.equal, partner.keep, again.keep))
+    assert not all(map(torch.equal, partner.keep, pathway.keep))
+    assert not all(map(torch.equal, partner.keep, random_partner(pathway, seed + 1).keep))
+    assert all(map(torch.equal, pathway.keep, before))
+
+
+def test_random_rows_cost_what_their_pathway_costs():
+    """Also for names that look like a partner's."""
+    dense = build("llama")
+    masks = {"law": random_masks(dense, ["a"], keep=0.8)["a"]}
+    masks["random law"] = random_masks(dense, ["a"], keep=0.2)["a"]
+    report = _evaluate(_model(masks), {"law": TEXTS["law"]})
+    rows = {row.role: row for row in report.rows}
+    assert rows["random"].flops == rows["pathway"].flops
+    assert rows["random"].perplexity != rows["other"].perplexity
+
+
+def test_the_budget_counts_tokens_and_windows_are_scored_alone():
+    model = _model()
+    report = _evaluate(model, {"code": [" ".join(TEXTS["code"])]}, max_tokens=50, max_length=10)
+    assert {row.tokens for row in report.rows} <= set(range(30, 50)), "one per window is context"
+    whole = _evaluate(model, {"code": [" ".join(TEXTS["code"])]}, max_length=128)
+    assert whole.rows[0].tokens == len(TOKENIZER(" ".join(TEXTS["code"]))["input_ids"]) - 1
+
+
+def test_evaluations_are_deterministic():
+    model = _model()
+    assert _evaluate(model) == _evaluate(model)
+    rows = [_evaluate(model, seed=seed).rows for seed in (0, 1)]
+    random_rows = [[row.perplexity for row in given if row.role == "random"] for given in rows]
+    assert random_rows[0] != random_rows[1]
+
+
+def test_calibration_documents_of_any_domain_are_left_out(case):
+    _, model = case
+    mixed = {"code": [*TEXTS["code"], *CALIBRATION["code"], CALIBRATION["law"][0]]}
+    report = _evaluate(model, mixed)
+    clean = _evaluate(model, {"code": TEXTS["code"]})
+    assert [replace(row, excluded=0) for row in report.rows] == list(clean.rows)
+    assert {row.excluded for row in report.rows} == {5}
+    assert {row.documents for row in report.rows} == {len(TEXTS["code"])}
+
+
+def test_white_space_does_not_hide_a_calibration_document(case):
+    _, model = case
+    mixed = {"law": [*TEXTS["law"], f"\n {CALIBRATION['law'][1]} \n"]}
+    assert {row.excluded for row in _evaluate(model, mixed).rows} == {1}
+
+
+def test_all_seen_is_refused_and_can_be_included(case):
+    _, model = case
+    with pytest.raises(TextError, match=rf"all {len(CALIBRATION['code'])} documents"):
+        _evaluate(model, {"code": CALIBRATION["code"]})
+    report = _evaluate(model, {"code": CALIBRATION["code"]}, seen="include")
+    assert {row.documents for row in report.rows} == {len(CALIBRATION["code"])}
+    expected, _ = _naive(case[0], CALIBRATION["code"])
+    assert report.rows[0].perplexity == pytest.approx(expected, rel=1e-4)
+
+
+def test_held_out_documents_of_a_split_are_unseen():
+    dense = build("llama")
+    read = read_documents([*TEXTS["law"], *CALIBRATION["law"]])
+    calibration, held_out = read.split(0.4)
+    taken = profile(dense, TOKENIZER, {"law": calibration}, max_length=64)
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, select(dense, taken))
+    row = _evaluate(model, {"law": read}).rows[0]
+    assert (row.documents, row.excluded) == (len(held_out.items), len(calibration.items))
+
+
+def _state(model):
+    return [
+        (module.training, list(module._forward_pre_hooks), list(module._forward_hooks))
+        for module in model.modules()
+    ]
+
+
+def _interrupted(model):
+    with pytest.raises(RuntimeError, match="in the middle"):
+        evaluate(model, _Broken(), TEXTS)
+    handle = model.lm_head.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        _evaluate(model)
+    handle.remove()
+
+
+def _fail(*_):
+    raise RuntimeError("in the middle")
+
+
+class _Broken:
+    def __call__(self, *_, **__):
+        _fail()
+
+
+@pytest.mark.parametrize("run", [_evaluate, _interrupted], ids=["evaluated", "interrupted"])
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+def test_the_model_is_left_as_it_was(run, mode):
+    model = _model().train(mode != "eval")
+    if mode == "mixed":
+        model.model.layers[1].eval()
+    model.config.default_domain = "law"
+    before, weights = _state(model), copy.deepcopy(model.state_dict())
+    pathways = model.pathways
+    with model.pathway("code"):
+        run(model)
+        with torch.no_grad():
+            ids = torch.tensor([[5, 6, 7]])
+            assert torch.equal(model(ids).logits, model(ids, domain="code").logits)
+    assert model.pathways is pathways
+    assert model.domains == model.config.domains == ["code", "law"]
+    assert model.config.default_domain == "law"
+    assert _state(model) == before
+    assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_and_the_ambient_pathway_do_not_matter():
+    model = _model(architecture="gpt2")
+    expected = _evaluate(model)
+    model.train()
+    with model.pathway("law"):
+        assert _evaluate(model) == expected
+
+
+def test_plain_models_are_refused():
+    with pytest.raises(PathwaysError, match="LlamaForCausalLM"):
+        _evaluate(build("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"texts": {"cod": "x"}}, "code"),
+        ({"texts": {"code": TEXTS["code"], "lwa": "x"}}, "law"),
+        ({"seen": "included"}, "include"),
+    ],
+    ids=["domain", "second domain", "seen"],
+)
+def test_unknown_names_are_refused_with_a_hint(options, hint):
+    with pytest.raises(UnknownNameError, match=rf"Did you mean '{hint}'\?"):
+        _evaluate(_model(), **options)
+
+
+@pytest.mark.parametrize("texts", [["the"], ["the", "of"]])
+def test_text_without_a_second_token_is_refused(texts):
+    with pytest.raises(TextError, match="two tokens"):
+        _evaluate(_model(), {"code": texts})
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_length", "batch_size"])
+def test_a_number_below_one_is_refused(name):
+    model = _model()
+    pathways = model.pathways
+    with pytest.raises(PathwaysError, match=name):
+        _evaluate(model, **{name: 0})
+    assert model.pathways is pathways
+
+
+def test_nan_weights_are_an_error_and_no_nan_in_a_report():
+    model = _model()
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(PathwaysError, match=r"NaN|finite"):
+        _evaluate(model)
+
+
+def test_a_terrible_model_has_a_finite_perplexity():
+    model = _model()
+    model.lm_head.weight.data *= 1e6
+    report = _evaluate(model)
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert all(row.perplexity > 1e6 for row in report.rows if row.role == "dense")
+
+
+def test_documents_are_taken_as_they_are():
+    model = _model()
+    read = read_documents(TEXTS["code"])
+    assert _evaluate(model, {"code": read}) == _evaluate(model, {"code": TEXTS["code"]})
+    assert all(isinstance(document, Document) for document in read.items)
