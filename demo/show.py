@@ -13,7 +13,13 @@ from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.text import Documents, read_documents
 from hf_sparse_pathways.files import write_atomically
-from hf_sparse_pathways.measure.report import QualityReport, SpeedReport, quantile, summarise
+from hf_sparse_pathways.measure.report import (
+    QualityReport,
+    SpeedReport,
+    describe_switch,
+    quantile,
+    summarise,
+)
 from hf_sparse_pathways.measure.speed import benchmark
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 
@@ -51,8 +57,8 @@ def main() -> None:
             print(f"  {label}: ...{continue_text(model, tokenizer, prompt, domain)!r}")
     if arguments.readme is not None:
         write_results(arguments.readme, model, quality, speeds)
-    if switch is not None:
-        print(f"\nSwitching between two resident domains: {1000 * switch:.3f} ms")
+    if switch:
+        print(f"\n{describe_switch(switch)}")
 
 
 def write_results(

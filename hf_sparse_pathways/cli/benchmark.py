@@ -29,6 +29,7 @@ def run(  # noqa: PLR0913
     model, _ = load_sparse(folder, dtype, executor)
     import torch
 
+    from hf_sparse_pathways.measure.report import describe_switch
     from hf_sparse_pathways.measure.speed import benchmark
 
     if threads is not None:
@@ -52,5 +53,5 @@ def run(  # noqa: PLR0913
         return
     for report in reports:
         typer.echo(str(report))
-    if switch is not None:
-        typer.echo(f"switching between two resident domains: {1000 * switch:.3f} ms")
+    if switch:
+        typer.echo(describe_switch(switch))

@@ -134,6 +134,15 @@ class SpeedReport:
         )
 
 
+def describe_switch(samples: Sequence[float]) -> str:
+    """Say what switching domains costs, from samples in seconds."""
+    low, middle, high = (1000 * quantile(samples, q) for q in (0.25, 0.5, 0.75))
+    return (
+        f"switching between two resident domains: {middle:.2f} ms per step, median of "
+        f"{len(samples)} (quartiles {low:.2f} to {high:.2f})"
+    )
+
+
 def summarise(quality: QualityReport, speeds: Sequence[SpeedReport]) -> str:
     """Render quality and speed as one Markdown table with a row per domain.
 

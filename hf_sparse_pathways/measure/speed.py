@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.selection import check_sparsity, keep_best
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
-from hf_sparse_pathways.measure.report import SpeedReport, quantile
+from hf_sparse_pathways.measure.report import SpeedReport
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
@@ -29,7 +29,7 @@ def benchmark(
     prompt_tokens: int = 16,
     new_tokens: int = 32,
     rounds: int = 7,
-) -> tuple[list[SpeedReport], float | None]:
+) -> tuple[list[SpeedReport], tuple[float, ...]]:
     """Time domains' pathways at batch 1. The model is left as it was.
 
     Args:
@@ -41,8 +41,8 @@ def benchmark(
         rounds: Timed rounds per domain.
 
     Returns:
-        One report per domain, and what switching between the first two adds to a step, in seconds
-        (None with fewer than two domains).
+        One report per domain, and samples of what switching between the first two adds to a step,
+        in seconds (none with fewer than two domains).
 
     Raises:
         UnknownNameError: An unknown domain.
@@ -64,7 +64,7 @@ def benchmark(
             for name in chosen.domains
         ]
         first_two = chosen.domains[:2]
-        switch = time_switch(model, *first_two) if len(first_two) == 2 else None
+        switch = time_switch(model, *first_two) if len(first_two) == 2 else ()
     finally:
         model.set_pathways(pathways)
     return reports, switch
@@ -130,12 +130,12 @@ def compare_generation(
 
 @torch.no_grad()
 def time_switch(
-    model: SparsePathwaysForCausalLM, first: str, second: str, *, steps: int = 60
-) -> float:
+    model: SparsePathwaysForCausalLM, first: str, second: str, *, pairs: int = 60
+) -> tuple[float, ...]:
     """Return what switching between two resident domains adds to a one-token step, in seconds.
 
-    Runs of steps that change the domain every time alternate with runs that keep it; the
-    difference of the medians is the switch.
+    Every pair is a step in the domain of the step before, then one in the other domain; the
+    difference of the two is one sample. Single samples are mostly noise: look at their quartiles.
     """
     token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
 
@@ -146,13 +146,13 @@ def time_switch(
 
     for domain in (first, second):
         step(domain)
-    switched, kept = [], []
-    for index in range(steps):
+    differences = []
+    for index in range(pairs):
         one, other = (first, second) if index % 2 else (second, first)
         step(one)
-        kept.append(step(one))
-        switched.append(step(other))
-    return quantile(switched, 0.5) - quantile(kept, 0.5)
+        kept = step(one)
+        differences.append(step(other) - kept)
+    return tuple(differences)
 
 
 def _alternate(

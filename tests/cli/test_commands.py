@@ -133,7 +133,7 @@ def test_benchmark_reports_every_domain(places, monkeypatch):
     assert [report["domain"] for report in record["generate"]] == ["code", "law"]
     assert {report["executor"] for report in record["generate"]} == {"masked"}
     assert {len(report["sparse"]) for report in record["generate"]} == {1}
-    assert isinstance(record["switch_seconds"], float)
+    assert all(isinstance(sample, float) for sample in record["switch_seconds"])
     assert threads == [1]
     shown = run_well("benchmark", places.built, *SMALL, "--domain", "law", "--sparsity", 0.25)
     assert "law: dense" in shown
