@@ -44,7 +44,6 @@ LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
     ("cli.generate", "transformers"),
     ("cli.loading", "transformers"),
-    ("cli.profile", "typer"),
     ("discovery.text", "pyarrow"),
 }
 

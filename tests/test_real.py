@@ -56,13 +56,14 @@ def test_own_pathways_beat_their_partners_on_held_out_text(folder):
     report = json.loads(_command("evaluate", folder, *OPTIONS, *limits))
     for domain in TEXTS:
         rows = [row for row in report["rows"] if row["domain"] == domain]
-        figures = {row["pathway"]: row["perplexity"] for row in rows}
         assert all(row["excluded"] > 5 for row in rows)
-        own = figures.pop(domain)
-        dense = figures.pop(None)
-        assert dense < own < 3 * dense
-        assert own < min(figures.values())
-        assert figures[f"random {domain}"] > 5 * own
+        figures = {row["role"]: row["perplexity"] for row in rows if row["role"] != "other"}
+        others = [row["perplexity"] for row in rows if row["role"] == "other"]
+        own = figures["pathway"]
+        assert figures["dense"] < own < 3 * figures["dense"]
+        assert own < min(others)
+        assert own < 1.1 * figures["pooled"]
+        assert figures["random"] > 5 * own
 
 
 def test_generation_in_a_fresh_process(folder):

@@ -7,6 +7,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_sparse
+from hf_sparse_pathways.measure.report import describe_switch
 
 
 def run(  # noqa: PLR0913
@@ -29,7 +30,6 @@ def run(  # noqa: PLR0913
     model, _ = load_sparse(folder, dtype, executor)
     import torch
 
-    from hf_sparse_pathways.measure.report import describe_switch
     from hf_sparse_pathways.measure.speed import benchmark
 
     if threads is not None:

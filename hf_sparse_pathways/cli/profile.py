@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
@@ -41,7 +43,7 @@ def run(  # noqa: PLR0913
     )
     with written_whole(output) as folder:
         taken.save_pretrained(folder)
-    print_line(f"{taken} -> {output}")
+    typer.echo(f"{taken} -> {output}")
 
 
 def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
@@ -52,10 +54,3 @@ def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dic
     if held_out == 0:
         return dict(documents)
     return {name: read.split(held_out, seed)[0] for name, read in documents.items()}
-
-
-def print_line(text: str) -> None:
-    """Print one line to stdout."""
-    import typer
-
-    typer.echo(text)

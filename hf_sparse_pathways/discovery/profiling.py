@@ -298,7 +298,7 @@ def _collect(
             )
             bar.update(int(batch.mask.sum()))
     for collector, block in zip(collectors, find_blocks(model), strict=True):
-        _check_statistics(domain, block.name, collector.statistics)
+        check_statistics(domain, block.name, collector.statistics)
     return tuple(collector.statistics for collector in collectors)
 
 
@@ -379,7 +379,12 @@ def _check_enough(domain: str, documents: Documents, windows: list[Window]) -> N
         )
 
 
-def _check_statistics(domain: str, block: str, statistics: BlockStatistics) -> None:
+def check_statistics(domain: str, block: str, statistics: BlockStatistics) -> None:
+    """Check that statistics are numbers.
+
+    Raises:
+        ArtefactError: One is NaN or infinite.
+    """
     for name in TENSORS:
         check_finite(f"Domain {domain!r}, {block}: {name}", getattr(statistics, name))
 
@@ -426,6 +431,6 @@ def _restored(
                     f"float64 ({shape.d_ff},)."
                 )
         statistics = BlockStatistics(tokens=entry["tokens"][position], **values)
-        _check_statistics(entry["name"], shape.name, statistics)
+        check_statistics(entry["name"], shape.name, statistics)
         blocks.append(statistics)
     return DomainProfile(blocks=tuple(blocks), provenance=entry["provenance"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse_pathways.discovery.profiling import DomainProfile, Profile
+from hf_sparse_pathways.discovery.profiling import DomainProfile, Profile, check_statistics
 from hf_sparse_pathways.discovery.scores import (
     ScoreFunction,
     ScoreInput,
@@ -62,7 +62,7 @@ def select(  # noqa: PLR0913
 
     Raises:
         MismatchError: The profile was taken from another model.
-        PathwaysError: A number is out of range, or both rules were given.
+        PathwaysError: A number is out of range, both rules were given, or the profile holds NaN.
         UnknownNameError: An unknown score or pool.
 
     Source:
@@ -98,6 +98,7 @@ def _score_blocks(
     name, function = score
     scores = []
     for index, block in enumerate(find_blocks(model)):
+        check_statistics(domain, block.name, profile.blocks[index])
         weight: Any = block.outgoing.weight
         down = (weight.T if isinstance(block.outgoing, Conv1D) else weight).detach().float().cpu()
         given = ScoreInput(
@@ -137,6 +138,8 @@ def check_sparsity(sparsity: float | Sequence[float], blocks: int) -> list[float
     Raises:
         PathwaysError: One is outside [0, 1), or their number is not that of the blocks.
     """
+    if hasattr(sparsity, "tolist"):  # a tensor or an array
+        sparsity = sparsity.tolist()
     fractions = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * blocks
     if len(fractions) != blocks:
         raise PathwaysError(

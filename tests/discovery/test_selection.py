@@ -339,3 +339,23 @@ def test_selecting_is_pure_and_fits_the_model(score):
     for domain in given.domains:
         for mine, theirs in zip(PROFILE[domain].blocks, given[domain].blocks, strict=True):
             assert torch.equal(mine.abs_sum, theirs.abs_sum)
+
+
+@pytest.mark.parametrize("name", ["sum", "abs_max"])
+@pytest.mark.parametrize("score", ["wanda", "random"])
+def test_nan_in_any_statistic_is_refused(name, score):
+    blocks = list(PROFILE["law"].blocks)
+    bad = getattr(blocks[1], name).clone()
+    bad[3] = math.nan
+    blocks[1] = replace(blocks[1], **{name: bad})
+    law = replace(PROFILE["law"], blocks=tuple(blocks))
+    profile = replace(PROFILE, by_domain={"law": law})
+    with pytest.raises(PathwaysError, match=f"{name} holds 1 values that are NaN"):
+        select(MODEL, profile, score=score)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, numpy.array, tuple])
+def test_sparsities_in_any_container(make):
+    listed = select(MODEL, PROFILE, sparsity=[0.0, 0.25, 0.5])
+    made = select(MODEL, PROFILE, sparsity=make([0.0, 0.25, 0.5]))
+    assert _keep(made, "law") == _keep(listed, "law")
