@@ -14,8 +14,9 @@ import wrapt
 from hf_sparse_pathways.version import __version__
 
 if TYPE_CHECKING:
-    from hf_sparse_pathways.discovery.profiling import Profile, profile
+    from hf_sparse_pathways.discovery.profiling import profile
     from hf_sparse_pathways.discovery.selection import select
+    from hf_sparse_pathways.discovery.statistics import Profile
     from hf_sparse_pathways.errors import PathwaysError
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
@@ -37,7 +38,7 @@ __all__ = [
 _HOMES = {
     "PathwaysError": "errors",
     "Pathways": "pathways.pathway",
-    "Profile": "discovery.profiling",
+    "Profile": "discovery.statistics",
     "SparsePathwaysConfig": "modeling.configuration",
     "SparsePathwaysForCausalLM": "modeling.model",
     "evaluate": "measure.quality",

@@ -32,6 +32,7 @@ LAZY = {
     ("cli.build", "discovery.profiling"),
     ("cli.build", "discovery.scores"),
     ("cli.build", "discovery.selection"),
+    ("cli.build", "discovery.statistics"),
     ("cli.build", "modeling.model"),
     ("cli.evaluate", "measure.quality"),
     ("cli.info", "pathways.pathway"),

@@ -57,9 +57,9 @@ def run(  # noqa: PLR0913
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
 
-    from hf_sparse_pathways.discovery.profiling import Profile
     from hf_sparse_pathways.discovery.profiling import profile as take_profile
     from hf_sparse_pathways.discovery.selection import select
+    from hf_sparse_pathways.discovery.statistics import Profile
     from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 
     if profile is not None:

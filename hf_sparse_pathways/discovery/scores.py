@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.profiling import BlockStatistics
+from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 

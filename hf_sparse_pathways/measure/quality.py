@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from hf_sparse_pathways.discovery.profiling import evaluation_mode
 from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import (
     Batch,
@@ -123,19 +124,16 @@ def _prepared(
     model: SparsePathwaysForCausalLM, pathways: Pathways, seed: int | None
 ) -> Iterator[None]:
     """Give the model random partners of its pathways, and evaluation mode, for a while."""
-    training = [module for module in model.modules() if module.training]
     if seed is not None:
         partners = {
             f"{RANDOM} {name}": random_partner(pathway, seed)
             for name, pathway in pathways.by_domain.items()
         }
         model.set_pathways(pathways.with_controls(partners))
-    model.eval()
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         model.set_pathways(pathways)
 
 

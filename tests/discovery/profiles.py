@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_sparse_pathways.discovery.profiling import BlockStatistics, DomainProfile, Profile
+from hf_sparse_pathways.discovery.statistics import BlockStatistics, DomainProfile, Profile
 from hf_sparse_pathways.pathways.base import BaseModel
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparse_pathways.discovery.profiling import TENSORS, Profile
+from hf_sparse_pathways.discovery.statistics import TENSORS, Profile
 from hf_sparse_pathways.errors import ArtefactError
 from tests.architectures import tiny_llama
 from tests.discovery.profiles import random_profile

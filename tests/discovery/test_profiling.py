@@ -8,7 +8,8 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery import profiling
-from hf_sparse_pathways.discovery.profiling import TENSORS, BlockStatistics, Profile, profile
+from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, Profile
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows
 from hf_sparse_pathways.errors import (
