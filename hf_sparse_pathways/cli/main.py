@@ -1,9 +1,10 @@
 """``sparse-pathways``: from text to a model with pathways, one command per step.
 
-Nothing heavy is imported before a command runs, so that help is instant. An error that the user can
-act on is one line on stderr and exit status 1; wrong usage is 2.
+Nothing heavy is imported before a command runs, so that help is instant. An error is one line on
+stderr and exit status 1 (with SPARSE_PATHWAYS_TRACEBACK set, its traceback); wrong usage is 2.
 """
 
+import os
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -49,7 +50,9 @@ def main() -> None:
         if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word
             sys.stderr.write("interrupted; nothing was written\n")
         raise
-    except Exception as error:  # noqa: BLE001  (whatever a model or a file throws, one line says it)
+    except Exception as error:
+        if os.environ.get("SPARSE_PATHWAYS_TRACEBACK"):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sys.stderr.write(f"error: {' '.join(line.strip() for line in lines[:3])}\n")
         sys.exit(1)

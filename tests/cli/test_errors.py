@@ -357,3 +357,9 @@ def test_the_real_program_fails_in_one_line(places):
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1
     assert ran.stderr.startswith("error: ")
+
+
+def test_a_traceback_can_be_asked_for(places, monkeypatch):
+    monkeypatch.setenv("SPARSE_PATHWAYS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Unknown domain"):
+        run("generate", places.built, "--prompt", "a", "--domain", "lw")
