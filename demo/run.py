@@ -32,7 +32,7 @@ def main() -> None:
     readme = ["--readme", arguments.readme] if arguments.readme else []
     run([sys.executable, str(HERE / "show.py"), str(output), *domains, *readme])
     print(
-        f"\nDemo finished in {(time.perf_counter() - started) / 60:.1f} minutes, without fetching."
+        f"\nDemo finished in {(time.perf_counter() - started) / 60:.1f} minutes, fetching not counted."
     )
 
 

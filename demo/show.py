@@ -25,7 +25,8 @@ from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 
 Speeds = Sequence[SpeedReport]
 
-SCORED_TOKENS = 3072
+SCORED_TOKENS = 2048
+README_TOKENS = 6144
 PROMPT_TOKENS = 32
 NEW_TOKENS = 40
 
@@ -42,7 +43,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     texts = {name: read_documents(path) for name, path in parse_texts(arguments.domains).items()}
 
-    quality = sp.evaluate(model, tokenizer, texts, max_tokens=SCORED_TOKENS)
+    scored = SCORED_TOKENS if arguments.readme is None else README_TOKENS
+    quality = sp.evaluate(model, tokenizer, texts, max_tokens=scored)
     speeds, switch = benchmark(model, rounds=5)
     for speed in speeds:
         print_table(quality.caption(speed.domain), *quality.table(speed.domain))
