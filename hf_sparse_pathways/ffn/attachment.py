@@ -43,6 +43,7 @@ class Attachment:
         """
         self.key = ModelKey()
         self.blocks = tuple(AttachedBlock(block, self.key) for block in find_blocks(model))
+        self._samples: Tensor | None = None
 
     def load(self, pathways: Sequence[Sequence[Tensor]]) -> None:
         """Replace the pathways, in place: one keep mask ``(d_ff,)`` per pathway and block."""
@@ -54,6 +55,20 @@ class Attachment:
         """Forget all copies of kept weights; they are made again when needed."""
         for attached in self.blocks:
             attached.drop_copies()
+
+    def check_copies(self) -> None:
+        """Drop copies whose weights were written past autograd's version counter.
+
+        ``parameter.data`` (merging an adapter, averaging weights) leaves no trace that a copy's
+        stamp could show. Samples of the weights do, unless a write touches single entries only:
+        after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
+        """
+        if torch.compiler.is_compiling() or not any(block.has_copies for block in self.blocks):
+            return
+        samples = torch.stack([_sample(leaf) for block in self.blocks for leaf in block.sampled])
+        if self._samples is None or not torch.equal(samples, self._samples):
+            self.drop_copies()
+        self._samples = samples
 
     def settle(self) -> None:
         """Notice wrapped, replaced and offloaded leaves; called before each sparse forward.
@@ -103,28 +118,38 @@ class AttachedBlock:
 
     def _adapt(self) -> None:
         """Look at the leaves anew: where they are masked, and whether they can run compact."""
-        self._seen = [
+        leaves = [*self.leaves.values()]
+        seen = [
             self._holder(name, children[key])
             for name, (children, key) in zip(self.leaves, self._places, strict=True)
         ]
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        outside = self._seen[-1] is not [*self.leaves.values()][-1]
+        outside = seen[-1] is not leaves[-1]
         if outside:
-            self._hook = self._seen[-1].register_forward_pre_hook(_MaskInput(self.state))
+            self._hook = seen[-1].register_forward_pre_hook(_MaskInput(self.state))
         self.state.masked_outside = outside
         self.state.masked_only = bool(
-            self.wrapped or self.block.entangled or not all(map(_is_plain, self.leaves.values()))
+            _differ(seen, leaves) or self.block.entangled or not all(map(_is_plain, leaves))
         )
         self.drop_copies()
+        self._seen = seen  # last: another thread takes it as a sign that the rest is done
 
     @property
     def wrapped(self) -> bool:
         """Whether an adapter wraps a leaf, as of the last ``settle``."""
-        return any(
-            seen is not leaf for seen, leaf in zip(self._seen, self.leaves.values(), strict=True)
-        )
+        return _differ(self._seen, [*self.leaves.values()])
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether kept weights are resident."""
+        return any(leaf.copies for leaf in self.leaves.values())
+
+    @property
+    def sampled(self) -> tuple[PathwayLeaf, ...]:
+        """The leaves whose weights can be looked at cheaply: those that run compact."""
+        return () if self.state.masked_only else tuple(self.leaves.values())
 
     def _holder(self, name: str, module: nn.Module | None) -> nn.Module:
         """Return what sits at a leaf's place, if the leaf is in it."""
@@ -171,8 +196,22 @@ class _MaskInput:
         return (self.state.mask(args[0], choice.pathway), *args[1:])
 
 
+def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:
+    return any(module is not leaf for module, leaf in zip(modules, leaves, strict=True))
+
+
+@torch.no_grad()
+def _sample(leaf: PathwayLeaf) -> Tensor:
+    """Return a weighted sum of about a hundred entries of a leaf's weight, on the CPU."""
+    values = leaf.weight.detach().flatten()
+    values = values[:: max(1, len(values) // 101)].float()
+    return (values * torch.arange(1, len(values) + 1, device=values.device)).sum().cpu()
+
+
 def _is_plain(leaf: PathwayLeaf) -> bool:
     """Whether a leaf computes what ``linear`` does with weights that lie in memory as they are."""
+    if len(type(leaf).__bases__) != 2:  # its class was changed again, by a parametrisation
+        return False
     hook = getattr(leaf, "_hf_hook", None)
     if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:
         return False

@@ -1,15 +1,15 @@
 """Which pathway is on: a per-thread stack of choices, one model's apart from another's.
 
 Decoder layers call their FFN without keyword arguments, so the choice travels as state. The stack
-is a linked list of immutable entries in one ``threading.local``: threads do not see each other,
-a reader takes one attribute, and restoring the previous head undoes any nesting, also after an
-error. (A ContextVar would break Dynamo; attributes of the modules would break threads.)
+is a linked list in one ``threading.local``: threads do not see each other, a reader takes one
+attribute, and an entry that has ended is passed over wherever it stands. (A ContextVar would break
+Dynamo; attributes of the modules would break threads.)
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ class ModelKey:
     """Identity of one model. A deep copy or unpickled model has another, so it chooses alone."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Choice:
     """What one model computes, until the choice below it is restored.
 
@@ -30,6 +30,7 @@ class Choice:
         executor: Name of the executor; blocks that cannot use it, and per-row choices, are masked.
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
+        ended: Whether it holds no more.
     """
 
     key: ModelKey | None
@@ -37,6 +38,7 @@ class Choice:
     executor: str = "masked"
     expand: bool = False
     below: "Choice | None" = None
+    ended: bool = False
 
 
 class _Local(threading.local):
@@ -49,7 +51,7 @@ _LOCAL = _Local()
 def find_choice(key: ModelKey) -> Choice | None:
     """Return the newest choice that holds for a model, or None if there is none."""
     choice = _LOCAL.top
-    while choice is not None and choice.key is not key and choice.key is not None:
+    while choice is not None and (choice.ended or choice.key not in (key, None)):
         choice = choice.below
     return choice
 
@@ -60,26 +62,41 @@ def push_choice(
     *,
     executor: str = "masked",
     expand: bool = False,
-) -> Choice | None:
-    """Make a choice on this thread; return the previous head for ``restore_choices``."""
-    previous = _LOCAL.top
-    _LOCAL.top = Choice(key, pathway, executor, expand, previous)
-    return previous
+) -> Choice:
+    """Make a choice on this thread; return it for ``remove_choice``."""
+    _LOCAL.top = Choice(key, pathway, executor, expand, _LOCAL.top)
+    return _LOCAL.top
 
 
-def restore_choices(previous: Choice | None) -> None:
-    """Put back the head that ``push_choice`` returned."""
-    _LOCAL.top = previous
+def remove_choice(choice: Choice) -> None:
+    """Take a choice back, wherever it stands by now.
+
+    Scopes held open by generators need not end in the order in which they began; putting back a
+    remembered head would then bring back a choice that has ended.
+    """
+    choice.ended = True
+    top = _LOCAL.top
+    while top is not None and top.ended:
+        top = top.below
+    _LOCAL.top = top
 
 
 @contextmanager
 def all_dense() -> Iterator[None]:
     """Within the block, every model on this thread computes densely."""
-    previous = push_choice(None, None)
+    choice = push_choice(None, None)
     try:
         yield
     finally:
-        restore_choices(previous)
+        remove_choice(choice)
+
+
+def _snapshot(choice: Choice | None) -> Choice | None:
+    """Copy the choices that hold now, so that they hold in the copy after they have ended."""
+    if choice is None:
+        return None
+    below = _snapshot(choice.below)
+    return below if choice.ended else replace(choice, below=below)
 
 
 class CheckpointedChoices:
@@ -95,7 +112,7 @@ class CheckpointedChoices:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint ``function``, re-entering the choices of now whenever it runs."""
-        captured = _LOCAL.top
+        captured = _snapshot(_LOCAL.top)
 
         def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
             previous = _LOCAL.top

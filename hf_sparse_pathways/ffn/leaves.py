@@ -33,7 +33,7 @@ class BlockState:
         self.keep: tuple[Tensor, ...] = ()
         self.masked_only = False
         self.masked_outside = False
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[torch.device, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
@@ -67,21 +67,20 @@ class BlockState:
                 f"{activation.shape[-1]} wide. Tensor parallelism is not supported here: load "
                 "the model without tp_plan."
             )
-        masks = self._table(activation)[pathway]
-        if masks.dim() == 2:
-            masks = _spread(masks, activation)
-        return activation * masks
+        removed = self._removed(activation.device)[pathway]
+        if removed.dim() == 2:
+            removed = _spread(removed, activation)
+        return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
 
-    def _table(self, activation: Tensor) -> Tensor:
-        """Return the masks as numbers, ``(pathways + 1, d_ff)``; the last row keeps everything."""
-        key = (activation.device, activation.dtype)
-        table = self._tables.get(key)
+    def _removed(self, device: torch.device) -> Tensor:
+        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last row removes nothing."""
+        table = self._tables.get(device)
         if table is None:
             with torch.inference_mode(False), torch.no_grad():
                 everything = torch.ones(self.d_ff, dtype=torch.bool)
-                table = torch.stack([*self.keep, everything]).to(*key)
+                table = ~torch.stack([*self.keep, everything]).to(device)
             if not torch.compiler.is_compiling():
-                self._tables[key] = table
+                self._tables[device] = table
         return table
 
 

@@ -68,7 +68,8 @@ def evaluate(  # noqa: PLR0913
     if not isinstance(model, SparsePathwaysForCausalLM):
         raise PathwaysError(
             f"evaluate needs a model with pathways, not {type(model).__name__}. Make one with "
-            "SparsePathwaysForCausalLM.from_dense(model, pathways)."
+            "SparsePathwaysForCausalLM.from_dense(model, pathways); of an adapter model pass "
+            "adapted.get_base_model()."
         )
     if seen not in SEEN:
         raise UnknownNameError("value of seen", seen, SEEN)

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForCausalLM,
 )
 
-from hf_sparse_pathways.ffn.choices import restore_choices
+from hf_sparse_pathways.ffn.choices import remove_choice
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM, SparsePathwaysModel
@@ -79,11 +79,11 @@ def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(base_forward)
     def forward(self: Any, *args: Any, domain: Any = UNSET, **kwargs: Any) -> Any:
-        previous = self.enter_forward(domain, args, kwargs)
+        choice = self.enter_forward(domain, args, kwargs)
         try:
             return base_forward(self, *args, **kwargs)
         finally:
-            restore_choices(previous)
+            remove_choice(choice)
 
     signature = inspect.signature(base_forward)
     parameters = list(signature.parameters.values())

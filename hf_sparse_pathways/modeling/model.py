@@ -24,9 +24,10 @@ from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
 from hf_sparse_pathways.ffn.choices import (
     CheckpointedChoices,
+    Choice,
     find_choice,
     push_choice,
-    restore_choices,
+    remove_choice,
 )
 from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
@@ -36,6 +37,7 @@ from hf_sparse_pathways.modeling.structure import (
     check_undispatched,
     copy_structure,
 )
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
@@ -63,11 +65,13 @@ class SparsePathwaysModel(_Base):
     config: Any
     _attachment: Attachment
     _pathways: Pathways | None
+    _shape: BaseModel
 
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
         """Build the base model and swap its FFN leaves; pathways are given afterwards."""
         super().__init__(config, *args, **kwargs)
         self._pathways = None
+        self._shape = BaseModel.of(self)
         self._attachment = Attachment(self)
 
     # -- pathways ---------------------------------------------------------------------------
@@ -93,7 +97,7 @@ class SparsePathwaysModel(_Base):
             MismatchError: They were made for a model of another shape.
             UnknownNameError: The default domain is not among them.
         """
-        pathways.check_fits(self)
+        pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
         self._attachment.load([pathway.keep for pathway in named])
@@ -124,6 +128,8 @@ class SparsePathwaysModel(_Base):
     def pathway(self, domain: Domain) -> Iterator[Self]:
         """Within the block, calls on this thread that name no domain use this one.
 
+        Coroutines on one thread share its scopes: pass ``domain=`` there instead.
+
         Args:
             domain: A domain, a list with one per row, or None for dense.
 
@@ -131,11 +137,12 @@ class SparsePathwaysModel(_Base):
             UnknownNameError: An unknown domain.
         """
         self._attachment.settle()
-        previous = push_choice(self._attachment.key, self._resolve(domain))
+        self._attachment.check_copies()
+        choice = push_choice(self._attachment.key, self._resolve(domain))
         try:
             yield self
         finally:
-            restore_choices(previous)
+            remove_choice(choice)
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
@@ -155,8 +162,8 @@ class SparsePathwaysModel(_Base):
 
     def enter_forward(
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Make the choice for one forward pass; return what ``restore_choices`` takes after it."""
+    ) -> Choice:
+        """Make the choice for one forward pass; ``remove_choice`` takes it back."""
         chosen, expand = self._chosen(domain)
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, _batch_size(args, kwargs), expand=expand)
@@ -167,6 +174,8 @@ class SparsePathwaysModel(_Base):
             self._attachment.settle()
             if not torch.is_grad_enabled():  # copies carry no gradient, masks do
                 executor = resolve_executor(self.config.executor)
+                if not expand:  # generate has looked already, once for all of its steps
+                    self._attachment.check_copies()
         return push_choice(self._attachment.key, chosen, executor=executor)
 
     def _set_gradient_checkpointing(
@@ -211,6 +220,7 @@ class SparsePathwaysModel(_Base):
         *args: Any,
         pathways: "Pathways | str | PathLike[str] | None" = None,
         executor: str | None = None,
+        default_domain: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load weights, configuration and pathways.
@@ -221,6 +231,7 @@ class SparsePathwaysModel(_Base):
             pathways: Pathways, or the folder or Hub id that holds them; by default they are
                 beside the weights.
             executor: How kept neurons are computed; by default as saved.
+            default_domain: The domain when ``domain`` is omitted; by default as saved.
             kwargs: As the base's.
 
         Raises:
@@ -231,6 +242,8 @@ class SparsePathwaysModel(_Base):
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if default_domain is not None:
+            model.config.default_domain = default_domain
         model.set_pathways(pathways)
         if executor is not None:
             model.set_executor(executor)
@@ -261,7 +274,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         """Return a model with pathways that shares a dense model's parameters. Pure.
 
         Args:
-            model: A causal LM; it stays dense, and later changes of its weights are seen by both.
+            model: A causal LM; it stays dense. Later changes of the weights, of their dtype or
+                device too, are changes of both.
             pathways: Pathways that were made for it.
             executor: How kept neurons are computed.
             default_domain: The domain when ``domain`` is omitted; None for dense.
@@ -282,6 +296,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         )
         sparse = copy_structure(model, {id(model.config): config})
         sparse.__class__ = _model_class(type(model), type(config))
+        sparse._shape = BaseModel.of(sparse)
         sparse._attachment = Attachment(sparse)
         sparse.set_pathways(pathways)
         return sparse
@@ -296,7 +311,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         base_config = self.config.base_config
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()
-        del dense._attachment, dense._pathways
+        del dense._attachment, dense._pathways, dense._shape
         dense.__class__ = type(self).__bases__[1]
         return dense
 
@@ -315,7 +330,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             args: As the base's.
             config: Configuration to use instead of the saved one.
             kwargs: ``pathways`` (Pathways, a folder or a Hub id; needed when the weights are those
-                of a plain base), ``executor``, and everything that Transformers takes.
+                of a plain base), ``executor``, ``default_domain``, and everything that
+                Transformers takes.
 
         Raises:
             ArtefactError: There are no pathways, or they are corrupt or of a newer format.
@@ -369,11 +385,12 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         chosen, _ = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, _batch_size(args, kwargs), expand=False)
-        previous = push_choice(self._attachment.key, chosen, expand=True)
+        self._attachment.check_copies()
+        choice = push_choice(self._attachment.key, chosen, expand=True)
         try:
             yield
         finally:
-            restore_choices(previous)
+            remove_choice(choice)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -141,3 +141,32 @@ def test_the_bare_decoder_follows_a_scope_and_a_keyword(parts, tmp_path):
     assert torch.allclose(scoped, expected, atol=1e-5)
     assert torch.allclose(bare(IDS, domain="code").last_hidden_state, expected, atol=1e-5)
     assert not torch.allclose(bare(IDS).last_hidden_state, expected, atol=1e-3)
+
+
+def test_scopes_that_end_out_of_order_leave_nothing_behind(parts):
+    dense, paths, expected = parts
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+
+    def hold(name):
+        with model.pathway(name):
+            yield
+
+    first, second = hold("code"), hold("law")
+    next(first)
+    next(second)
+    first.close()
+    assert _runs(model, expected) == "law"
+    second.close()
+    assert _runs(model, expected) is None
+    assert choices._LOCAL.top is None
+
+
+def test_a_default_can_be_set_when_loading(parts, tmp_path):
+    dense, paths, expected = parts
+    dense.save_pretrained(tmp_path / "base")
+    paths.save_pretrained(tmp_path / "paths")
+    load = sp.SparsePathwaysForCausalLM.from_pretrained
+    arguments = {"pathways": tmp_path / "paths"}
+    assert _runs(load(tmp_path / "base", default_domain="law", **arguments), expected) == "law"
+    with pytest.raises(sp.PathwaysError, match="Did you mean 'law'"):
+        load(tmp_path / "base", default_domain="lwa", **arguments)

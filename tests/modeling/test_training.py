@@ -240,3 +240,98 @@ def test_a_replaced_leaf_is_an_error_and_not_silently_dense():
     model.model.layers[1].mlp.down_proj = nn.Linear(48, 32, bias=False)
     with pytest.raises(sp.PathwaysError, match=r"layers\.1\.mlp\.down_proj was replaced"):
         model(IDS, domain="code")
+
+
+def _compact_equals_masked(model):
+    with torch.no_grad():
+        compact = model(IDS, domain="code").logits
+        model.set_executor("masked")
+        masked = model(IDS, domain="code").logits
+        model.set_executor("compact")
+    return torch.allclose(compact, masked, atol=1e-4)
+
+
+def _merge(model):
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["down_proj"], init_lora_weights=False
+    )
+    peft.get_peft_model(model, config).merge_and_unload()
+
+
+WRITES = {
+    "merged adapter": _merge,
+    "averaged": lambda model: [p.data.mul_(1.3) for p in model.parameters()],
+    "copied": lambda model: [p.data.copy_(torch.randn_like(p)) for p in model.parameters()],
+    "one leaf": lambda model: model.model.layers[2].mlp.up_proj.weight.data.neg_(),
+}
+
+
+@pytest.mark.parametrize("entry", ["forward", "generate", "scope"])
+@pytest.mark.parametrize("write", WRITES)
+def test_copies_follow_writes_past_the_version_counter(write, entry):
+    _, _, model = _sparse(executor="compact")
+    model.eval()
+    with torch.no_grad():
+        model(IDS, domain="code")
+        WRITES[write](model)
+        if entry == "forward":
+            assert _compact_equals_masked(model)
+            return
+        if entry == "generate":
+            arguments = {"do_sample": False, "max_new_tokens": 2, "output_logits": True}
+            arguments |= {"return_dict_in_generate": True, "domain": "code"}
+            found = torch.stack(model.generate(IDS, **arguments).logits)
+            model.set_executor("masked")
+            expected = torch.stack(model.generate(IDS, **arguments).logits)
+        else:
+            with model.pathway("code"):
+                found = model(IDS).logits
+                model.set_executor("masked")
+                expected = model(IDS).logits
+        assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_copies_follow_the_weights_of_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        _, _, model = _sparse(executor="compact")
+        model(IDS, domain="code")
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        assert _compact_equals_masked(model)
+
+
+def test_pathways_can_be_measured_and_replaced_under_an_adapter():
+    from tests.texts import documents, tiny_tokenizer
+
+    _, masks, model = _sparse()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=TARGETS["ffn"], layers_to_transform=[1]
+    )
+    adapted = peft.get_peft_model(model, config)
+    inner = adapted.get_base_model()
+    report = sp.evaluate(inner, tiny_tokenizer(), {"code": documents("code")})
+    assert report.rows
+    inner.set_pathways(model.pathways.subset(["law"]))
+    with torch.no_grad():
+        law = zeroed(_sparse()[0], masks["law"])(IDS).logits
+        assert torch.allclose(adapted(IDS, domain="law").logits, law, atol=1e-5)
+    with pytest.raises(sp.PathwaysError, match="get_base_model"):
+        sp.evaluate(adapted, tiny_tokenizer(), {"law": documents("law")})
+
+
+def test_a_parametrised_leaf_is_masked_and_exact():
+    _, masks, model = _sparse(executor="compact")
+    down = model.model.layers[1].mlp.down_proj
+    torch.nn.utils.parametrizations.weight_norm(down)
+    with torch.no_grad():
+        found = model(IDS, domain="code").logits
+        assert torch.allclose(found, zeroed(_sparse()[0], masks["code"])(IDS).logits, atol=1e-4)
+
+
+def test_overflow_of_a_removed_neuron_does_not_spread():
+    _, masks, model = _sparse(executor="masked")
+    with torch.no_grad():
+        for attached, keep in zip(model._attachment.blocks, masks["code"], strict=True):
+            attached.block.incoming[0].weight[~keep] = 1e30
+            attached.block.incoming[1].weight[~keep] = 1e30
+        assert model(IDS, domain="code").logits.isfinite().all()
