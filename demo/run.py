@@ -6,10 +6,13 @@ your own in place of the fetched ones. What was built with the same settings is 
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from hf_sparse_pathways import __version__
 
 HERE = Path(__file__).parent
 TEXTS = ("code", "law", "medicine")
@@ -26,14 +29,13 @@ def main() -> None:
     parser.add_argument("--readme", help="a Markdown file to write the results into")
     arguments = parser.parse_args()
     cache: Path = arguments.cache
-    model, domains = fetch_missing(cache, arguments.model, arguments.domains.split())
+    model, domains = fetch_missing(cache, arguments.model, shlex.split(arguments.domains))
     started = time.perf_counter()
     output = build_once(cache / "demo", model, domains, arguments.sparsity)
     readme = ["--readme", arguments.readme] if arguments.readme else []
     run([sys.executable, str(HERE / "show.py"), str(output), *domains, *readme])
-    print(
-        f"\nDemo finished in {(time.perf_counter() - started) / 60:.1f} minutes, fetching not counted."
-    )
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\nDemo finished in {minutes:.1f} minutes, fetching not counted.")
 
 
 def fetch_missing(cache: Path, model: str, domains: list[str]) -> tuple[str, list[str]]:
@@ -48,7 +50,13 @@ def fetch_missing(cache: Path, model: str, domains: list[str]) -> tuple[str, lis
 
 def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> Path:
     """Build the pathways with the command line, unless the same ones are there."""
-    settings = {"model": model, "domains": domains, "sparsity": sparsity}
+    settings = {
+        "model": model,
+        "domains": domains,
+        "sparsity": sparsity,
+        "tokens": CALIBRATION_TOKENS,
+        "version": __version__,
+    }
     record = folder / "settings.json"
     output = folder / "model"
     if record.is_file() and json.loads(record.read_text()) == settings and output.is_dir():

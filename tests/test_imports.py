@@ -33,13 +33,16 @@ LAZY = {
     ("cli.build", "discovery.scores"),
     ("cli.build", "discovery.selection"),
     ("cli.build", "discovery.statistics"),
+    ("cli.build", "ffn.blocks"),
     ("cli.build", "modeling.model"),
+    ("cli.build", "modeling.structure"),
     ("cli.evaluate", "measure.quality"),
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
     ("cli.loading", "modeling.model"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
+    ("cli.profile", "pathways.pathway"),
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),

@@ -10,7 +10,7 @@ from hf_sparse_pathways.cli.info import print_summary
 from hf_sparse_pathways.cli.loading import check_output, load_dense, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, MAX_TOKENS, calibration_texts
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 
 def run(  # noqa: PLR0913
@@ -53,9 +53,13 @@ def run(  # noqa: PLR0913
         "pool": pool,
         "score": score,
     }
-    _check_rule(rule)
+    fractions = rule["sparsity"]
+    _check_rule(rule, len(fractions) if isinstance(fractions, list) else 1)
+    if texts and default_domain is not None and default_domain not in texts:
+        raise UnknownNameError("default domain", default_domain, texts)
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
+    _check_model(dense, rule)
 
     from hf_sparse_pathways.discovery.profiling import profile as take_profile
     from hf_sparse_pathways.discovery.selection import select
@@ -94,13 +98,20 @@ def _parse_sparsity(text: str | None) -> float | list[float] | None:
     return values[0] if len(values) == 1 else values
 
 
-def _check_rule(rule: dict[str, Any]) -> None:
-    """Refuse a wrong rule before minutes are spent on a profile."""
+def _check_model(dense: Any, rule: dict[str, Any]) -> None:
+    """Refuse a model that does not fit before minutes are spent on a profile."""
+    from hf_sparse_pathways.ffn.blocks import find_blocks
+    from hf_sparse_pathways.modeling.structure import check_convertible
+
+    check_convertible(dense)
+    _check_rule(rule, len(find_blocks(dense)))
+
+
+def _check_rule(rule: dict[str, Any], blocks: int) -> None:
+    """Refuse a wrong rule before a model is loaded."""
     from hf_sparse_pathways.discovery.scores import resolve_score
     from hf_sparse_pathways.discovery.selection import make_rule
 
-    fractions = rule["sparsity"]
-    blocks = len(fractions) if isinstance(fractions, list) else 1
-    make_rule(fractions, rule["percentile"], rule["pool"], blocks)
+    make_rule(rule["sparsity"], rule["percentile"], rule["pool"], blocks)
     if rule["score"] is not None:
         resolve_score(rule["score"])

@@ -2,6 +2,7 @@
 
 import json
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -36,6 +37,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
             "summary": pathways.base.summary,
         },
         "bytes": sum(locate(source, name).stat().st_size for name in (JSON_NAME, TENSORS_NAME)),
+        "weight_bytes": _weight_bytes(source),
         "blocks": [block.name for block in pathways.base.blocks],
         "dense_experts": list(pathways.base.routed),
         "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
@@ -43,9 +45,15 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
     }
 
 
+def _weight_bytes(source: str | PathLike[str]) -> int | None:
+    """Return the size of the weights beside the pathways; None if there are none in a folder."""
+    sizes = [path.stat().st_size for path in Path(source).glob("model*.safetensors")]
+    return sum(sizes) or None
+
+
 def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
     provenance = dict(pathways[name].provenance)
-    text = {key: value for key, value in provenance.pop("text", {}).items() if key != "digests"}
+    text = {key: value for key, value in provenance.pop("text", {}).items() if "digests" not in key}
     return {
         **provenance,
         "sparsity": pathways.sparsity(name),
@@ -59,7 +67,10 @@ def print_summary(source: str | PathLike[str]) -> None:
     """Print the base and the domains."""
     facts = describe(source)
     typer.echo(f"pathways of {facts['base']['name'] or 'a model without a name'}")
-    typer.echo(f"  base: {facts['base']['summary']}; pathways: {facts['bytes'] / 1e6:.2f} MB")
+    typer.echo(f"  base: {facts['base']['summary']}")
+    weights = facts["weight_bytes"]
+    beside = f"; weights: {weights / 1e6:.1f} MB" if weights else ""
+    typer.echo(f"  pathways: {facts['bytes'] / 1e6:.2f} MB{beside}")
     if facts["dense_experts"]:
         typer.echo(f"  routed experts in {len(facts['dense_experts'])} layers stay dense")
     rows = [

@@ -49,7 +49,10 @@ def run(  # noqa: PLR0913
 def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
     """Read each domain's documents and set some aside, which ``evaluate`` will find again."""
     from hf_sparse_pathways.discovery.text import read_documents
+    from hf_sparse_pathways.pathways.pathway import check_domain_name
 
+    for name in texts:
+        check_domain_name(name)
     documents = {name: read_documents(path, seed=seed) for name, path in texts.items()}
     if held_out == 0:
         return dict(documents)

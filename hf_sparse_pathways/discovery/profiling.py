@@ -201,6 +201,7 @@ def _provenance(
     documents: Documents, windows: list[Window], max_length: int, seed: int
 ) -> dict[str, Any]:
     digests = sorted({window.document.digest for window in windows})
+    cut = sorted({window.document.whole for window in windows if window.document.whole})
     return {
         "source": documents.source,
         "documents": len(digests),
@@ -208,4 +209,5 @@ def _provenance(
         "max_length": max_length,
         "seed": seed,
         "digests": digests,
+        "cut_digests": cut,
     }

@@ -90,7 +90,7 @@ class DomainProfile:
     Attributes:
         blocks: One entry per FFN block, in layer order.
         provenance: Source, documents, tokens, seed; plain JSON values. ``digests`` names every
-            document that was seen.
+            document that was seen, ``cut_digests`` those of which sections were.
     """
 
     blocks: tuple[BlockStatistics, ...]
@@ -214,13 +214,16 @@ def check_statistics(domain: str, block: str, statistics: BlockStatistics) -> No
 
 
 def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    digests = sorted({*mine.get("digests", ()), *theirs.get("digests", ())})
+    digests, cut = (
+        sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in ("digests", "cut_digests")
+    )
     return {
         **mine,
         "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
         "documents": len(digests),
         "tokens": mine["tokens"] + theirs["tokens"],
         "digests": digests,
+        "cut_digests": cut,
     }
 
 

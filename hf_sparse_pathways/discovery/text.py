@@ -44,10 +44,17 @@ FEW_DOCUMENTS = 5
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from.
+
+    Attributes:
+        text: The text.
+        origin: File, row or range of characters, in words.
+        whole: Digest of the document that this one is a section of; None if it is uncut.
+    """
 
     text: str
     origin: str
+    whole: str | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -67,10 +74,21 @@ class Documents:
     items: tuple[Document, ...]
     source: str
 
-    def without(self, digests: Iterable[str]) -> "Documents":
-        """Return the documents whose digest is not among some. Pure."""
-        seen = set(digests)
-        kept = tuple(document for document in self.items if document.digest not in seen)
+    def without(self, digests: Iterable[str], cut: Iterable[str] = ()) -> "Documents":
+        """Return the documents that share no text with others. Pure.
+
+        Args:
+            digests: Digests of the others; a section of one of them is left out too.
+            cut: Digests of documents of which the others hold sections; an uncut one is left out.
+        """
+        seen, parts = set(digests), set(cut)
+        kept = tuple(
+            document
+            for document in self.items
+            if document.digest not in seen
+            and document.whole not in seen
+            and not (document.whole is None and document.digest in parts)
+        )
         return Documents(items=kept, source=self.source)
 
     def split(self, held_out: float, seed: int = 0) -> "tuple[Documents, Documents]":
@@ -157,7 +175,7 @@ def _matching_files(source: TextSource) -> list[Path] | None:
     if has_magic(text):
         matches = (Path(match) for match in glob(str(path), recursive=True))
         files = sorted(match for match in matches if os.path.isfile(match))
-        if files or not any(character.isspace() for character in text):
+        if files or isinstance(source, Path) or _looks_like_a_path(text):
             return _some(files, f"No file matches {text!r}.")
         return None
     if isinstance(source, Path) or _looks_like_a_path(text):
@@ -167,9 +185,11 @@ def _matching_files(source: TextSource) -> list[Path] | None:
 
 def _looks_like_a_path(text: str) -> bool:
     """Whether a string without a file of that name is more likely a mistake than a text."""
-    if not text or any(character.isspace() for character in text):
-        return False
-    return "/" in text or "\\" in text or Path(text[-20:]).suffix.lower() in FOLDER_SUFFIXES
+    separated = "/" in text or "\\" in text
+    known = Path(text[-20:]).suffix.lower() in FOLDER_SUFFIXES
+    if any(character.isspace() for character in text):
+        return separated and known and "\n" not in text
+    return separated or known or has_magic(text)
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -331,7 +351,8 @@ def _cut(document: Document) -> Iterator[Document]:
         yield document
         return
     for start, end in spans(document.text, SECTION_CHARACTERS):
-        yield Document(document.text[start:end], f"{document.origin}:{start}-{end}")
+        origin = f"{document.origin}:{start}-{end}"
+        yield Document(document.text[start:end], origin, whole=document.digest)
 
 
 def spans(text: str, length: int) -> Iterator[tuple[int, int]]:

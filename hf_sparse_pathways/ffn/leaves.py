@@ -73,7 +73,7 @@ class BlockState:
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
 
     def _removed(self, device: torch.device) -> Tensor:
-        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last row removes nothing."""
+        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last removes nothing."""
         table = self._tables.get(device)
         if table is None:
             with torch.inference_mode(False), torch.no_grad():

@@ -97,12 +97,12 @@ def _held_out(
     pathways: Pathways, domain: str, documents: Documents, seen: str
 ) -> tuple[Documents, int]:
     """Leave out documents that any pathway was calibrated on; return how many those were."""
-    digests = {
-        digest
-        for pathway in pathways.by_domain.values()
-        for digest in pathway.provenance.get("text", {}).get("digests", ())
-    }
-    fresh = documents.without(digests)
+    texts = [pathway.provenance.get("text", {}) for pathway in pathways.by_domain.values()]
+    digests, cut = (
+        [digest for text in texts for digest in text.get(name, ())]
+        for name in ("digests", "cut_digests")
+    )
+    fresh = documents.without(digests, cut)
     excluded = len(documents.items) - len(fresh.items)
     if seen == "include":
         return documents, 0

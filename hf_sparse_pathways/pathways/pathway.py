@@ -90,7 +90,7 @@ class Pathways:
 
     def __post_init__(self) -> None:
         for name in self.by_domain:
-            _check_domain_name(name)
+            check_domain_name(name)
         for name, pathway in [*self.by_domain.items(), *self.controls.items()]:
             _check_shapes(name, pathway, self.base)
 
@@ -222,7 +222,12 @@ class Pathways:
         )
 
 
-def _check_domain_name(name: object) -> None:
+def check_domain_name(name: object) -> None:
+    """Check that a name can be a domain's.
+
+    Raises:
+        PathwaysError: It cannot.
+    """
     if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name == POOLED:
         raise PathwaysError(
             f"{name!r} cannot be a domain's name. Use 1 to 64 letters, digits, spaces or ._+- "

@@ -431,3 +431,32 @@ def test_spans_cover_the_text_without_overlap(length):
 def test_spans_end_at_a_paragraph_a_line_or_a_space(text, length, first):
     start, end = next(iter(spans(text, length)))
     assert text[start:end] == first
+
+
+@pytest.mark.parametrize(
+    "text", ["my texts/held out.py", "nicht da/*.py", "C:\\my texts\\a b.txt", "a/b c/*.jsonl"]
+)
+def test_a_mistyped_path_with_spaces_is_not_a_text(text):
+    with pytest.raises(TextError, match="file"):
+        read_documents(text)
+
+
+def test_an_empty_glob_as_a_path_is_refused_by_name(tmp_path):
+    with pytest.raises(TextError, match="No file matches"):
+        read_documents(tmp_path / "with space" / "*.py")
+
+
+def test_sections_and_wholes_know_each_other(tmp_path):
+    long = "\n".join(documents("code", count=300))
+    (tmp_path / "long.txt").write_text(long)
+    for index, text in enumerate(documents("law", count=6)):
+        (tmp_path / f"{index}.txt").write_text(text)
+    sections, folder = read_documents(tmp_path / "long.txt"), read_documents(tmp_path)
+    assert len(sections.items) > 1
+    assert len(folder.items) == 7
+    (whole,) = {section.whole for section in sections.items}
+    assert len(folder.without([], [whole]).items) == 6
+    assert not sections.without([whole]).items
+    assert len(sections.without([], [whole]).items) == len(sections.items)
+    half = [section.digest for section in sections.items[::2]]
+    assert len(sections.without(half, [whole]).items) == len(sections.items) - len(half)
