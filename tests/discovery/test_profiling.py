@@ -204,6 +204,7 @@ def test_the_provenance_says_what_was_read(tmp_path):
         "max_length": MAX_LENGTH,
         "seed": 5,
         "digests": [read_documents(path).items[0].digest],
+        "cut_digests": [],
     }
 
 
