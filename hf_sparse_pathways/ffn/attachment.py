@@ -63,10 +63,11 @@ class Attachment:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        if torch.compiler.is_compiling() or not any(block.has_copies for block in self.blocks):
+        leaves = [leaf for block in self.blocks for leaf in block.compact_leaves]
+        if torch.compiler.is_compiling() or not leaves:
             return
-        samples = torch.stack([_sample(leaf) for block in self.blocks for leaf in block.sampled])
-        if self._samples is None or not torch.equal(samples, self._samples):
+        samples = torch.stack([_sample(leaf) for leaf in leaves])
+        if self._samples is not None and not torch.equal(samples, self._samples):
             self.drop_copies()
         self._samples = samples
 
@@ -142,13 +143,8 @@ class AttachedBlock:
         return _differ(self._seen, [*self.leaves.values()])
 
     @property
-    def has_copies(self) -> bool:
-        """Whether kept weights are resident."""
-        return any(leaf.copies for leaf in self.leaves.values())
-
-    @property
-    def sampled(self) -> tuple[PathwayLeaf, ...]:
-        """The leaves whose weights can be looked at cheaply: those that run compact."""
+    def compact_leaves(self) -> tuple[PathwayLeaf, ...]:
+        """The leaves of which copies may be resident, as of the last ``settle``."""
         return () if self.state.masked_only else tuple(self.leaves.values())
 
     def _holder(self, name: str, module: nn.Module | None) -> nn.Module:
@@ -169,9 +165,10 @@ class AttachedBlock:
             UnsupportedModelError: An adapter wraps a leaf.
         """
         self.settle()
-        if self.wrapped:
+        if self.wrapped or not all(map(_is_swapped, self.leaves.values())):
             raise UnsupportedModelError(
-                f"An adapter wraps leaves of {self.block.name}. Merge or unload it first."
+                f"An adapter wraps leaves of {self.block.name}, or a parametrisation has changed "
+                "them. Merge, unload or remove it first."
             )
         for leaf in self.leaves.values():
             restore_leaf(leaf)
@@ -200,6 +197,11 @@ def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:
     return any(module is not leaf for module, leaf in zip(modules, leaves, strict=True))
 
 
+def _is_swapped(leaf: nn.Module) -> bool:
+    """Whether a leaf's class is still the one made here; a parametrisation changes it again."""
+    return len(type(leaf).__bases__) == 2
+
+
 @torch.no_grad()
 def _sample(leaf: PathwayLeaf) -> Tensor:
     """Return a weighted sum of about a hundred entries of a leaf's weight, on the CPU."""
@@ -210,7 +212,7 @@ def _sample(leaf: PathwayLeaf) -> Tensor:
 
 def _is_plain(leaf: PathwayLeaf) -> bool:
     """Whether a leaf computes what ``linear`` does with weights that lie in memory as they are."""
-    if len(type(leaf).__bases__) != 2:  # its class was changed again, by a parametrisation
+    if not _is_swapped(leaf):
         return False
     hook = getattr(leaf, "_hf_hook", None)
     if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:

@@ -136,9 +136,9 @@ class SparsePathwaysModel(_Base):
         Raises:
             UnknownNameError: An unknown domain.
         """
-        self._attachment.settle()
-        self._attachment.check_copies()
-        choice = push_choice(self._attachment.key, self._resolve(domain))
+        chosen = self._resolve(domain)
+        self._look_at_weights()
+        choice = push_choice(self._attachment.key, chosen)
         try:
             yield self
         finally:
@@ -174,9 +174,15 @@ class SparsePathwaysModel(_Base):
             self._attachment.settle()
             if not torch.is_grad_enabled():  # copies carry no gradient, masks do
                 executor = resolve_executor(self.config.executor)
-                if not expand:  # generate has looked already, once for all of its steps
+                if executor != "masked" and not expand:  # generate has looked, for all its steps
                     self._attachment.check_copies()
         return push_choice(self._attachment.key, chosen, executor=executor)
+
+    def _look_at_weights(self) -> None:
+        """Notice what has become of the leaves and their weights since the last call."""
+        self._attachment.settle()
+        if resolve_executor(self.config.executor) != "masked":
+            self._attachment.check_copies()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
@@ -385,7 +391,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         chosen, _ = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, _batch_size(args, kwargs), expand=False)
-        self._attachment.check_copies()
+        if chosen is not None:
+            self._look_at_weights()
         choice = push_choice(self._attachment.key, chosen, expand=True)
         try:
             yield
