@@ -185,11 +185,16 @@ def _matching_files(source: TextSource) -> list[Path] | None:
 
 def _looks_like_a_path(text: str) -> bool:
     """Whether a string without a file of that name is more likely a mistake than a text."""
-    separated = "/" in text or "\\" in text
-    known = Path(text[-20:]).suffix.lower() in FOLDER_SUFFIXES
     if any(character.isspace() for character in text):
-        return separated and known and "\n" not in text
-    return separated or known or has_magic(text)
+        return _names_a_file(text)
+    suffix = Path(text[-20:]).suffix.lower()
+    return "/" in text or "\\" in text or suffix in FOLDER_SUFFIXES or has_magic(text)
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a string is one line with a separator that ends in a known suffix."""
+    separated = "/" in text or "\\" in text
+    return separated and "\n" not in text and Path(text[-20:]).suffix.lower() in FOLDER_SUFFIXES
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -298,7 +303,7 @@ def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Docume
         elif isinstance(item, Path) or (isinstance(item, str) and _is_file(item)):
             yield from _read_file(Path(item), seed)
         elif isinstance(item, str):
-            if _looks_like_a_path(item):
+            if _names_a_file(item):
                 raise TextError(f"{place}: there is no file {item!r}. Check the path.")
             yield Document(item, place)
         else:

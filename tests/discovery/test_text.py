@@ -460,3 +460,8 @@ def test_sections_and_wholes_know_each_other(tmp_path):
     assert len(sections.without([], [whole]).items) == len(sections.items)
     half = [section.digest for section in sections.items[::2]]
     assert len(sections.without(half, [whole]).items) == len(sections.items) - len(half)
+
+
+def test_short_words_of_a_list_are_texts():
+    words = ["n/a", "ok?", "and/or", "[sic]", "TCP/IP", "main.py", "what*"]
+    assert _texts(words) == words
