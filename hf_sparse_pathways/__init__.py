@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.selection import select
     from hf_sparse_pathways.discovery.statistics import Profile
     from hf_sparse_pathways.errors import PathwaysError
+    from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
-    from hf_sparse_pathways.pathways.pathway import Pathways
+    from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 __all__ = [
+    "BlockPathway",
+    "LowRank",
+    "Pathway",
     "Pathways",
     "PathwaysError",
     "Profile",
@@ -37,6 +41,9 @@ __all__ = [
 
 _HOMES = {
     "PathwaysError": "errors",
+    "BlockPathway": "ffn.block_pathway",
+    "LowRank": "ffn.block_pathway",
+    "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
     "Profile": "discovery.statistics",
     "SparsePathwaysConfig": "modeling.configuration",

@@ -214,3 +214,57 @@ def zeroed(model, masks):
 def prompt(rows=2, length=7, seed=0):
     """Return random token ids ``(rows, length)`` without special tokens."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def compensate(model, masks, seed=0):
+    """Return pathways with a refit (in full or low rank by turns), a bias and a bypass."""
+    import hf_sparse_pathways as sp
+    from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+    from hf_sparse_pathways.ffn.blocks import find_blocks
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    base = sp.Pathways.from_masks(model, masks).base
+    by_domain = {}
+    for domain, keep in masks.items():
+        blocks = []
+        for index, (block, mask) in enumerate(zip(find_blocks(model), keep, strict=True)):
+            kept = int(mask.sum())
+            low_rank = LowRank(draw(block.d_out, 3), draw(3, kept))
+            blocks.append(
+                BlockPathway(
+                    keep=mask,
+                    delta=low_rank if index % 2 else draw(block.d_out, kept),
+                    bias=draw(block.d_out),
+                    bypass=LowRank(draw(block.d_out, 2), draw(2, block.d_in)),
+                )
+            )
+        by_domain[domain] = sp.Pathway(blocks=tuple(blocks))
+    return sp.Pathways(base=base, by_domain=by_domain)
+
+
+def repaired(model, pathway):
+    """Return a plain copy with zeroed weights, in which hooks and weights do the compensation."""
+    from hf_sparse_pathways.ffn.blocks import find_blocks
+
+    reference = zeroed(model, pathway.keep)
+    for block, part in zip(find_blocks(reference), pathway.blocks, strict=True):
+        outgoing = block.outgoing
+        weight = outgoing.weight if isinstance(outgoing, nn.Linear) else outgoing.weight.T
+        with torch.no_grad():
+            weight[:, part.keep] += part.full_delta
+        _add_bias_and_bypass(block, part)
+    return reference
+
+
+def _add_bias_and_bypass(block, part):
+    seen = []
+    block.incoming[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    block.outgoing.register_forward_hook(
+        lambda module, args, output: (
+            output + part.bias + seen.pop() @ (part.bypass.outer @ part.bypass.inner).T
+        )
+    )

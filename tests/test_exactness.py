@@ -8,7 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
-from tests.architectures import ARCHITECTURES, build, prompt, random_masks, zeroed
+from tests.architectures import (
+    ARCHITECTURES,
+    build,
+    compensate,
+    prompt,
+    random_masks,
+    repaired,
+    zeroed,
+)
 
 TOLERANCE = 1e-5
 IDS = prompt()
@@ -130,3 +138,61 @@ def test_compact_really_computes_fewer_neurons(case):
         for leaf in attached.leaves.values():
             width = leaf.copies[0].weight.shape[leaf.neuron_dim]
             assert width == int(keep.sum()) * leaf.rows_per_neuron
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def repaired_case(request):
+    """A model whose pathways hold every compensation, and plain references of both domains."""
+    dense = build(request.param)
+    pathways = compensate(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
+    references = {name: repaired(dense, pathways[name]) for name in pathways.domains}
+    return dense, model, references
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+@torch.no_grad()
+def test_compensation_equals_changed_weights(repaired_case, executor):
+    dense, model, references = repaired_case
+    model.set_executor(executor)
+    for name, reference in references.items():
+        expected = reference(IDS).logits
+        assert _difference(expected, dense(IDS).logits) > 1e-2
+        assert _difference(model(IDS, domain=name).logits, expected) <= TOLERANCE
+    assert torch.equal(model(IDS).logits, dense(IDS).logits)
+
+
+@torch.no_grad()
+def test_rows_have_their_own_compensation(repaired_case):
+    dense, model, references = repaired_case
+    ids = prompt(rows=3)
+    logits = model(ids, domain=["law", None, "code"]).logits
+    expected = [references["law"], dense, references["code"]]
+    for row, reference in enumerate(expected):
+        assert _difference(logits[row], reference(ids).logits[row]) <= TOLERANCE
+
+
+def test_gradients_pass_through_the_compensation(repaired_case):
+    _, model, references = repaired_case
+    reference = references["code"]
+    reference.zero_grad()
+    reference(IDS, labels=IDS).loss.backward()
+    model(IDS, labels=IDS, domain="code").loss.backward()
+    embedding = model.get_input_embeddings().weight.grad
+    assert _difference(embedding, reference.get_input_embeddings().weight.grad) <= TOLERANCE
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_compensation_is_saved_and_loaded(repaired_case, tmp_path):
+    _, model, _ = repaired_case
+    model.set_executor("auto")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for domain in ("code", ["law", "code"]):
+        assert torch.equal(loaded(IDS, domain=domain).logits, model(IDS, domain=domain).logits)
+    for mine, theirs in zip(
+        model.pathways["law"].blocks, loaded.pathways["law"].blocks, strict=True
+    ):
+        assert mine.parts().keys() == theirs.parts().keys()
+        assert all(torch.equal(part, theirs.parts()[name]) for name, part in mine.parts().items())

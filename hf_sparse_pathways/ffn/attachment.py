@@ -15,16 +15,17 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
 from hf_sparse_pathways.ffn.leaves import (
-    BlockState,
     IncomingLeaf,
     OutgoingLeaf,
     PathwayLeaf,
     restore_leaf,
     swap_leaf,
 )
+from hf_sparse_pathways.ffn.state import BlockState
 
 
 class Attachment:
@@ -45,10 +46,10 @@ class Attachment:
         self.blocks = tuple(AttachedBlock(block, self.key) for block in find_blocks(model))
         self._samples: Tensor | None = None
 
-    def load(self, pathways: Sequence[Sequence[Tensor]]) -> None:
-        """Replace the pathways, in place: one keep mask ``(d_ff,)`` per pathway and block."""
+    def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
+        """Replace the pathways, in place; each has one entry per block."""
         for index, attached in enumerate(self.blocks):
-            attached.state.set_keep(tuple(keep[index] for keep in pathways))
+            attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
         self.drop_copies()
 
     def drop_copies(self) -> None:

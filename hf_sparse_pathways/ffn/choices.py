@@ -9,7 +9,7 @@ Dynamo; attributes of the modules would break threads.)
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Choice:
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
+        inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
     """
 
     key: ModelKey | None
@@ -39,6 +40,7 @@ class Choice:
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Local(threading.local):

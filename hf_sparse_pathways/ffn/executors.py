@@ -23,6 +23,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.state import needed_input
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -40,8 +42,13 @@ class Executor(Protocol):
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Map ``(..., d_model)`` to ``(..., d_ff)``, or to the kept neurons only."""
 
-    def outgoing(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
-        """Map the activation that ``incoming`` led to back to ``(..., d_model)``."""
+    def outgoing(
+        self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
+    ) -> Tensor:
+        """Map the activation that ``incoming`` led to back to ``(..., d_model)``.
+
+        ``block_input`` is what ``incoming`` was given; it is there if a pathway has a bypass.
+        """
 
 
 class Masked:
@@ -51,20 +58,32 @@ class Masked:
         """Compute every neuron."""
         return leaf.dense(x)
 
-    def outgoing(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
-        """Zero the removed neurons."""
-        return leaf.dense(leaf.state.mask(x, pathway))
+    def outgoing(
+        self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
+    ) -> Tensor:
+        """Zero the removed neurons, and add the compensation."""
+        state = leaf.state
+        masked = x if state.masked_outside else state.mask(x, pathway)
+        return state.add(leaf.dense(masked), masked, block_input, pathway)
 
 
 class Compact:
-    """Compute with copies of the kept rows and columns."""
+    """Compute with copies of the kept rows and columns, into which the compensation is folded."""
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
         kept = _kept_weights(leaf, pathway)
         return functional.linear(x, kept.weight, kept.bias)
 
-    outgoing = incoming
+    def outgoing(
+        self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
+    ) -> Tensor:
+        """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
+        kept = _kept_weights(leaf, pathway)
+        output = functional.linear(x, kept.weight, kept.bias)
+        if kept.bypass is not None:
+            output = output + kept.bypass(needed_input(block_input))
+        return output
 
 
 EXECUTORS: Mapping[str, Executor] = {"masked": Masked(), "compact": Compact()}
@@ -88,11 +107,13 @@ def resolve_executor(name: str) -> str:
 class KeptWeights:
     """A leaf's kept rows ``(kept, d_in)`` or columns ``(d_out, kept)``, in ``linear``'s order.
 
-    ``stamp`` identifies the weights they were copied from.
+    Refit and bias are added in; the bypass of an outgoing leaf is apart. ``stamp`` identifies the
+    weights that were copied.
     """
 
     weight: Tensor
     bias: Tensor | None
+    bypass: LowRank | None
     stamp: tuple[object, ...]
 
 
@@ -126,4 +147,20 @@ def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> 
         if bias is not None and leaf.neuron_dim == 0:
             bias = bias[index]
         kept = weight.index_select(leaf.neuron_dim, index).contiguous()
-        return KeptWeights(kept, bias, stamp)
+        if leaf.neuron_dim == 0:
+            return KeptWeights(kept, bias, None, stamp)
+        return _compensated(kept, bias, leaf.state.pathways[pathway], stamp)
+
+
+def _compensated(
+    weight: Tensor, bias: Tensor | None, pathway: BlockPathway, stamp: tuple[object, ...]
+) -> KeptWeights:
+    """Fold a pathway's compensation into the kept columns, in float32 where it is added."""
+    delta = pathway.full_delta
+    if delta is not None:
+        weight = (weight.float() + delta.to(weight.device).float()).to(weight.dtype)
+    if pathway.bias is not None:
+        added = pathway.bias.to(weight.device).float()
+        bias = (added if bias is None else bias.float() + added).to(weight.dtype)
+    bypass = None if pathway.bypass is None else pathway.bypass.to(weight)
+    return KeptWeights(weight, bias, bypass, stamp)

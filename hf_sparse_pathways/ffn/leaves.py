@@ -11,90 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice
+from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.executors import EXECUTORS, Executor, KeptWeights
-
-
-class BlockState:
-    """What the leaves of one FFN block share: its pathways' keep masks and how they may run.
-
-    Attributes:
-        key: The model that the block belongs to.
-        d_ff: Number of neurons.
-        keep: One keep mask ``(d_ff,)``, bool, per pathway.
-        masked_only: Whether the block must be masked whatever executor is chosen.
-        masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
-    """
-
-    def __init__(self, key: ModelKey, d_ff: int) -> None:
-        self.key = key
-        self.d_ff = d_ff
-        self.keep: tuple[Tensor, ...] = ()
-        self.masked_only = False
-        self.masked_outside = False
-        self._tables: dict[torch.device, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the cached tables behind."""
-        return {**self.__dict__, "_tables": {}}
-
-    def set_keep(self, keep: tuple[Tensor, ...]) -> None:
-        """Replace the keep masks, in place."""
-        self.keep = keep
-        self._tables = {}
-
-    def executor_name(self, choice: Choice) -> str:
-        """Return the executor that this block uses under a choice."""
-        if self.masked_only or type(choice.pathway) is not int:
-            return "masked"
-        return choice.executor
-
-    def mask(self, activation: Tensor, pathway: int | Tensor) -> Tensor:
-        """Return the activation with the removed neurons zeroed. Pure.
-
-        Args:
-            activation: ``(batch, tokens, d_ff)``, or ``(batch * tokens, d_ff)`` inside blocks
-                that flatten their input.
-            pathway: One pathway, or one per row of the batch as int64 ``(batch,)``, -1 for dense.
-
-        Raises:
-            PathwaysError: The activation is not d_ff wide, or not a multiple of the rows.
-        """
-        if activation.shape[-1] != self.d_ff:
-            raise PathwaysError(
-                f"An FFN block has {self.d_ff} neurons, but its activation is "
-                f"{activation.shape[-1]} wide. Tensor parallelism is not supported here: load "
-                "the model without tp_plan."
-            )
-        removed = self._removed(activation.device)[pathway]
-        if removed.dim() == 2:
-            removed = _spread(removed, activation)
-        return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
-
-    def _removed(self, device: torch.device) -> Tensor:
-        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last removes nothing."""
-        table = self._tables.get(device)
-        if table is None:
-            with torch.inference_mode(False), torch.no_grad():
-                everything = torch.ones(self.d_ff, dtype=torch.bool)
-                table = ~torch.stack([*self.keep, everything]).to(device)
-            if not torch.compiler.is_compiling():
-                self._tables[device] = table
-        return table
-
-
-def _spread(masks: Tensor, activation: Tensor) -> Tensor:
-    """Bring row masks ``(rows, d_ff)`` to the activation's shape, without a copy per token."""
-    rows, length = masks.shape[0], activation.shape[0]
-    if activation.dim() == 2 and length % rows == 0:
-        return masks.repeat_interleave(length // rows, dim=0)
-    if activation.dim() > 2 and length == rows:
-        return masks.view(rows, *([1] * (activation.dim() - 2)), -1)
-    raise PathwaysError(
-        f"Domains were given for {rows} rows, but an FFN block received an input of shape "
-        f"{tuple(activation.shape)}. Give one domain per row of the batch."
-    )
+from hf_sparse_pathways.ffn.state import BlockState
 
 
 class PathwayLeaf(nn.Module):
@@ -123,16 +42,16 @@ class PathwayLeaf(nn.Module):
 
         Row ``i`` and row ``i + d_ff`` of a fused matrix belong to neuron ``i``.
         """
-        kept = self.state.keep[pathway].nonzero().flatten()
+        kept = self.state.pathways[pathway].keep.nonzero().flatten()
         parts = [kept + part * self.state.d_ff for part in range(self.rows_per_neuron)]
         return torch.cat(parts).to(self.weight.device)
 
-    def _executor(self) -> tuple[Executor | None, Any]:
-        """Return what computes this leaf now, with the pathway; None if it is dense."""
+    def _executor(self) -> tuple[Executor | None, Choice | None]:
+        """Return what computes this leaf now, with the choice; None if it is dense."""
         choice = find_choice(self.state.key)
         if choice is None or choice.pathway is None:
             return None, None
-        return EXECUTORS[self.state.executor_name(choice)], choice.pathway
+        return EXECUTORS[self.state.executor_name(choice)], choice
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast as any module, and drop the copies of what was before."""
@@ -151,8 +70,12 @@ class IncomingLeaf(PathwayLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute all neurons, or what the executor needs of them."""
-        executor, pathway = self._executor()
-        return self.dense(x) if executor is None else executor.incoming(self, x, pathway)
+        executor, choice = self._executor()
+        if executor is None or choice is None:
+            return self.dense(x)
+        if self.state.bypassed:
+            choice.inputs[id(self.state)] = x
+        return executor.incoming(self, x, choice.pathway)
 
 
 class OutgoingLeaf(PathwayLeaf):
@@ -162,10 +85,11 @@ class OutgoingLeaf(PathwayLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum over all neurons, or over the kept ones."""
-        executor, pathway = self._executor()
-        if executor is None or self.state.masked_outside:
+        executor, choice = self._executor()
+        if executor is None or choice is None:
             return self.dense(x)
-        return executor.outgoing(self, x, pathway)
+        block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        return executor.outgoing(self, x, choice.pathway, block_input)
 
 
 def swap_leaf(leaf: nn.Module, role: type[PathwayLeaf], state: BlockState, rows: int = 1) -> None:

@@ -100,7 +100,7 @@ class SparsePathwaysModel(_Base):
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
-        self._attachment.load([pathway.keep for pathway in named])
+        self._attachment.load([pathway.blocks for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
 

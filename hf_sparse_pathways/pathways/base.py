@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks, survey_model
 
 
@@ -46,6 +47,19 @@ class BlockShape:
     def flops_per_neuron(self) -> int:
         """Multiply-adds per token and neuron."""
         return self.branches * self.d_in + self.d_out
+
+    @property
+    def dense_flops(self) -> int:
+        """Multiply-adds per token of the dense block."""
+        return self.d_ff * self.flops_per_neuron
+
+    def flops(self, pathway: BlockPathway) -> int:
+        """Return a pathway's multiply-adds per token, those of its bypass included.
+
+        A refit changes weights and a bias starts the sum: neither adds a multiplication.
+        """
+        rank = 0 if pathway.bypass is None else pathway.bypass.rank
+        return pathway.kept * self.flops_per_neuron + rank * (self.d_in + self.d_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
-from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.pathways.base import BaseModel
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -24,26 +25,6 @@ POOLED = "pooled"
 """Name of the control that is selected from all domains' statistics together."""
 
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]{0,63}")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BlockPathway:
-    """What a pathway keeps of one FFN block.
-
-    Attributes:
-        keep: Keep mask ``(d_ff,)``, bool, True = kept.
-    """
-
-    keep: Tensor
-
-    @property
-    def kept(self) -> int:
-        """Number of kept neurons."""
-        return int(self.keep.sum())
-
-    def flops(self, shape: BlockShape) -> int:
-        """Return multiply-adds per token, everything that the pathway computes included."""
-        return self.kept * shape.flops_per_neuron
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -181,8 +162,8 @@ class Pathways:
         or routing it carries.
         """
         blocks = zip(self[domain].blocks, self.base.blocks, strict=True)
-        dense = sum(shape.d_ff * shape.flops_per_neuron for shape in self.base.blocks)
-        return sum(block.flops(shape) for block, shape in blocks) / dense
+        dense = sum(shape.dense_flops for shape in self.base.blocks)
+        return sum(shape.flops(block) for block, shape in blocks) / dense
 
     def check_fits(self, model: nn.Module) -> None:
         """Check that a model has the FFN blocks that these pathways were made for.
@@ -242,13 +223,7 @@ def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
             f"{len(base.blocks)} FFN blocks. Give one mask per block, in layer order."
         )
     for block, shape in zip(pathway.blocks, base.blocks, strict=True):
-        keep = block.keep
-        if keep.dtype != torch.bool or tuple(keep.shape) != (shape.d_ff,):
-            raise MismatchError(
-                f"Domain {name!r}: the mask of {shape.name} is {keep.dtype} "
-                f"{tuple(keep.shape)}; it has to be torch.bool ({shape.d_ff},)."
-            )
-        if not keep.any():
-            raise MismatchError(
-                f"Domain {name!r}: the mask of {shape.name} keeps no neuron; keep at least one."
-            )
+        try:
+            block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out)
+        except MismatchError as error:
+            raise MismatchError(f"Domain {name!r}: {error}") from error

@@ -1,8 +1,8 @@
 """Pathways as two files: ``pathways.json`` describes, ``pathways.safetensors`` holds.
 
 The same two files lie beside the weights of a full checkpoint or alone in a folder (an adapter).
-Tensors are named ``<domain index>.<block index>.keep``, and ``c<control index>...`` for controls;
-what a pathway holds of a block is listed by name, so that more than a mask can follow.
+Tensors are named ``<domain index>.<block index>.<part>``, and ``c<control index>...`` for controls;
+the parts that a pathway holds (its keep masks, and compensation) are listed by name.
 """
 
 import os
@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
-from hf_sparse_pathways.files import read_pair, write_pair
+from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
+from hf_sparse_pathways.files import check_finite, read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
-from hf_sparse_pathways.pathways.pathway import BlockPathway, Pathway, Pathways
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.version import __version__
 
 FORMAT_VERSION = 1
@@ -33,7 +34,8 @@ def write_pathways(pathways: Pathways, folder: Path) -> None:
     for prefix, group in (("", pathways.by_domain), ("c", pathways.controls)):
         for index, pathway in enumerate(group.values()):
             for position, block in enumerate(pathway.blocks):
-                tensors[f"{prefix}{index}.{position}.keep"] = block.keep
+                for name, tensor in block.parts().items():
+                    tensors[f"{prefix}{index}.{position}.{name}"] = tensor
     meta = {
         "format": FORMAT_VERSION,
         "written_by": f"hf-sparse-pathways {__version__}",
@@ -144,9 +146,15 @@ def _block_shape(data: dict[str, Any]) -> BlockShape:
 
 def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "provenance": dict(pathway.provenance), "holds": ["keep"]}
+        {"name": name, "provenance": dict(pathway.provenance), "holds": _held(pathway)}
         for name, pathway in group.items()
     ]
+
+
+def _held(pathway: Pathway) -> list[str]:
+    """Return the names of the parts that any of a pathway's blocks holds."""
+    held = {name for block in pathway.blocks for name in block.parts()}
+    return [name for name in PARTS if name in held]
 
 
 def _restored(
@@ -156,20 +164,28 @@ def _restored(
     restored: dict[str, Pathway] = {}
     for index, entry in enumerate(described):
         name = str(entry["name"])
-        if name in restored or entry["holds"] != ["keep"]:
+        holds = entry["holds"]
+        known = isinstance(holds, list) and set(map(str, holds)) <= set(PARTS)
+        if name in restored or not known or "keep" not in holds:
             raise ArtefactError(
-                f"{JSON_NAME}: domain {name!r} stands twice, or holds {entry['holds']}, of which "
-                "this version reads only ['keep']. Upgrade hf-sparse-pathways."
+                f"{JSON_NAME}: domain {name!r} stands twice, or holds {holds}, of which this "
+                f"version reads only {list(PARTS)}. Upgrade hf-sparse-pathways."
             )
         blocks = tuple(
-            BlockPathway(keep=_keep(tensors, f"{prefix}{index}.{position}.keep"))
+            _block(tensors, f"{prefix}{index}.{position}", holds)
             for position in range(len(base.blocks))
         )
         restored[name] = Pathway(blocks=blocks, provenance=entry["provenance"])
     return restored
 
 
-def _keep(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors or tensors[name].dtype != torch.bool:
-        raise ArtefactError(f"{TENSORS_NAME} has no bool tensor {name!r}: it is corrupt.")
-    return tensors[name]
+def _block(tensors: dict[str, Tensor], prefix: str, holds: list[str]) -> BlockPathway:
+    """Build one block's pathway; parts other than the mask may be missing from single blocks."""
+    parts = {part: tensors[f"{prefix}.{part}"] for part in holds if f"{prefix}.{part}" in tensors}
+    if "keep" not in parts or parts["keep"].dtype != torch.bool:
+        raise ArtefactError(f"{TENSORS_NAME} has no bool tensor '{prefix}.keep': it is corrupt.")
+    for part, tensor in parts.items():
+        if part != "keep" and not tensor.is_floating_point():
+            raise ArtefactError(f"{TENSORS_NAME}: '{prefix}.{part}' is {tensor.dtype}.")
+        check_finite(f"{TENSORS_NAME}: '{prefix}.{part}'", tensor)
+    return BlockPathway.from_parts(parts)

@@ -9,9 +9,10 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
-from hf_sparse_pathways.pathways.pathway import POOLED, BlockPathway, Pathway, Pathways
+from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 from tests.architectures import build, random_masks, tiny_llama
 
 MODEL = tiny_llama()
@@ -274,4 +275,7 @@ def test_a_block_counts_its_neurons():
     block = BlockPathway(keep=torch.tensor([True, False, True]))
     shape = BlockShape(name="x", d_in=5, d_ff=3, d_out=7, branches=2)
     assert block.kept == 2
-    assert block.flops(shape) == 2 * (2 * 5 + 7)
+    assert shape.flops(block) == 2 * (2 * 5 + 7)
+    bypass = LowRank(torch.zeros(7, 4), torch.zeros(4, 5))
+    with_bypass = BlockPathway(keep=block.keep, bypass=bypass)
+    assert shape.flops(with_bypass) == 2 * (2 * 5 + 7) + 4 * (5 + 7)

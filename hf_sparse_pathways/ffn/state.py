@@ -1,0 +1,222 @@
+"""What the leaves of one FFN block share: its pathways, as masks and additions on each device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.choices import Choice, ModelKey
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A pathway's compensation in one dtype and on one device, as the masked executor adds it.
+
+    Attributes:
+        kept: The kept neurons, int64 ``(kept,)``.
+        delta: As in ``BlockPathway``.
+        bias: As in ``BlockPathway``.
+        bypass: As in ``BlockPathway``.
+    """
+
+    kept: Tensor
+    delta: Tensor | LowRank | None
+    bias: Tensor | None
+    bypass: LowRank | None
+
+    @classmethod
+    def of(cls, pathway: BlockPathway, like: Tensor) -> "Addition":
+        """Take a pathway's compensation over to the dtype and device of a tensor."""
+        return cls(
+            kept=pathway.keep.nonzero().flatten().to(like.device),
+            delta=None if pathway.delta is None else pathway.delta.to(like),
+            bias=None if pathway.bias is None else pathway.bias.to(like),
+            bypass=None if pathway.bypass is None else pathway.bypass.to(like),
+        )
+
+    def __call__(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
+        """Return what is added to the output, ``(..., d_out)`` or ``(d_out,)``."""
+        terms = []
+        if self.delta is not None:
+            kept = activation.index_select(-1, self.kept)
+            if isinstance(self.delta, LowRank):
+                terms.append(self.delta(kept))
+            else:
+                terms.append(functional.linear(kept, self.delta))
+        if self.bias is not None:
+            terms.append(self.bias)
+        if self.bypass is not None:
+            terms.append(self.bypass(needed_input(block_input)))
+        return sum(terms[1:], start=terms[0])
+
+
+def needed_input(block_input: Tensor | None) -> Tensor:
+    """Return a block's input, which its bypass needs.
+
+    Raises:
+        UnsupportedModelError: The incoming leaf did not run before the outgoing one.
+    """
+    if block_input is None:
+        raise UnsupportedModelError(
+            "A pathway has a linear bypass, but the block's incoming leaf was not called before "
+            "its outgoing leaf, so the block's input is not known. Build the pathways without a "
+            "bypass for this model."
+        )
+    return block_input
+
+
+class BlockState:
+    """What the leaves of one FFN block share: its pathways and how they may run.
+
+    Attributes:
+        key: The model that the block belongs to.
+        d_ff: Number of neurons.
+        pathways: What each pathway keeps of the block.
+        bypassed: Whether any pathway has a bypass, so that the block's input is needed.
+        masked_only: Whether the block must be masked whatever executor is chosen.
+        masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
+    """
+
+    def __init__(self, key: ModelKey, d_ff: int) -> None:
+        self.key = key
+        self.d_ff = d_ff
+        self.pathways: tuple[BlockPathway, ...] = ()
+        self.bypassed = False
+        self.masked_only = False
+        self.masked_outside = False
+        self._tables: dict[torch.device, Tensor] = {}
+        self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cached tables behind."""
+        return {**self.__dict__, "_tables": {}, "_additions": {}}
+
+    def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
+        """Replace the pathways, in place."""
+        self.pathways = pathways
+        self.bypassed = any(pathway.bypass is not None for pathway in pathways)
+        self._tables, self._additions = {}, {}
+
+    def addition(self, pathway: int, like: Tensor) -> "Addition":
+        """Return what a pathway adds to its kept neurons' sum, in a tensor's dtype and device."""
+        key = (pathway, like.device, like.dtype)
+        addition = self._additions.get(key)
+        if addition is None:
+            with torch.inference_mode(False), torch.no_grad():
+                addition = Addition.of(self.pathways[pathway], like)
+            if not torch.compiler.is_compiling():
+                self._additions[key] = addition
+        return addition
+
+    def add(
+        self,
+        output: Tensor,
+        activation: Tensor,
+        block_input: Tensor | None,
+        pathway: int | Tensor,
+    ) -> Tensor:
+        """Return a masked block's output with its pathways' compensation added. Pure.
+
+        Args:
+            output: What the outgoing leaf made of the masked activation, ``(..., d_out)``.
+            activation: The masked activation ``(..., d_ff)``.
+            block_input: The block's input ``(..., d_in)``, for the bypass.
+            pathway: As in ``mask``.
+        """
+        if not isinstance(pathway, Tensor):
+            if self.pathways[pathway].compensated:
+                output = output + self.addition(pathway, output)(activation, block_input)
+            return output
+        for index, candidate in enumerate(self.pathways):
+            if candidate.compensated:
+                rows = _spread((pathway == index).unsqueeze(1), output)
+                addition = self.addition(index, output)
+                output = _add_to_rows(output, rows, addition, activation, block_input)
+        return output
+
+    def executor_name(self, choice: Choice) -> str:
+        """Return the executor that this block uses under a choice."""
+        if self.masked_only or type(choice.pathway) is not int:
+            return "masked"
+        return choice.executor
+
+    def mask(self, activation: Tensor, pathway: int | Tensor) -> Tensor:
+        """Return the activation with the removed neurons zeroed. Pure.
+
+        Args:
+            activation: ``(batch, tokens, d_ff)``, or ``(batch * tokens, d_ff)`` inside blocks
+                that flatten their input.
+            pathway: One pathway, or one per row of the batch as int64 ``(batch,)``, -1 for dense.
+
+        Raises:
+            PathwaysError: The activation is not d_ff wide, or not a multiple of the rows.
+        """
+        if activation.shape[-1] != self.d_ff:
+            raise PathwaysError(
+                f"An FFN block has {self.d_ff} neurons, but its activation is "
+                f"{activation.shape[-1]} wide. Tensor parallelism is not supported here: load "
+                "the model without tp_plan."
+            )
+        removed = self._removed(activation.device)[pathway]
+        if removed.dim() == 2:
+            removed = _spread(removed, activation)
+        return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
+
+    def _removed(self, device: torch.device) -> Tensor:
+        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last removes nothing."""
+        table = self._tables.get(device)
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():
+                everything = torch.ones(self.d_ff, dtype=torch.bool)
+                kept = [pathway.keep for pathway in self.pathways]
+                table = ~torch.stack([*kept, everything]).to(device)
+            if not torch.compiler.is_compiling():
+                self._tables[device] = table
+        return table
+
+
+def _spread(masks: Tensor, activation: Tensor) -> Tensor:
+    """Bring one row of values per row of the batch, ``(rows, n)``, to an activation's shape.
+
+    Nothing is copied per token, unless the block has flattened its input.
+    """
+    rows, length = masks.shape[0], activation.shape[0]
+    if activation.dim() == 2 and length % rows == 0:
+        return masks.repeat_interleave(length // rows, dim=0)
+    if activation.dim() > 2 and length == rows:
+        return masks.view(rows, *([1] * (activation.dim() - 2)), -1)
+    raise PathwaysError(
+        f"Domains were given for {rows} rows, but an FFN block received an input of shape "
+        f"{tuple(activation.shape)}. Give one domain per row of the batch."
+    )
+
+
+def _add_to_rows(
+    output: Tensor,
+    rows: Tensor,
+    addition: Addition,
+    activation: Tensor,
+    block_input: Tensor | None,
+) -> Tensor:
+    """Add a pathway's compensation to its own rows of a batch. Pure.
+
+    Args:
+        output: ``(batch, ..., d_out)``.
+        rows: bool, one entry per row of the output's first dimension, and trailing ones.
+        addition: The compensation.
+        activation: ``(batch, ..., d_ff)``.
+        block_input: ``(batch, ..., d_in)``.
+    """
+    if torch.compiler.is_compiling():  # which rows these are is not known while tracing
+        return output + torch.where(rows, addition(activation, block_input), 0)
+    selected = rows.flatten().nonzero().flatten()
+    if len(selected) == 0:
+        return output
+    theirs = None if block_input is None else block_input.index_select(0, selected)
+    added = addition(activation.index_select(0, selected), theirs)
+    added = added.expand(len(selected), *output.shape[1:])
+    return output.index_add(0, selected, added)
