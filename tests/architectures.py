@@ -262,9 +262,9 @@ def repaired(model, pathway):
 
 def _add_bias_and_bypass(block, part):
     seen = []
-    block.incoming[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    block.incoming[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     block.outgoing.register_forward_hook(
-        lambda module, args, output: (
+        lambda _module, _args, output: (
             output + part.bias + seen.pop() @ (part.bypass.outer @ part.bypass.inner).T
         )
     )
