@@ -176,6 +176,8 @@ def _restored(
             for position in range(len(base.blocks))
         )
         restored[name] = Pathway(blocks=blocks, provenance=entry["provenance"])
+        if sorted(_held(restored[name])) != sorted(holds):
+            raise ArtefactError(f"{TENSORS_NAME} lacks parts of {name!r}, which holds {holds}.")
     return restored
 
 

@@ -208,6 +208,10 @@ OUT_OF_RANGE = {
     "unknown field of a block": (("base", "blocks", 1, "extra"), 1),
     "unknown field of the base": (("base", "extra"), 1),
     "holds more": (("domains", 1, "holds"), ["keep", "bias"]),
+    "holds what is unknown": (("domains", 1, "holds"), ["keep", "routing"]),
+    "holds a part twice": (("domains", 1, "holds"), ["keep", "keep"]),
+    "holds no list": (("domains", 1, "holds"), "keep"),
+    "holds numbers": (("domains", 1, "holds"), ["keep", 3]),
     "domain twice": (("domains", 1, "name"), "code"),
     "another domain": (("domains", 3), {"name": "x", "provenance": {}, "holds": ["keep"]}),
     **{
