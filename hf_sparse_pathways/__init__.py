@@ -14,9 +14,9 @@ import wrapt
 from hf_sparse_pathways.version import __version__
 
 if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.discovery.profiling import profile
     from hf_sparse_pathways.discovery.selection import select
-    from hf_sparse_pathways.discovery.statistics import Profile
     from hf_sparse_pathways.errors import PathwaysError
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.measure.quality import evaluate
@@ -45,7 +45,7 @@ _HOMES = {
     "LowRank": "ffn.block_pathway",
     "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
-    "Profile": "discovery.statistics",
+    "Profile": "discovery.profiles",
     "SparsePathwaysConfig": "modeling.configuration",
     "SparsePathwaysForCausalLM": "modeling.model",
     "evaluate": "measure.quality",

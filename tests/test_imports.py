@@ -25,6 +25,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 LAZY = {
     # Against the order of modules, or to be light when it is imported.
     ("pathways.pathway", "pathways.storage"),
+    ("discovery.profiles", "discovery.profile_storage"),
     ("modeling.configuration", "modeling.classes"),
     ("modeling.model", "modeling.classes"),
     # No command imports torch before it runs.
@@ -32,7 +33,7 @@ LAZY = {
     ("cli.build", "discovery.profiling"),
     ("cli.build", "discovery.scores"),
     ("cli.build", "discovery.selection"),
-    ("cli.build", "discovery.statistics"),
+    ("cli.build", "discovery.profiles"),
     ("cli.build", "ffn.blocks"),
     ("cli.build", "modeling.model"),
     ("cli.build", "modeling.structure"),

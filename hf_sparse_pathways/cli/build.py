@@ -61,9 +61,9 @@ def run(  # noqa: PLR0913
     dense, tokenizer = load_dense(model, dtype)
     _check_model(dense, rule)
 
+    from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.discovery.profiling import profile as take_profile
     from hf_sparse_pathways.discovery.selection import select
-    from hf_sparse_pathways.discovery.statistics import Profile
     from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 
     if profile is not None:

@@ -1,29 +1,34 @@
-"""Activation profiles: what each FFN neuron does on a domain's text.
+"""Activation profiles: what each FFN neuron does on a domain's text, alone and with the others.
 
-A forward pre-hook on every outgoing leaf sees the activation, drops padding, and adds to five
-running statistics per neuron: sum |a|, sum a, sum a^2, the count of a > 0, and max |a|.
+The decoder runs over random windows of the text. Hooks on every FFN block drop padding and add up,
+per neuron, the moments of ``statistics.py``, and per block the Gram matrix of ``grams.py``. Gram
+matrices are large, so the blocks are taken in groups that fit into memory, one pass over the text
+per group; a pass ends at its group's last block.
 
-Source: A. Young 2026, "Sparse Pathways", profiles E[|a|] per domain; the other moments serve other
-scores (``discovery/scores.py``).
+Source: A. Young 2026, "Sparse Pathways", profiles E[|a|] per domain; the other statistics serve
+other methods (``scores.py``, ``obs.py``).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.statistics import (
-    BlockStatistics,
-    DomainProfile,
-    Profile,
-    check_statistics,
-)
+from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
+from hf_sparse_pathways.discovery.grams import GramSource
+from hf_sparse_pathways.discovery.memory import parse_memory
+from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
+from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
+from hf_sparse_pathways.discovery.resumption import Resumption
+from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
 from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import (
-    Batch,
     Window,
     count_tokens,
     draw_windows,
@@ -31,15 +36,24 @@ from hf_sparse_pathways.discovery.windows import (
     resolve_length,
 )
 from hf_sparse_pathways.errors import PathwaysError, TextError
-from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.pathways.base import BaseModel
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
 
-_CHUNK_VALUES = 2**18
-"""Activations that are summed at a time: one megabyte, which stays in a core's cache."""
+MAX_MEMORY = "4GB"
+"""Default bound of the Gram matrices that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was drawn of one domain's text."""
+
+    windows: tuple[Window, ...]
+    validation: tuple[Window, ...]
+    provenance: dict[str, Any]
 
 
 def profile(  # noqa: PLR0913
@@ -51,6 +65,10 @@ def profile(  # noqa: PLR0913
     max_length: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    grams: bool = True,
+    validation_tokens: int = 8192,
+    max_memory: int | str = MAX_MEMORY,
+    work_folder: "str | os.PathLike[str] | None" = None,
 ) -> Profile:
     """Take the activation profile of each domain's text. The model is left as it was.
 
@@ -63,151 +81,232 @@ def profile(  # noqa: PLR0913
         max_length: Most tokens per window; by default 512, or the model's positions if fewer.
         batch_size: Windows per forward pass.
         seed: Decides which windows are drawn.
+        grams: Whether to take Gram matrices, which selection with repair needs.
+        validation_tokens: Most tokens per domain, drawn from documents of which no window was
+            drawn, that are kept for comparing methods.
+        max_memory: Most bytes (or ``"4GB"``) of Gram matrices in memory at a time. Fewer mean
+            more passes over the text.
+        work_folder: Where unfinished sums, and the Gram matrices of finished groups, are stored. A
+            run that was interrupted goes on from there when it is called again with the same
+            settings. Keep the folder while the profile is in use; ``save_pretrained`` copies.
 
     Raises:
         UnsupportedModelError: The model has no FFN blocks.
         TextError: A source cannot be read, or has fewer than ``MIN_TOKENS`` tokens.
-        PathwaysError: An activation is NaN or infinite.
+        PathwaysError: An activation is NaN or infinite, or the memory does not suffice.
     """
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
     max_length = resolve_length(model, max_length)
-    drawn = {}
+    samples = {}
     for domain, source in texts.items():
         documents = read_documents(source, seed=seed)
-        windows = draw_windows(
-            documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
+        samples[domain] = _draw(
+            domain,
+            documents,
+            tokenizer,
+            max_tokens=max_tokens,
+            validation_tokens=validation_tokens,
+            max_length=max_length,
+            seed=seed,
         )
-        _check_enough(domain, documents, windows)
-        drawn[domain] = (windows, _provenance(documents, windows, max_length, seed))
-    by_domain = {}
-    for domain, (windows, provenance) in drawn.items():
-        blocks = _collect(model, domain, windows, batch_size)
-        by_domain[domain] = DomainProfile(blocks=blocks, provenance=provenance)
+    blocks = find_blocks(model)
+    groups = [blocks]
+    if grams:
+        kept = 0 if work_folder is not None else len(samples)
+        groups = group_blocks(blocks, parse_memory(max_memory), kept)
+    run = _Run(model, tuple(groups), batch_size, grams)
+    by_domain = {
+        domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
+    }
     return Profile(base=base, by_domain=by_domain)
 
 
-def _collect(
-    model: nn.Module, domain: str, windows: list[Window], batch_size: int
-) -> tuple[BlockStatistics, ...]:
-    """Run a domain's windows through the decoder and return every block's statistics."""
-    collectors = [_Collector(block.d_ff) for block in find_blocks(model)]
-    decoder = getattr(model, "base_model", model)  # without the head: no logits are needed
-    device = next(model.parameters()).device
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(all_dense())
-        stack.enter_context(evaluation_mode(model))
-        for collector, block in zip(collectors, find_blocks(model), strict=True):
-            handle = block.outgoing.register_forward_pre_hook(collector)
-            stack.callback(handle.remove)
-        bar = stack.enter_context(
-            tqdm(total=count_tokens(windows), desc=f"profile {domain}", unit="tok", disable=None)
-        )
-        for batch in make_batches(windows, batch_size):
-            for collector in collectors:
-                collector.begin(batch, device)
-            decoder(
-                input_ids=batch.ids.to(device),
-                attention_mask=batch.mask.long().to(device),
-                use_cache=False,
-            )
-            bar.update(int(batch.mask.sum()))
-    for collector, block in zip(collectors, find_blocks(model), strict=True):
-        check_statistics(domain, block.name, collector.statistics)
-    return tuple(collector.statistics for collector in collectors)
-
-
-class _Collector:
-    """Forward pre-hook of one outgoing leaf that accumulates statistics."""
-
-    def __init__(self, d_ff: int) -> None:
-        self.statistics = BlockStatistics.empty(d_ff)
-        self._rows: Tensor | None = None
-        self._space: Tensor | None = None
-        self._tokens = 0
-
-    def begin(self, batch: Batch, device: torch.device) -> None:
-        """Take note of which tokens of the coming forward pass are real."""
-        flat = batch.mask.flatten()
-        self._rows = None if bool(flat.all()) else flat.nonzero().flatten().to(device)
-        self._tokens = len(flat)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        activation = args[0].detach().flatten(0, -2)
-        if len(activation) != self._tokens:
-            raise PathwaysError(
-                f"An FFN block received {len(activation)} tokens of the {self._tokens} in the "
-                "batch: the model routes tokens past it, so padding cannot be told from text. "
-                "Such blocks cannot be profiled."
-            )
-        if self._rows is not None:
-            activation = activation.index_select(0, self._rows)
-        chunk_tokens = max(32, _CHUNK_VALUES // activation.shape[1])
-        if self._space is None:
-            size = (2, chunk_tokens, activation.shape[1])
-            self._space = torch.empty(size, dtype=torch.float32, device=activation.device)
-        for chunk in activation.split(chunk_tokens):
-            self.statistics = self.statistics.merged(_statistics(chunk, self._space))
-
-
-def _statistics(activation: Tensor, space: Tensor) -> BlockStatistics:
-    """Return the statistics of ``(tokens, d_ff)`` activations, computed in a working space.
-
-    A chunk is summed in float32 (cascaded, a few hundred terms) and accumulates in float64:
-    float64 throughout costs several times as much and changes the seventh digit.
+def group_blocks(
+    blocks: Sequence[FfnBlock], max_memory: int, domains_kept: int
+) -> list[tuple[FfnBlock, ...]]:
+    """Cut blocks into groups whose Gram matrices fit into memory together.
 
     Args:
-        activation: At most as many tokens as the space has.
-        space: float32 ``(2, tokens, d_ff)``, overwritten; fresh memory costs more than the sums.
+        blocks: In layer order.
+        max_memory: Bytes.
+        domains_kept: How many domains' matrices of all blocks stay in memory besides; 0 if they
+            are stored on disk.
+
+    Raises:
+        PathwaysError: One block, or what stays, does not fit.
     """
-    values, work = space[0, : len(activation)], space[1, : len(activation)]
-    values.copy_(activation)
-    tensors = {"sum": values.sum(0)}
-    torch.abs(values, out=work)
-    tensors["abs_sum"], tensors["abs_max"] = work.sum(0), work.amax(0)
-    torch.square(values, out=work)
-    tensors["square_sum"] = work.sum(0)
-    torch.gt(values, 0, out=work)
-    tensors["positive"] = work.sum(0)
-    return BlockStatistics(
-        tokens=len(values), **{name: tensor.double().cpu() for name, tensor in tensors.items()}
+    sizes = [4 * (block.d_ff + block.d_in + 1) ** 2 for block in blocks]
+    needed = max(max(sizes), domains_kept * sum(sizes))
+    if needed > max_memory:
+        way_out = "raise max_memory, or pass grams=False"
+        if max(sizes) <= max_memory:
+            way_out += ", or pass work_folder= to keep them on disk"
+        raise PathwaysError(
+            f"Gram matrices of {needed / 1e9:.2f} GB do not fit into max_memory "
+            f"({max_memory / 1e9:.2f} GB): {way_out}."
+        )
+    groups: list[list[FfnBlock]] = [[]]
+    used = 0
+    for block, size in zip(blocks, sizes, strict=True):
+        if groups[-1] and used + size > max_memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(block)
+        used += size
+    return [tuple(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the passes over all domains' text have in common."""
+
+    model: nn.Module
+    groups: tuple[tuple[FfnBlock, ...], ...]
+    batch_size: int
+    grams: bool
+
+    def collect(
+        self, domain: str, sample: _Sample, work_folder: "str | os.PathLike[str] | None"
+    ) -> DomainProfile:
+        """Run a domain's windows through the decoder, once per group of blocks."""
+        resumption = Resumption(work_folder, self._plan(sample))
+        statistics: list[BlockStatistics] = []
+        matrices: list[GramSource] = []
+        total = count_tokens(sample.windows) * len(self.groups)
+        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=None) as bar:
+            for number, group in enumerate(self.groups):
+                name = f"{number:04d}"
+                collectors = self._collect_group(group, sample, resumption, name, bar)
+                for index, collector in enumerate(collectors):
+                    check_statistics(domain, collector.block.name, collector.statistics)
+                    statistics.append(collector.statistics)
+                    if collector.accumulator is not None:
+                        stored = resumption.stored_gram(name, index, collector.block.d_ff)
+                        matrices.append(stored or collector.accumulator.gram())
+        return DomainProfile(
+            blocks=tuple(statistics),
+            provenance=sample.provenance,
+            grams=tuple(matrices),
+            windows=sample.windows,
+            validation=sample.validation,
+        )
+
+    def _collect_group(
+        self,
+        group: tuple[FfnBlock, ...],
+        sample: _Sample,
+        resumption: Resumption,
+        name: str,
+        bar: Any,
+    ) -> list[BlockCollector]:
+        """Run the windows through the decoder as far as one group's last block."""
+        spaces = Workspaces()
+        collectors = [BlockCollector(block, spaces, gram=self.grams) for block in group]
+        batches = list(make_batches(sample.windows, self.batch_size))
+        done = resumption.resume(name, collectors)
+        bar.update(sum(int(batch.mask.sum()) for batch in batches[:done]))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(all_dense())
+            stack.enter_context(evaluation_mode(self.model))
+            for collector in collectors:
+                for handle in collector.attach():
+                    stack.callback(handle.remove)
+            if group is not self.groups[-1]:
+                for handle in _stop_after(collectors):
+                    stack.callback(handle.remove)
+            for batch in batches[done:]:
+                for collector in collectors:
+                    collector.begin(batch)
+                run_decoder(self.model, batch)
+                bar.update(int(batch.mask.sum()))
+                done += 1
+                resumption.store_sometimes(name, collectors, done)
+        resumption.store(name, collectors, done)
+        return collectors
+
+    def _plan(self, sample: _Sample) -> dict[str, Any]:
+        """Return everything that decides the sums, for ``Resumption``."""
+        tokens = hashlib.sha256(str([window.ids for window in sample.windows]).encode())
+        weights = [float(_weigh(block.outgoing)) for group in self.groups for block in group]
+        return {
+            "tokens": tokens.hexdigest(),
+            "weights": weights,
+            "groups": [len(group) for group in self.groups],
+            "batch_size": self.batch_size,
+            "grams": self.grams,
+        }
+
+
+def _weigh(leaf: Any) -> Tensor:
+    """Return one number that changes with the leaf's weights."""
+    weight = leaf.weight.detach()
+    return weight.flatten()[:: max(1, weight.numel() // 1009)].double().sum()
+
+
+def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:
+    """Hook the blocks so that a forward pass ends when the last of them has been seen."""
+    seen = [collector.batches for collector in collectors]
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
+        if all(
+            collector.batches > before for collector, before in zip(collectors, seen, strict=True)
+        ):
+            seen[:] = [collector.batches for collector in collectors]
+            raise Finished
+
+    for collector in collectors:
+        yield collector.block.outgoing.register_forward_pre_hook(stop)
+
+
+def _draw(  # noqa: PLR0913
+    domain: str,
+    documents: Documents,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    validation_tokens: int,
+    max_length: int,
+    seed: int,
+) -> _Sample:
+    """Draw calibration windows, then validation windows from the documents that are left."""
+    windows = draw_windows(
+        documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
     )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block the model evaluates; every module then has the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check_enough(domain: str, documents: Documents, windows: list[Window]) -> None:
     tokens = count_tokens(windows)
     if tokens < MIN_TOKENS:
         raise TextError(
             f"Domain {domain!r} has {tokens} tokens of text ({documents.source}); at least "
             f"{MIN_TOKENS} are needed, and tens of thousands for a good selection."
         )
-
-
-def _provenance(
-    documents: Documents, windows: list[Window], max_length: int, seed: int
-) -> dict[str, Any]:
-    digests = sorted({window.document.digest for window in windows})
-    cut = sorted({window.document.whole for window in windows if window.document.whole})
-    return {
+    digests, cut = _digests(windows)
+    validation: list[Window] = []
+    if validation_tokens > 0:
+        validation = draw_windows(
+            documents.without(digests, cut),
+            tokenizer,
+            max_tokens=validation_tokens,
+            max_length=max_length,
+            seed=seed,
+        )
+    provenance = {
         "source": documents.source,
         "documents": len(digests),
-        "tokens": count_tokens(windows),
+        "tokens": tokens,
         "max_length": max_length,
         "seed": seed,
         "digests": digests,
         "cut_digests": cut,
+        "validation_digests": _digests(validation)[0],
+        "validation_cut_digests": _digests(validation)[1],
     }
+    return _Sample(tuple(windows), tuple(validation), provenance)
+
+
+def _digests(windows: Sequence[Window]) -> tuple[list[str], list[str]]:
+    """Return the digests of the windows' documents, and of those that they are sections of."""
+    documents = [window.document for window in windows if window.document is not None]
+    digests = {document.digest for document in documents}
+    return sorted(digests), sorted({document.whole for document in documents if document.whole})

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.scores import (
     ScoreFunction,
     ScoreInput,
     check_scores,
     resolve_score,
 )
-from hf_sparse_pathways.discovery.statistics import DomainProfile, Profile, check_statistics
+from hf_sparse_pathways.discovery.statistics import check_statistics
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.base import BaseModel

@@ -25,10 +25,10 @@ DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids of a piece of one document."""
+    """Token ids of a piece of one document; None if the document is not known any more."""
 
     ids: tuple[int, ...]
-    document: Document
+    document: Document | None = None
 
 
 @dataclass(frozen=True)

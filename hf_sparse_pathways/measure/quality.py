@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.profiling import evaluation_mode
+from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import (
     Batch,
@@ -32,6 +32,7 @@ from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon
 SEEN = ("exclude", "include")
+SPLITS = ("", "validation_")  # prefixes of the digests in a pathway's provenance
 
 
 def evaluate(  # noqa: PLR0913
@@ -99,7 +100,7 @@ def _held_out(
     """Leave out documents that any pathway was calibrated on; return how many those were."""
     texts = [pathway.provenance.get("text", {}) for pathway in pathways.by_domain.values()]
     digests, cut = (
-        [digest for text in texts for digest in text.get(name, ())]
+        [digest for text in texts for split in SPLITS for digest in text.get(f"{split}{name}", ())]
         for name in ("digests", "cut_digests")
     )
     fresh = documents.without(digests, cut)
@@ -190,7 +191,7 @@ def _measure(
                 ratio=perplexity / dense,
                 flops=1.0 if name is None else pathways.flops(name),
                 tokens=tokens,
-                documents=len({window.document.digest for window in windows}),
+                documents=len({window.document for window in windows}),
                 excluded=excluded,
             )
 

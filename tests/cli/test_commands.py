@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery.statistics import Profile
+from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.version import __version__
 from tests.cli.commands import run, run_well

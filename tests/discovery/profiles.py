@@ -2,7 +2,8 @@
 
 import torch
 
-from hf_sparse_pathways.discovery.statistics import BlockStatistics, DomainProfile, Profile
+from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
+from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.pathways.base import BaseModel
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse_pathways.discovery.statistics import TENSORS, Profile
+from hf_sparse_pathways.discovery.profiles import Profile
+from hf_sparse_pathways.discovery.statistics import TENSORS
 from hf_sparse_pathways.errors import ArtefactError
 from tests.architectures import tiny_llama
 from tests.discovery.profiles import random_profile

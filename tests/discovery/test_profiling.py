@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import profiling
+from hf_sparse_pathways.discovery import collectors, profiling
+from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
-from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, Profile
+from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows
 from hf_sparse_pathways.errors import (
@@ -122,7 +123,7 @@ def test_a_budget_profiles_the_drawn_windows_only():
 @pytest.mark.parametrize("values", [1, 48 * 33, 48 * 40])
 def test_sums_do_not_depend_on_the_chunks(monkeypatch, values):
     whole = _take(tiny_llama())
-    monkeypatch.setattr(profiling, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(collectors, "_CHUNK_VALUES", values)
     cut = _take(tiny_llama())
     for domain in TEXTS:
         _assert_same(cut[domain].blocks, whole[domain].blocks)
@@ -181,7 +182,9 @@ def test_saved_and_loaded_is_equal_and_byte_stable(tmp_path):
     _equal(Profile.from_pretrained(tmp_path / "one"), taken)
     for name in ("profile.json", "profile.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert sorted(os.listdir(tmp_path / "one")) == ["profile.json", "profile.safetensors"]
+    names = ["grams", "profile.json", "profile.safetensors"]
+    assert sorted(os.listdir(tmp_path / "one")) == names
+    assert os.listdir(tmp_path / "one" / "grams") == os.listdir(tmp_path / "two" / "grams")
 
 
 def test_a_profile_of_a_file_with_any_name_can_be_saved(tmp_path):
@@ -205,6 +208,8 @@ def test_the_provenance_says_what_was_read(tmp_path):
         "seed": 5,
         "digests": [read_documents(path).items[0].digest],
         "cut_digests": [],
+        "validation_digests": [],
+        "validation_cut_digests": [],
     }
 
 

@@ -12,10 +12,10 @@ import numpy
 import pytest
 import torch
 
+from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreInput
 from hf_sparse_pathways.discovery.selection import DEFAULT_SPARSITY, keep_best, make_rule, select
-from hf_sparse_pathways.discovery.statistics import Profile
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathways

@@ -1,0 +1,135 @@
+"""Activation profiles as values: a domain's statistics, and those of all domains of a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
+from hf_sparse_pathways.discovery.statistics import BlockStatistics
+from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.pathways.base import BaseModel
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DomainProfile:
+    """One domain's statistics.
+
+    Attributes:
+        blocks: One entry per FFN block, in layer order.
+        provenance: Source, documents, tokens, seed; plain JSON values. ``digests`` names every
+            document that was seen, ``cut_digests`` those of which sections were.
+        grams: One Gram matrix per FFN block, in memory or on disk; empty if none were taken.
+        windows: The token ids of the calibration text, for methods that run the model again.
+        validation: Token ids of other documents of the domain, on which methods are compared.
+    """
+
+    blocks: tuple[BlockStatistics, ...]
+    provenance: Mapping[str, Any]
+    grams: tuple[GramSource, ...] = ()
+    windows: tuple[Window, ...] = ()
+    validation: tuple[Window, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, padding excluded."""
+        return self.blocks[0].tokens
+
+    def merged(self, other: Self) -> Self:
+        """Return the statistics of both together. Pure."""
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return replace(
+            self,
+            blocks=tuple(mine.merged(theirs) for mine, theirs in pairs),
+            provenance=_merged_provenance(self.provenance, other.provenance),
+            grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
+            windows=self.windows + other.windows,
+            validation=self.validation + other.validation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Profile:
+    """Activation profiles of one base model.
+
+    Attributes:
+        base: The model they were taken from.
+        by_domain: Domain name -> statistics.
+    """
+
+    base: BaseModel
+    by_domain: Mapping[str, DomainProfile]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains' names."""
+        return list(self.by_domain)
+
+    def __getitem__(self, domain: str) -> DomainProfile:
+        """Return a domain's statistics.
+
+        Raises:
+            UnknownNameError: There is none of that name.
+        """
+        if domain not in self.by_domain:
+            raise UnknownNameError("domain", domain, self.by_domain)
+        return self.by_domain[domain]
+
+    def merged(self, other: Self) -> Self:
+        """Return both together; a domain in both has the statistics of both streams. Pure.
+
+        Raises:
+            MismatchError: The other was taken from another model.
+        """
+        self.base.check_same(other.base)
+        together = dict(self.by_domain)
+        for name, theirs in other.by_domain.items():
+            together[name] = together[name].merged(theirs) if name in together else theirs
+        return replace(self, by_domain=together)
+
+    def pooled(self) -> DomainProfile:
+        """Return the statistics of all domains' text together. Pure."""
+        first, *rest = self.by_domain.values()
+        for profile in rest:
+            first = first.merged(profile)
+        return first
+
+    def save_pretrained(self, folder: "str | PathLike[str]") -> None:
+        """Write ``profile.json`` and ``profile.safetensors``, and the Gram matrices beside them.
+
+        Each file is written beside its place and then renamed, the description last.
+        """
+        from hf_sparse_pathways.discovery.profile_storage import write_profile
+
+        write_profile(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: "str | PathLike[str]") -> Self:
+        """Read what ``save_pretrained`` wrote; Gram matrices stay on disk until they are used.
+
+        Raises:
+            ArtefactError: It is missing, corrupt, truncated, of a newer format, or holds NaN.
+        """
+        from hf_sparse_pathways.discovery.profile_storage import read_profile
+
+        return read_profile(cls, Path(folder))
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(f"{name} {p.tokens} tokens" for name, p in self.by_domain.items())
+        return f"Profile(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, {tokens})"
+
+
+def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("digests", "cut_digests", "validation_digests", "validation_cut_digests")
+    both = {name: sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in names}
+    return {
+        **mine,
+        "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
+        "documents": len(both["digests"]),
+        "tokens": mine["tokens"] + theirs["tokens"],
+        **both,
+    }

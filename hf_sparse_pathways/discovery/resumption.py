@@ -1,0 +1,106 @@
+"""Long passes over text that can be interrupted: their sums on disk, and where they stood.
+
+A pass is a domain's text through one group of FFN blocks. Its sums are stored about once a minute
+and when it is done. Results lie in a folder named by a digest of everything that decides them, so
+that other settings never pick them up.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hf_sparse_pathways.discovery.collectors import BlockCollector
+from hf_sparse_pathways.discovery.grams import Gram
+
+STORE_SECONDS = 60.0
+"""How often the sums of a running pass are stored."""
+
+
+@dataclass(frozen=True)
+class StoredGram:
+    """The Gram matrix of a finished pass, on disk."""
+
+    path: Path
+    name: str
+    d_ff: int
+
+    def load(self) -> Gram:
+        """Read the matrix."""
+        with safe_open(self.path, "pt") as file:
+            upper = file.get_tensor(self.name).triu()
+        return Gram(upper + upper.triu(1).T, self.d_ff)
+
+
+class Resumption:
+    """Where the passes of one plan are stored; nothing is, without a folder.
+
+    Args:
+        folder: The user's folder for work in progress, or None.
+        plan: Everything that decides the result, as JSON values.
+    """
+
+    def __init__(self, folder: "str | os.PathLike[str] | None", plan: Mapping[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = None if folder is None else Path(folder, f"pass-{digest}")
+        self._stored = time.monotonic()
+
+    def resume(self, name: str, collectors: Sequence[BlockCollector]) -> int:
+        """Give collectors the sums that an earlier run stored; return how many batches are done."""
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return 0
+        with safe_open(path, "pt") as file:
+            done = int(file.metadata()["batches"])
+        tensors = load_file(path)
+        for index, collector in enumerate(collectors):
+            prefix = f"{index}."
+            state = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+            collector.restore(state, done)
+        return done
+
+    def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
+        """Store the sums of a pass, whole or not at all."""
+        path = self._path(name)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{index}.{key}": tensor.contiguous()
+            for index, collector in enumerate(collectors)
+            for key, tensor in collector.state().items()
+        }
+        temporary = path.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"batches": str(done)})
+        os.replace(temporary, path)
+        self._stored = time.monotonic()
+
+    def store_sometimes(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
+        """Store the sums if the last time was a while ago."""
+        if time.monotonic() - self._stored > STORE_SECONDS:
+            self.store(name, collectors, done)
+
+    def stored_gram(self, name: str, index: int, d_ff: int) -> StoredGram | None:
+        """Return a finished pass's Gram matrix as it lies on disk; None without a folder."""
+        path = self._path(name)
+        return None if path is None else StoredGram(path, f"{index}.upper", d_ff)
+
+    def discard(self) -> None:
+        """Delete what this plan has stored."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
