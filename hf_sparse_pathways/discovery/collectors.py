@@ -136,6 +136,8 @@ def _statistics(activation: Tensor, space: Tensor) -> BlockStatistics:
     tensors["abs_sum"], tensors["abs_max"] = work.sum(0), work.amax(0)
     torch.square(values, out=work)
     tensors["square_sum"] = work.sum(0)
+    work /= work.sum(1, keepdim=True).clamp_min(torch.finfo(work.dtype).tiny)
+    tensors["share_square_sum"] = work.sum(0)
     torch.gt(values, 0, out=work)
     tensors["positive"] = work.sum(0)
     return BlockStatistics(

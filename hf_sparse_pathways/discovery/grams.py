@@ -110,29 +110,47 @@ class GramAccumulator:
     it equal to float64 in six digits, far below the sampling error of the moments.
     """
 
-    def __init__(self, d_in: int, d_ff: int) -> None:
+    def __init__(self, d_in: int, d_ff: int, targets: int = 0) -> None:
         size = d_ff + d_in + 1
         self.d_ff = d_ff
         self.upper = torch.zeros(size, size, dtype=torch.float32)
+        self.cross = torch.zeros(targets, size, dtype=torch.float32)
 
-    def add(self, activation: Tensor, block_input: Tensor, workspace: Tensor) -> None:
+    def add(
+        self,
+        activation: Tensor,
+        block_input: Tensor,
+        workspace: Tensor,
+        *,
+        target: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add tokens.
 
         Args:
             activation: ``(tokens, d_ff)``.
             block_input: ``(tokens, d_in)``.
             workspace: float32, at least ``d_ff + d_in + 1`` wide, overwritten.
+            target: ``(tokens, targets)``, whose products with z add to ``cross``.
+            weights: Square roots of the tokens' weights, ``(tokens, 1)``.
         """
         size = len(self.upper)
         self.upper = self.upper.to(workspace.device)
+        self.cross = self.cross.to(workspace.device)
         rows = len(workspace)
-        stripe = -(-size // _STRIPES)
-        for a, x in zip(torch.split(activation, rows), torch.split(block_input, rows), strict=True):
-            z = workspace[: len(a), :size]
-            z[:, : self.d_ff], z[:, self.d_ff : -1], z[:, -1] = a, x, 1.0
-            for start in range(0, size, stripe):
-                rows_of_stripe = self.upper[start : start + stripe, start:]
-                rows_of_stripe.addmm_(z[:, start : start + stripe].T, z[:, start:])
+        for start in range(0, len(activation), rows):
+            part = slice(start, start + rows)
+            z = workspace[: len(activation[part]), :size]
+            z[:, : self.d_ff], z[:, self.d_ff : -1] = activation[part], block_input[part]
+            z[:, -1] = 1.0
+            if weights is not None:
+                z *= weights[part]
+            if target is not None:
+                scaled = target[part] if weights is None else target[part] * weights[part]
+                self.cross.addmm_(scaled.float().T, z)
+            for stripe in range(0, size, -(-size // _STRIPES)):
+                columns = slice(stripe, stripe - (-size // _STRIPES))
+                self.upper[columns, stripe:].addmm_(z[:, columns].T, z[:, stripe:])
 
     def gram(self) -> Gram:
         """Return the symmetric matrix on the CPU."""

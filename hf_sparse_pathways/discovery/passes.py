@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_sparse_pathways.discovery.windows import Batch
+from hf_sparse_pathways.errors import UnknownNameError
 
 
 @contextmanager
@@ -19,6 +21,36 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+PRECISIONS = ("model", "bfloat16", "fastest")
+
+
+@contextmanager
+def calibration_precision(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within the block, products run in the model's dtype or in bfloat16.
+
+    Args:
+        model: Its weights stay as they are.
+        precision: ``"model"``, ``"bfloat16"`` (autocast), or ``"fastest"``: bfloat16 where the
+            processor multiplies it in hardware.
+
+    Raises:
+        UnknownNameError: None of these.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    device = next(model.parameters()).device.type
+    reduced = precision == "bfloat16" or (precision == "fastest" and _has_fast_bfloat16(device))
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
+        yield
+
+
+def _has_fast_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    return device == "cpu" and bool(known.get("amx_bf16"))
 
 
 class Finished(Exception):

@@ -24,6 +24,8 @@ class BlockStatistics:
         square_sum: Sum of a^2, float64 ``(d_ff,)``, unit a^2.
         positive: Count of a > 0, float64 ``(d_ff,)``, tokens.
         abs_max: Largest |a|, float64 ``(d_ff,)``, unit a.
+        share_square_sum: Sum of (a / |a|_2)^2, the norm over the token's neurons, float64
+            ``(d_ff,)``.
     """
 
     tokens: int
@@ -32,6 +34,7 @@ class BlockStatistics:
     square_sum: Tensor
     positive: Tensor
     abs_max: Tensor
+    share_square_sum: Tensor
 
     @classmethod
     def empty(cls, d_ff: int) -> Self:
@@ -68,6 +71,7 @@ class BlockStatistics:
             square_sum=self.square_sum + other.square_sum,
             positive=self.positive + other.positive,
             abs_max=torch.maximum(self.abs_max, other.abs_max),
+            share_square_sum=self.share_square_sum + other.share_square_sum,
         )
 
 

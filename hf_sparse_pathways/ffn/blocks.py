@@ -21,6 +21,7 @@ class FfnBlock:
 
     Attributes:
         name: Qualified name of the module that holds the leaves.
+        layer: The decoder layer that it lies in.
         parent: That module.
         layout: The names of its leaves.
         d_in: Input width of the incoming leaves (d_model).
@@ -32,6 +33,7 @@ class FfnBlock:
     """
 
     name: str
+    layer: nn.Module
     parent: nn.Module
     layout: Layout
     d_in: int
@@ -102,7 +104,7 @@ def survey_model(model: nn.Module) -> Survey:
     refused: list[Refused] = []
     for layer_name, layer in _decoder_layers(model):
         found = [
-            _describe(f"{layer_name}.{path}" if path else layer_name, module, layout)
+            _describe(f"{layer_name}.{path}" if path else layer_name, layer, module, layout)
             for path, module, layout in _matches(layer)
         ]
         experts = _routed_experts(layer_name, layer)
@@ -169,7 +171,7 @@ def _is_elsewhere(path: str) -> bool:
     )
 
 
-def _describe(name: str, parent: nn.Module, layout: Layout) -> FfnBlock:
+def _describe(name: str, layer: nn.Module, parent: nn.Module, layout: Layout) -> FfnBlock:
     incoming = linear_widths(find_child(parent, layout.incoming[0]))
     outgoing = linear_widths(find_child(parent, layout.outgoing))
     if incoming is None or outgoing is None:
@@ -181,6 +183,7 @@ def _describe(name: str, parent: nn.Module, layout: Layout) -> FfnBlock:
         )
     return FfnBlock(
         name=name,
+        layer=layer,
         parent=parent,
         layout=layout,
         d_in=incoming[0],

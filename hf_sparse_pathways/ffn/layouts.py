@@ -7,9 +7,12 @@ incoming leaf's output width is d_ff, or 2 x d_ff where gate and up are fused in
 To support a new family, add one row here and a tiny model of it to ``tests/architectures.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -56,6 +59,19 @@ def linear_widths(leaf: nn.Module | None) -> tuple[int, int] | None:
     if isinstance(leaf, nn.Linear):
         return int(leaf.weight.shape[1]), int(leaf.weight.shape[0])
     return None
+
+
+def outgoing_weight(leaf: Any) -> Tensor:
+    """Return an outgoing leaf's weight, float32 ``(d_out, d_ff)``, on the CPU."""
+    weight: Tensor = leaf.weight.T if isinstance(leaf, Conv1D) else leaf.weight
+    return weight.detach().float().cpu()
+
+
+def incoming_weights(leaves: Sequence[Any], d_ff: int) -> Tensor:
+    """Return the incoming leaves' weights, float32 ``(branches, d_ff, d_in)``, on the CPU."""
+    rows = [leaf.weight if not isinstance(leaf, Conv1D) else leaf.weight.T for leaf in leaves]
+    together = torch.cat([weight.detach().float().cpu() for weight in rows])
+    return together.view(-1, d_ff, together.shape[1])
 
 
 def find_child(parent: nn.Module, path: str) -> nn.Module | None:

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
+from hf_sparse_pathways.discovery.trials import batch_loss, run_model
 from hf_sparse_pathways.discovery.windows import (
-    Batch,
     Window,
     count_tokens,
     draw_windows,
@@ -208,29 +206,10 @@ def negative_log_likelihood(
 
     A window's first token is context only.
     """
-    device = next(model.parameters()).device
     total, tokens = 0.0, 0
     for batch in make_batches(windows, batch_size):
-        logits = model(
-            input_ids=batch.ids.to(device),
-            attention_mask=batch.mask.long().to(device),
-            use_cache=False,
-            domain=domain,
-        ).logits
-        loss, count = _batch_loss(logits, batch)
+        loss, count = batch_loss(run_model(model, batch, domain=domain), batch)
         total, tokens = total + loss, tokens + count
         if bar is not None:
             bar.update(int(batch.mask.sum()))
-    return total, tokens
-
-
-def _batch_loss(logits: Tensor, batch: Batch) -> tuple[float, int]:
-    """Sum the next-token loss row by row, so that one row's float32 logits exist at a time."""
-    total, tokens = 0.0, 0
-    for row, window in enumerate(batch.windows):
-        length = len(window.ids)
-        targets = batch.ids[row, 1:length].to(logits.device)
-        scores = logits[row, : length - 1].float()
-        total += float(functional.cross_entropy(scores, targets, reduction="sum"))
-        tokens += length - 1
     return total, tokens

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.selection import check_sparsity, keep_best
+from hf_sparse_pathways.discovery.selection import check_sparsity
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.measure.report import SpeedReport
@@ -76,7 +76,7 @@ def _random_pathways(pathways: Pathways, sparsity: float) -> Pathways:
     by_domain = {}
     for name in pathways.domains:
         keep = [
-            keep_best(torch.rand(block.d_ff, generator=generator), fraction)
+            torch.randperm(block.d_ff, generator=generator) >= fraction * block.d_ff
             for block, fraction in zip(pathways.base.blocks, fractions, strict=True)
         ]
         by_domain[name] = Pathway.from_keep(keep, {"method": "random"})

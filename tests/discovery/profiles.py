@@ -22,6 +22,7 @@ def statistics_of(activation):
         square_sum=(values * values).sum(0),
         positive=(values > 0).double().sum(0),
         abs_max=values.abs().max(0).values,
+        share_square_sum=(values / values.norm(dim=1, keepdim=True)).square().sum(0),
     )
 
 

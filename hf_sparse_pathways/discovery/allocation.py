@@ -1,0 +1,180 @@
+"""How a budget of FLOPs is divided among the FFN blocks.
+
+Every allocation returns, per block, how many neurons stay. ``uniform`` and ``depth`` do not look at
+the blocks; ``water_filling`` removes neurons where the error curves say that it costs least, until
+the budget is met. The curves have to be comparable between blocks: with a metric from the loss
+(``sensitivity.py``) they are in nats; as plain output errors they are not, and then water-filling
+can be far worse than uniform.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+from torch import Tensor
+
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+
+MOST_REMOVED = 0.9
+"""Water-filling leaves at least a tenth of each block: error curves say little beyond."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a pathway may compute.
+
+    Attributes:
+        kept: Fraction of the dense FFN FLOPs, in (0, 1].
+        multiple: Widths are rounded to multiples of this, downwards.
+        overhead: FLOPs per block that are not neurons (the bypass), in neurons.
+    """
+
+    kept: float
+    multiple: int = 1
+    overhead: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCosts:
+    """What an allocation may know of one block.
+
+    Attributes:
+        d_ff: Number of neurons.
+        flops_per_neuron: Multiply-adds per neuron and token.
+        error: Error after removing the n least useful neurons, float64 ``(d_ff + 1,)``.
+    """
+
+    d_ff: int
+    flops_per_neuron: int
+    error: Tensor
+
+
+AllocationFunction = Callable[[Sequence[BlockCosts], Budget], list[int]]
+
+
+def uniform(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
+    """Return the same fraction of every block."""
+    return [
+        _rounded(budget.kept * block.d_ff - overhead, block.d_ff, budget.multiple)
+        for block, overhead in zip(blocks, budget.overhead, strict=True)
+    ]
+
+
+def depth(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
+    """Return all of the first and last tenth of the blocks, and less of those between.
+
+    Source:
+        A. Young 2026, "Sparse Pathways": early and late layers are protected. The paper gives no
+        numbers; a tenth at each end is ours. If the budget is too small for that, every block
+        outside the middle gives what is missing.
+    """
+    count = len(blocks)
+    edge = max(1, round(0.1 * count)) if count > 2 else 0
+    weights = [0.0 if i < edge or i >= count - edge else 1.0 for i in range(count)]
+    total = sum(block.d_ff * block.flops_per_neuron for block in blocks)
+    middle = sum(
+        weight * block.d_ff * block.flops_per_neuron
+        for weight, block in zip(weights, blocks, strict=True)
+    )
+    removed = (1.0 - budget.kept) * total
+    inner = min(MOST_REMOVED, removed / middle) if middle else 0.0
+    outer = max(0.0, removed - inner * middle) / max(total - middle, 1e-9)
+    kept = [1.0 - (inner if weight else outer) for weight in weights]
+    return [
+        _rounded(share * block.d_ff - overhead, block.d_ff, budget.multiple)
+        for share, block, overhead in zip(kept, blocks, budget.overhead, strict=True)
+    ]
+
+
+def water_filling(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
+    """Return the widths of least total error.
+
+    Each curve is replaced by its lower convex hull at multiples of the width; segments are then
+    taken in the order of error per FLOP until the budget is met, which is optimal for convex
+    curves.
+    """
+    segments: list[tuple[float, int, int]] = []
+    for index, (block, overhead) in enumerate(zip(blocks, budget.overhead, strict=True)):
+        start = block.d_ff - _rounded(block.d_ff - 1e-9, block.d_ff, budget.multiple)
+        most = min(block.d_ff - 1, int(MOST_REMOVED * block.d_ff) + int(overhead))
+        stops = list(range(start, most + 1, _step(block.d_ff, budget.multiple)))
+        for left, right in _hull(block.error, stops):
+            slope = float(block.error[right] - block.error[left]) / (right - left)
+            segments.append((slope / block.flops_per_neuron, index, right - left))
+    kept = [_rounded(block.d_ff - 1e-9, block.d_ff, budget.multiple) for block in blocks]
+    total = sum(block.d_ff * block.flops_per_neuron for block in blocks)
+    extra = sum(
+        overhead * block.flops_per_neuron
+        for overhead, block in zip(budget.overhead, blocks, strict=True)
+    )
+    spare = sum(k * b.flops_per_neuron for k, b in zip(kept, blocks, strict=True)) + extra
+    spare -= budget.kept * total
+    for _, index, width in sorted(segments):
+        if spare <= 1e-6:
+            break
+        step = _step(blocks[index].d_ff, budget.multiple)
+        cost = blocks[index].flops_per_neuron
+        taken = min(width, -(-int(-(-spare // cost)) // step) * step)
+        kept[index] -= taken
+        spare -= taken * cost
+    return kept
+
+
+ALLOCATIONS: Mapping[str, AllocationFunction] = MappingProxyType(
+    {"uniform": uniform, "depth": depth, "water_filling": water_filling}
+)
+
+
+def resolve_allocation(name: str | AllocationFunction) -> tuple[str, AllocationFunction]:
+    """Return an allocation's name and function.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    if callable(name):
+        return getattr(name, "__name__", "a user's function"), name
+    if name not in ALLOCATIONS:
+        raise UnknownNameError("allocation", name, ["auto", *ALLOCATIONS])
+    return name, ALLOCATIONS[name]
+
+
+def check_widths(name: str, widths: Sequence[int], blocks: Sequence[BlockCosts]) -> list[int]:
+    """Return an allocation's widths, checked.
+
+    Raises:
+        PathwaysError: They are not one width in [1, d_ff] per block.
+    """
+    whole = len(widths) == len(blocks) and all(
+        1 <= width <= block.d_ff for width, block in zip(widths, blocks, strict=True)
+    )
+    if not whole:
+        raise PathwaysError(
+            f"Allocation {name!r} returned {list(widths)}; it has to be one width per FFN block, "
+            "from 1 to d_ff."
+        )
+    return [int(width) for width in widths]
+
+
+def _rounded(width: float, d_ff: int, multiple: int) -> int:
+    """Round a width down to a multiple, but to at least one multiple (or one neuron)."""
+    step = _step(d_ff, multiple)
+    return min(d_ff, max(step, int(width + 1e-6) // step * step))
+
+
+def _step(d_ff: int, multiple: int) -> int:
+    return multiple if 1 <= multiple < d_ff else 1
+
+
+def _hull(curve: Tensor, stops: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the segments ``(left, right)`` of a curve's lower convex hull over given places."""
+    hull: list[int] = []
+    for stop in stops:
+        while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) >= _slope(curve, hull[-1], stop):
+            hull.pop()
+        hull.append(stop)
+    return list(pairwise(hull))
+
+
+def _slope(curve: Tensor, left: int, right: int) -> float:
+    return float(curve[right] - curve[left]) / (right - left)

@@ -1,0 +1,161 @@
+"""How pathways are made: the choices of ``select`` as one value, with their defaults.
+
+A *method* ranks the neurons of a block. ``"obs"`` does it by Optimal Brain Surgeon on the Gram
+matrix (``obs.py``), block after block on what the pruned blocks before give (``sequential.py``);
+every name in ``SCORES``, and a user's own function, by a score. The *compensation* repairs what the
+kept neurons can (``repair.py``), and the *allocation* divides the budget over the blocks.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_sparse_pathways.discovery.allocation import resolve_allocation
+from hf_sparse_pathways.discovery.passes import PRECISIONS
+from hf_sparse_pathways.discovery.repair import Repair
+from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+
+OBS = "obs"
+ORDERS = ("auto", "sequential", "one-shot")
+PARTS = ("none", "bias", "refit", "patch:RANK", "bypass:RANK")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How pathways are made.
+
+    Attributes:
+        method: ``"obs"``, or the name of a score.
+        score: The score's function; None for ``"obs"``.
+        allocation: ``"auto"``, or what divides the budget.
+        compensation: As ``parse_compensation`` takes it.
+        repair: What that means.
+        order: ``"sequential"`` or ``"one-shot"``, or ``"auto"`` for sequential where it can be.
+        multiple: Widths are multiples of this.
+        precision: Of the model's products while it runs over calibration text.
+        seed: Of everything that is drawn.
+    """
+
+    method: str
+    score: ScoreFunction | None
+    allocation: str | Callable[..., list[int]]
+    compensation: str
+    repair: Repair
+    order: str
+    multiple: int
+    precision: str
+    seed: int
+
+    def described(self) -> dict[str, Any]:
+        """Return the recipe as JSON values, for the artefact."""
+        named = self.allocation if isinstance(self.allocation, str) else "a user's function"
+        return {
+            "method": self.method,
+            "allocation": named,
+            "compensation": self.compensation,
+            "ridge": self.repair.ridge,
+            "order": self.order,
+            "multiple": self.multiple,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
+
+
+def make_recipe(  # noqa: PLR0913
+    method: str | ScoreFunction,
+    *,
+    allocation: str | Callable[..., list[int]] | None = None,
+    compensation: str | None = None,
+    ridge: float = Repair.ridge,
+    order: str = "auto",
+    multiple: int = 1,
+    precision: str = "model",
+    seed: int = 0,
+) -> Recipe:
+    """Return a recipe, with the method's defaults for what is not given.
+
+    Raises:
+        UnknownNameError: A name is unknown.
+        PathwaysError: A number is out of range.
+    """
+    name, score = resolve_method(method)
+    own = {OBS: ("auto", "refit+bias"), "flap": ("uniform", "bias")}
+    usual = own.get(name, ("uniform", "none"))
+    if allocation is None:
+        allocation = usual[0]
+    if allocation != "auto":
+        resolve_allocation(allocation)
+    compensation = usual[1] if compensation is None else compensation
+    if order not in ORDERS:
+        raise UnknownNameError("order", order, ORDERS)
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
+    if type(multiple) is not int or multiple < 1:
+        raise PathwaysError(f"multiple has to be a whole number of at least 1, got {multiple!r}.")
+    if order == "auto" and name != OBS:
+        order = "one-shot"
+    return Recipe(
+        method=name,
+        score=score,
+        allocation=allocation,
+        compensation=compensation,
+        repair=parse_compensation(compensation, ridge),
+        order=order,
+        multiple=multiple,
+        precision=precision,
+        seed=seed,
+    )
+
+
+def resolve_method(method: str | ScoreFunction) -> tuple[str, ScoreFunction | None]:
+    """Return a method's name, and its score's function if it has one.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    if callable(method):
+        return getattr(method, "__name__", "a user's function"), method
+    if method == OBS:
+        return OBS, None
+    if method not in SCORES:
+        raise UnknownNameError("method", method, [OBS, *SCORES])
+    return method, SCORES[method]
+
+
+def parse_compensation(text: str, ridge: float = Repair.ridge) -> Repair:
+    """Return what ``"refit+bias+bypass:64"`` and the like ask for.
+
+    Args:
+        text: Parts joined by ``+``: ``none``, ``bias``, ``refit``, ``patch:RANK`` (a refit stored
+            with that rank), ``bypass:RANK``.
+        ridge: Of the least squares, in units of the mean second moment.
+
+    Raises:
+        PathwaysError: A part is unknown, or a number is out of range.
+    """
+    if not 0.0 < ridge < 1e6:
+        raise PathwaysError(f"ridge has to be positive, got {ridge!r}.")
+    ranks = {"patch": 0, "bypass": 0}
+    plain = set()
+    for part in text.split("+"):
+        match = re.fullmatch(r"(patch|bypass):(\d+)", part.strip())
+        if match and int(match[2]) > 0:
+            ranks[match[1]] = int(match[2])
+        elif part.strip() in ("none", "bias", "refit"):
+            plain.add(part.strip())
+        else:
+            raise PathwaysError(
+                f"compensation {text!r} does not fit at {part!r}. Join parts of "
+                f"{', '.join(PARTS)} with '+', as in 'refit+bias'."
+            )
+    if "none" in plain and (len(plain) > 1 or any(ranks.values())):
+        raise PathwaysError(f"compensation {text!r}: 'none' stands alone.")
+    return Repair(
+        ridge=ridge,
+        refit="refit" in plain or ranks["patch"] > 0,
+        bias="bias" in plain,
+        bypass_rank=ranks["bypass"],
+        patch_rank=ranks["patch"] or None,
+    )

@@ -1,0 +1,176 @@
+"""Closed-form compensation: what the kept neurons and a thin bypass can make good of the rest.
+
+Let y* be what the block should compute, a its activation, x its input, z = [a, x, 1], G = E[z z^T].
+A pathway computes ``W_K a_K`` and leaves ``y* - W_K a_K``, which is regressed on the kept neurons
+(``delta``), if asked on x (the ``bypass``) and on one (the ``bias``) by ridge least squares::
+
+    [delta, B, bias] = E[(y* - W_K a_K) r^T] (E[r r^T] + ridge)^-1,   r = [a_K, x, 1]
+
+``y* = W a + e``: by itself a block should compute what it did; ``e`` is what blocks before it have
+left wrong (``sequential.py``). The bypass is then cut to its rank by the reduced-rank regression
+that is optimal under the metric on the output, and delta and bias are solved for anew.
+
+Source: least squares on calibration activations after structured removal as in Kurtic et al. 2023,
+"ZipLM", arXiv:2302.04089; reduced-rank regression: Izenman 1975. Using both together, and
+the target of the residual stream, are ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse_pathways.discovery.grams import Gram
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+
+STORED_DTYPE = torch.bfloat16
+"""Of all compensation: its rounding is far below the sampling error of its estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Which compensation is computed.
+
+    Attributes:
+        ridge: Added to the second moments' diagonal, in units of its mean.
+        refit: Whether the kept columns are refitted.
+        bias: Whether the output's bias is.
+        bypass_rank: Rank of the linear bypass; 0 for none.
+        patch_rank: Rank to which the refit is truncated when it is stored; None for in full.
+    """
+
+    ridge: float = 0.01
+    refit: bool = True
+    bias: bool = True
+    bypass_rank: int = 0
+    patch_rank: int | None = None
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether anything has to be computed from second moments."""
+        return self.refit or self.bias or self.bypass_rank > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTask:
+    """One FFN block to be repaired.
+
+    Attributes:
+        weight: Weight of the outgoing leaf, float32 ``(d_out, d_ff)``.
+        gram: Second moments of the activation and the block's input.
+        missing: E[e z^T], what earlier blocks have left wrong, ``(d_out, d_ff + d_in + 1)``; None
+            if the block shall compute what it did.
+        metric: Sensitivity of the loss to the block's output, ``(d_out, d_out)``; None for I.
+    """
+
+    weight: Tensor
+    gram: Gram
+    missing: Tensor | None = None
+    metric: Tensor | None = None
+
+    def target(self) -> Tensor:
+        """Return E[y* z^T], float64 ``(d_out, d_ff + d_in + 1)``."""
+        rows = self.gram.total[: self.gram.d_ff].double() / self.gram.tokens
+        target = self.weight.double() @ rows
+        return target if self.missing is None else target + self.missing.double()
+
+
+def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
+    """Return a block's pathway with its compensation. Pure.
+
+    Args:
+        task: The block.
+        keep: Keep mask ``(d_ff,)``.
+        how: Which compensation.
+    """
+    d_ff = task.gram.d_ff
+    kept = keep.nonzero().flatten()
+    own = [kept] if how.refit else []
+    one = [torch.tensor([len(task.gram.total) - 1])] if how.bias else []
+    if not own and not one and not how.bypass_rank:
+        return BlockPathway(keep=keep)
+    index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
+    system = _System.of(task, kept, index, how.ridge)
+    bypass = None
+    target = system.remaining
+    if how.bypass_rank:
+        bypass = system.bypass(how.bypass_rank, task.metric, slice(d_ff, -1))
+        target = target - bypass.product().double() @ system.moments[d_ff:-1]
+    solution = system.solve(target[:, index])
+    delta = solution[:, : len(kept)] if how.refit else None
+    return BlockPathway(
+        keep=keep,
+        delta=_stored(delta, system.moments[kept][:, kept], how.patch_rank),
+        bias=solution[:, -1].to(STORED_DTYPE) if how.bias else None,
+        bypass=bypass,
+    )
+
+
+@dataclass(frozen=True)
+class _System:
+    """The normal equations of one block.
+
+    Attributes:
+        moments: G, float64.
+        remaining: E[(y* - W_K a_K) z^T], float64 ``(d_out, len(G))``.
+        index: The regressors besides the bypass, entries of z.
+        factor: Cholesky factor of their ridged second moments.
+        ridge: In absolute units, for activations and for inputs.
+    """
+
+    moments: Tensor
+    remaining: Tensor
+    index: Tensor
+    factor: Tensor
+    ridge: float
+
+    @classmethod
+    def of(cls, task: BlockTask, kept: Tensor, index: Tensor, ridge: float) -> "_System":
+        d_ff = task.gram.d_ff
+        moments = task.gram.total.double() / task.gram.tokens
+        remaining = task.target() - task.weight[:, kept].double() @ moments[kept]
+        diagonal = moments.diagonal()[:d_ff].mean() * ridge
+        own = moments[index][:, index]
+        own.diagonal().add_(torch.where(index < d_ff, diagonal, 1e-9))
+        return cls(moments, remaining, index, torch.linalg.cholesky(own), ridge)
+
+    def solve(self, target: Tensor) -> Tensor:
+        """Return the coefficients ``(d_out, regressors)`` for E[target r^T]."""
+        return torch.cholesky_solve(target.T, self.factor).T
+
+    def bypass(self, rank: int, metric: Tensor | None, inputs: slice) -> LowRank:
+        """Return the best map of a rank from the block's input, given the other regressors."""
+        own_inputs = self.moments[self.index, inputs]
+        explained = torch.cholesky_solve(own_inputs, self.factor)
+        rest = self.moments[inputs, inputs] - own_inputs.T @ explained
+        rest.diagonal().add_(self.moments[inputs, inputs].diagonal().mean() * self.ridge)
+        cross = self.remaining[:, inputs] - self.remaining[:, self.index] @ explained
+        full = torch.linalg.solve(rest, cross.T).T
+        root, inverse_root = _roots(metric, len(full))
+        weighted = root @ full
+        vectors = torch.linalg.eigh(weighted @ rest @ weighted.T).eigenvectors[:, -rank:]
+        outer, inner = inverse_root @ vectors, vectors.T @ weighted
+        return LowRank(outer.to(STORED_DTYPE), inner.to(STORED_DTYPE))
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """Return the symmetric square root of a metric, float64."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def _roots(metric: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Return a metric's square root and the inverse of that, float64."""
+    if metric is None:
+        identity = torch.eye(size, dtype=torch.float64)
+        return identity, identity
+    root = metric_root(metric)
+    return root, torch.linalg.inv(root)
+
+
+def _stored(delta: Tensor | None, moments: Tensor, rank: int | None) -> Tensor | LowRank | None:
+    """Return a refit as it is stored: whole, or truncated where the activation is least."""
+    if delta is None or rank is None or rank >= min(delta.shape):
+        return None if delta is None else delta.to(STORED_DTYPE)
+    vectors = torch.linalg.eigh(delta @ moments @ delta.T).eigenvectors[:, -rank:]
+    return LowRank(vectors.to(STORED_DTYPE), (vectors.T @ delta).to(STORED_DTYPE))

@@ -1,0 +1,270 @@
+"""Block after block: each is pruned and repaired on what the pruned blocks before it really give.
+
+Two streams of hidden states run over the calibration text, the dense model's and the pruned one's,
+one decoder layer at a time. At a layer, with its own FFN still dense, the pruned stream gives the
+activation a and input x; the difference of the two streams behind the layer, e, is what earlier
+layers have left wrong. The block is then pruned and repaired towards ``y* = W a + e``, so that it
+also undoes what it can of their error, and the pruned stream moves on through the repaired block.
+
+Where the layer adds the FFN's output to the residual stream as it is, e is taken as it is. Where a
+norm comes between, e is divided by the norm's gain, which is measured by a small change of the
+output, and tokens are weighted by its square, since that is how their errors arrive.
+
+Source: sequential least squares on the pruned model's own inputs as in Frantar & Alistarh 2023,
+"SparseGPT", arXiv:2301.00774; the target in the residual stream is ours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_sparse_pathways.discovery.collectors import Workspaces
+from hf_sparse_pathways.discovery.grams import GramAccumulator
+from hf_sparse_pathways.discovery.layerwise import LayerRunner
+from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.trials import computing
+from hf_sparse_pathways.discovery.windows import Batch
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
+from hf_sparse_pathways.ffn.choices import all_dense
+from hf_sparse_pathways.ffn.layouts import outgoing_weight
+
+PruneBlock = Callable[[int, BlockTask], BlockPathway]
+"""From a block's number and its task to its pathway."""
+
+_PROBE = 0.1
+"""Size of the change by which a norm's gain is measured, relative to the output."""
+
+_LEAST_GAIN = 0.1
+"""Channels whose gain is below this share of the token's are hardly corrected."""
+
+
+@dataclass
+class Arm:
+    """One pathway in the making.
+
+    Attributes:
+        name: What it is called.
+        batches: Its calibration text; arms that hold the same batch share its dense pass.
+        prune: Chooses and repairs each block.
+        blocks: The pathways of the blocks that are done.
+    """
+
+    name: str
+    batches: Sequence[Batch]
+    prune: PruneBlock
+    blocks: list[BlockPathway] = field(default_factory=list)
+
+
+def prune_sequentially(
+    model: nn.Module, arms: Sequence[Arm]
+) -> Mapping[str, tuple[BlockPathway, ...]]:
+    """Make several pathways at once, layer by layer.
+
+    Args:
+        model: A dense causal LM; it is as it was afterwards.
+        arms: The pathways to be made.
+
+    Raises:
+        UnsupportedModelError: The model's layers cannot be run one at a time.
+    """
+    blocks = find_blocks(model)
+    streams = _Streams.of(arms)
+    layers = list(dict.fromkeys(block.layer for block in blocks))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(all_dense())
+        stack.enter_context(evaluation_mode(model))
+        runner = LayerRunner(model, _all_layers(model, layers))
+        runner.check(streams.batches[0])
+        for index, layer in enumerate(
+            tqdm(runner.layers, desc="prune", unit="layer", disable=None)
+        ):
+            own = [(number, block) for number, block in enumerate(blocks) if block.layer is layer]
+            step = _Layer(runner, index, own)
+            dense = step.run_dense(streams)
+            for position, arm in enumerate(arms):
+                step.prune(streams, position, arm, dense)
+            streams.dense = list(dense)
+    return {arm.name: tuple(arm.blocks) for arm in arms}
+
+
+@dataclass
+class _Streams:
+    """Hidden states behind the last layer that is done.
+
+    Attributes:
+        batches: All arms' text, each batch once.
+        chosen: Per arm, the batches that it uses.
+        dense: The dense model's hidden states, per batch; None before the first layer.
+        pruned: Per arm and batch, the pruned model's.
+    """
+
+    batches: list[Batch]
+    chosen: list[list[int]]
+    dense: list[Tensor | None]
+    pruned: list[dict[int, Tensor | None]]
+
+    @classmethod
+    def of(cls, arms: Sequence[Arm]) -> "_Streams":
+        batches = list({id(batch): batch for arm in arms for batch in arm.batches}.values())
+        places = {id(batch): place for place, batch in enumerate(batches)}
+        chosen = [[places[id(batch)] for batch in arm.batches] for arm in arms]
+        nothing: list[Tensor | None] = [None] * len(batches)
+        return cls(batches, chosen, nothing, [dict.fromkeys(mine) for mine in chosen])
+
+
+class _Layer:
+    """One decoder layer and its FFN blocks (nearly always one)."""
+
+    def __init__(
+        self, runner: LayerRunner, index: int, blocks: Sequence[tuple[int, FfnBlock]]
+    ) -> None:
+        self.runner, self.index, self.blocks = runner, index, blocks
+        self.spaces = Workspaces()
+        self.gain: float | None = None  # of the FFN's output in the layer's; None if it varies
+
+    def run_dense(self, streams: _Streams) -> list[Tensor]:
+        """Return the dense stream behind the layer, and learn how the layer adds its FFN."""
+        behind: list[Tensor] = []
+        for batch, hidden in zip(streams.batches, streams.dense, strict=True):
+            behind.append(self.runner.run(self.index, batch, hidden))
+        if self.blocks:
+            self.gain = self._constant_gain(streams.batches[0], streams.dense[0], behind[0])
+        return behind
+
+    def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
+        """Prune this layer's blocks for one arm, and move its stream behind the layer."""
+        pathways = []
+        if self.blocks:
+            probes = [_Probe(block, self.spaces) for _, block in self.blocks]
+            for number in streams.chosen[position]:
+                hidden = streams.pruned[position][number]
+                self._collect(streams.batches[number], hidden, dense[number], probes)
+            tasks = zip(self.blocks, probes, strict=True)
+            pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
+            arm.blocks.extend(pathways)
+        with computing([block for _, block in self.blocks], pathways):
+            for number in streams.chosen[position]:
+                hidden = streams.pruned[position][number]
+                behind = self.runner.run(self.index, streams.batches[number], hidden)
+                streams.pruned[position][number] = behind
+
+    def _collect(
+        self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["_Probe"]
+    ) -> None:
+        """Add one batch of the pruned stream to the blocks' second moments."""
+        with ExitStack() as stack:
+            for probe in probes:
+                for handle in probe.attach():
+                    stack.callback(handle.remove)
+            behind = self.runner.run(self.index, batch, hidden)
+        rows = batch.mask.flatten().nonzero().flatten().to(behind.device)
+        missing = (dense - behind).flatten(0, -2).index_select(0, rows).float()
+        weights = None
+        if self.gain is not None:
+            missing /= self.gain
+        else:
+            gain = self._gain(batch, hidden, behind).index_select(0, rows)
+            weights = gain.square().mean(1, keepdim=True).sqrt()
+            missing *= gain / (gain.square() + (_LEAST_GAIN * weights).square())
+        for probe in probes[:-1]:
+            probe.add(rows, None, weights)
+        probes[-1].add(rows, missing, weights)
+
+    def _constant_gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> float | None:
+        """Return the factor with which the last FFN's output enters the layer's; None if it varies.
+
+        The output is changed at random, by as much as the layer's own result.
+        """
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(behind.shape, generator=generator).to(behind)
+        noise *= behind.float().square().mean().sqrt()
+        change = (self._changed(batch, hidden, lambda _: noise) - behind).float()
+        noise = noise.float()
+        factor = float((change * noise).sum() / noise.square().sum())
+        rest = float((change - factor * noise).norm() / change.norm().clamp_min(1e-30))
+        return factor if rest < 0.05 and factor > 0 else None
+
+    def _gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> Tensor:
+        """Return d(layer) / d(output) of every token and channel, ``(tokens, d_model)``."""
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, behind.shape, generator=generator).to(behind) * 2 - 1
+        size: list[Tensor] = []
+
+        def change(output: Tensor) -> Tensor:
+            size.append(_PROBE * output.float().square().mean(-1, keepdim=True).sqrt())
+            return (signs * size[-1]).view_as(output).to(output.dtype)
+
+        changed = self._changed(batch, hidden, change)
+        step = size[0].reshape(-1, 1).float()
+        return ((changed - behind) * signs).flatten(0, -2).float() / step.clamp_min(1e-12)
+
+    def _changed(
+        self, batch: Batch, hidden: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the layer's result when something is added to its last FFN's output."""
+        leaf = self.blocks[-1][1].outgoing
+        handle = leaf.register_forward_hook(
+            lambda _module, _args, output: output + change(output).view_as(output).to(output.dtype)
+        )
+        try:
+            return self.runner.run(self.index, batch, hidden)
+        finally:
+            handle.remove()
+
+
+class _Probe:
+    """Sees one block's input and activation, and adds up its second moments."""
+
+    def __init__(self, block: FfnBlock, spaces: Workspaces) -> None:
+        self.block, self.spaces = block, spaces
+        self.accumulator = GramAccumulator(block.d_in, block.d_ff, targets=block.d_out)
+        self._input = self._activation = torch.empty(0)
+
+    def attach(self) -> list[Any]:
+        """Hook the block; return the handles."""
+
+        def see_input(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+            self._input = args[0].flatten(0, -2)
+
+        def see_activation(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+            self._activation = args[0].flatten(0, -2)
+
+        return [
+            self.block.incoming[0].register_forward_pre_hook(see_input),
+            self.block.outgoing.register_forward_pre_hook(see_activation),
+        ]
+
+    def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
+        """Add what was seen last, padding left out."""
+        space = self.spaces.gram(len(self.accumulator.upper), rows.device)
+        activation = self._activation.index_select(0, rows)
+        block_input = self._input.index_select(0, rows)
+        self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
+
+    def task(self) -> BlockTask:
+        """Return the block as it is to be repaired."""
+        gram = self.accumulator.gram()
+        return BlockTask(
+            weight=outgoing_weight(self.block.outgoing),
+            gram=gram,
+            missing=self.accumulator.cross.cpu() / gram.tokens,
+        )
+
+
+def _all_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return every layer of the stacks that hold given layers, those without an FFN included."""
+    wanted = set(map(id, layers))
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and any(id(child) in wanted for child in module)
+    ]
+    return list(dict.fromkeys(layer for stack in stacks for layer in stack))
