@@ -109,8 +109,8 @@ def _check_model(dense: Any, rule: dict[str, Any]) -> None:
 
 def _check_rule(rule: dict[str, Any], blocks: int) -> None:
     """Refuse a wrong rule before a model is loaded."""
+    from hf_sparse_pathways.discovery.goal import make_goal
     from hf_sparse_pathways.discovery.recipe import resolve_method
-    from hf_sparse_pathways.discovery.selection import make_goal
 
     make_goal(rule["sparsity"], rule["percentile"], rule["pool"], blocks)
     if rule["score"] is not None:

@@ -51,6 +51,9 @@ class Repair:
         return self.refit or self.bias or self.bypass_rank > 0
 
 
+NO_REPAIR = Repair(refit=False, bias=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
     """One FFN block to be repaired.

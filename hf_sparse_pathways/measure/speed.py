@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.selection import check_sparsity
+from hf_sparse_pathways.discovery.goal import check_sparsity
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.measure.report import SpeedReport

@@ -1,0 +1,76 @@
+"""How much is removed: a sparsity, or the paper's percentile."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_sparse_pathways.discovery.percentile import check_percentile
+from hf_sparse_pathways.errors import PathwaysError
+
+DEFAULT_SPARSITY = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """How much is removed.
+
+    Attributes:
+        sparsity: Fraction of FLOPs, over all blocks or one per block; None with a percentile.
+        percentile: The paper's rule instead.
+        pool: What the percentile is taken over.
+    """
+
+    sparsity: float | tuple[float, ...] | None
+    percentile: float | None
+    pool: str
+
+    def described(self) -> dict[str, Any]:
+        """Return the goal as JSON values."""
+        if self.percentile is not None:
+            return {"percentile": self.percentile, "pool": self.pool}
+        several = isinstance(self.sparsity, tuple)
+        return {"sparsity": list(self.sparsity) if several else self.sparsity}  # type: ignore[arg-type]
+
+
+def make_goal(
+    sparsity: float | Sequence[float] | None, percentile: float | None, pool: str, blocks: int
+) -> Goal:
+    """Return a checked goal.
+
+    Raises:
+        PathwaysError: A number is out of range, or both rules were given.
+        UnknownNameError: An unknown pool.
+    """
+    if percentile is not None:
+        if sparsity is not None:
+            raise PathwaysError("Give a sparsity or a percentile, not both.")
+        check_percentile(percentile, pool)
+        return Goal(sparsity=None, percentile=percentile, pool=pool)
+    wanted = DEFAULT_SPARSITY if sparsity is None else sparsity
+    fractions = check_sparsity(wanted, blocks)
+    one = isinstance(wanted, (int, float))
+    return Goal(sparsity=fractions[0] if one else tuple(fractions), percentile=None, pool=pool)
+
+
+def check_sparsity(sparsity: float | Sequence[float], blocks: int) -> list[float]:
+    """Return one sparsity per block.
+
+    Raises:
+        PathwaysError: One is outside [0, 1), or their number is not that of the blocks.
+    """
+    if hasattr(sparsity, "tolist"):  # a tensor or an array
+        sparsity = sparsity.tolist()
+    fractions = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * blocks
+    if len(fractions) != blocks:
+        raise PathwaysError(
+            f"{len(fractions)} sparsities were given for {blocks} FFN blocks. Give one per block, "
+            "or a single one."
+        )
+    for value in fractions:
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not number or not 0.0 <= value < 1.0:
+            raise PathwaysError(
+                f"sparsity has to be in [0, 1), the fraction of neurons removed; got {value!r}."
+            )
+    return [float(value) for value in fractions]
