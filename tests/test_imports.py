@@ -30,10 +30,14 @@ LAZY = {
     ("modeling.model", "modeling.classes"),
     # No command imports torch before it runs.
     ("cli.benchmark", "measure.speed"),
-    ("cli.build", "discovery.profiling"),
-    ("cli.build", "discovery.scores"),
-    ("cli.build", "discovery.selection"),
+    ("cli.budgets", "discovery.budget"),
+    ("cli.budgets", "discovery.goal"),
+    ("cli.budgets", "discovery.selection"),
+    ("cli.budgets", "measure.quality"),
+    ("cli.budgets", "measure.speed"),
+    ("cli.budgets", "modeling.model"),
     ("cli.build", "discovery.profiles"),
+    ("cli.build", "discovery.recipe"),
     ("cli.build", "ffn.blocks"),
     ("cli.build", "modeling.model"),
     ("cli.build", "modeling.structure"),
@@ -48,6 +52,7 @@ LAZY = {
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
     ("cli.generate", "transformers"),
+    ("cli.loading", "huggingface_hub"),
     ("cli.loading", "transformers"),
     ("discovery.text", "pyarrow"),
 }

@@ -1,16 +1,29 @@
 """``sparse-pathways build``: profile, select, and save the full checkpoint in one go."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.budgets import Limits, choose_pathways, parse_percentage
 from hf_sparse_pathways.cli.info import print_summary
-from hf_sparse_pathways.cli.loading import check_output, load_dense, written_whole
+from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
-from hf_sparse_pathways.cli.profile import HELD_OUT, MAX_TOKENS, calibration_texts
+from hf_sparse_pathways.cli.profile import (
+    HELD_OUT,
+    Sampling,
+    split_texts,
+    take_profile,
+)
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.profiles import Profile
+    from hf_sparse_pathways.pathways.pathway import Pathways
+
+QUICK_TOKENS = 12288
 
 
 def run(  # noqa: PLR0913
@@ -22,19 +35,44 @@ def run(  # noqa: PLR0913
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="Fraction of neurons removed: one, or one per block with commas. [0.3]"),
+        typer.Option(help="Fraction of FFN FLOPs removed: one, or one per block, commas. [0.3]"),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        str | None,
+        typer.Option(help="Instead: remove as much as raises perplexity by at most this: 5%."),
+    ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Instead: remove as much as makes generate() this fast.")
     ] = None,
     percentile: Annotated[
         float | None, typer.Option(help="Instead: remove neurons scoring below this percentile.")
     ] = None,
     pool: Annotated[str, typer.Option(help="Percentile over one layer, or the model.")] = "layer",
-    score: Annotated[
-        str | None, typer.Option(help="wanda, mean_abs or random. [wanda; mean_abs by percentile]")
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "--score", help="obs, or a score: see docs. [obs]"),
     ] = None,
-    max_tokens: opt.MaxTokens = MAX_TOKENS,
+    allocation: Annotated[
+        str | None, typer.Option(help="auto, uniform, depth, water_filling. [auto for obs]")
+    ] = None,
+    compensation: Annotated[
+        str | None,
+        typer.Option(help="none, bias, refit, patch:RANK, bypass:RANK, joined by +."),
+    ] = None,
+    order: Annotated[str, typer.Option(help="auto, sequential or one-shot.")] = "auto",
+    multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Tokens per domain. [{opt.CALIBRATION_TOKENS}; quick {QUICK_TOKENS}]"),
+    ] = None,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
+    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    precision: opt.Precision = "fastest",
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",
     default_domain: Annotated[
@@ -47,46 +85,97 @@ def run(  # noqa: PLR0913
         raise PathwaysError("Give --domain NAME=PATH (once per domain) or --profile DIR.")
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
-    rule: dict[str, Any] = {
-        "sparsity": _parse_sparsity(sparsity),
-        "percentile": percentile,
-        "pool": pool,
-        "score": score,
+    limits = Limits(
+        sparsity=parse_sparsity(sparsity),
+        percentile=percentile,
+        pool=pool,
+        max_perplexity_increase=parse_percentage(max_perplexity_increase),
+        target_speedup=target_speedup,
+    )
+    rule = {
+        "method": method,
+        "allocation": allocation,
+        "compensation": compensation,
+        "order": "one-shot" if quick and order == "auto" else order,
+        "multiple": multiple,
+        "precision": precision,
+        "seed": seed,
     }
-    fractions = rule["sparsity"]
-    _check_rule(rule, len(fractions) if isinstance(fractions, list) else 1)
+    limits.check()
+    _check_rule(rule, percentile)
     if texts and default_domain is not None and default_domain not in texts:
         raise UnknownNameError("default domain", default_domain, texts)
-    calibration = calibration_texts(texts, held_out, seed)
-    dense, tokenizer = load_dense(model, dtype)
-    _check_model(dense, rule)
-
-    from hf_sparse_pathways.discovery.profiles import Profile
-    from hf_sparse_pathways.discovery.profiling import profile as take_profile
-    from hf_sparse_pathways.discovery.selection import select
-    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
-
-    if profile is not None:
-        taken = Profile.from_pretrained(profile)
-    else:
-        taken = take_profile(
-            dense,
-            tokenizer,
-            calibration,
-            max_tokens=max_tokens,
-            max_length=max_length,
-            batch_size=batch_size,
-            seed=seed,
-        )
-    pathways = select(dense, taken, **rule, seed=seed)
-    sparse = SparsePathwaysForCausalLM.from_dense(dense, pathways, default_domain=default_domain)
-    with written_whole(output) as folder:
-        sparse.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    default_tokens = QUICK_TOKENS if quick else opt.CALIBRATION_TOKENS
+    sampling = Sampling(
+        max_tokens=default_tokens if max_tokens is None else max_tokens,
+        max_length=max_length,
+        batch_size=batch_size,
+        held_out=held_out,
+        seed=seed,
+        precision=precision,
+        max_memory=max_memory,
+    )
+    job = _Job(model, dtype, output, default_domain, profile)
+    job.carry_out(split_texts(texts, held_out, seed), sampling, limits, rule)
     print_summary(output)
 
 
-def _parse_sparsity(text: str | None) -> float | list[float] | None:
+@dataclass(frozen=True)
+class _Job:
+    """What is built from what."""
+
+    model: str
+    dtype: str
+    output: Path
+    default_domain: str | None
+    profile: Path | None
+
+    def carry_out(
+        self,
+        texts: dict[str, tuple[Any, Any | None]],
+        sampling: Sampling,
+        limits: Limits,
+        rule: dict[str, Any],
+    ) -> None:
+        """Profile, select, and write the checkpoint."""
+        dense, tokenizer = load_dense(self.model, self.dtype)
+        _check_model(dense, limits)
+        held_out = {name: split[1] for name, split in texts.items() if split[1] is not None}
+        sources = {name: split[0].source for name, split in texts.items()}
+        with unfinished_work(self.model, self.dtype, sources, sampling) as work:
+            taken = self._profile(dense, tokenizer, texts, sampling, work)
+            pathways = choose_pathways(dense, tokenizer, taken, limits, rule, held_out)
+            self._write(dense, tokenizer, pathways)
+
+    def _write(self, dense: Any, tokenizer: Any, pathways: "Pathways") -> None:
+        """Write the checkpoint, whole or not at all."""
+        from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+
+        sparse = SparsePathwaysForCausalLM.from_dense(
+            dense, pathways, default_domain=self.default_domain
+        )
+        with written_whole(self.output) as folder:
+            sparse.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    def _profile(
+        self,
+        dense: Any,
+        tokenizer: Any,
+        texts: dict[str, tuple[Any, Any | None]],
+        sampling: Sampling,
+        work: Path,
+    ) -> "Profile":
+        from hf_sparse_pathways.discovery.profiles import Profile
+
+        if self.profile is not None:
+            return Profile.from_pretrained(self.profile)
+        calibration = {name: split[0] for name, split in texts.items()}
+        return take_profile(dense, tokenizer, calibration, sampling, work, grams=True)
+
+
+def parse_sparsity(text: str | None) -> float | list[float] | None:
+    """Return ``0.3`` as a number and ``0.1,0.2`` as a list."""
     if text is None:
         return None
     try:
@@ -98,20 +187,18 @@ def _parse_sparsity(text: str | None) -> float | list[float] | None:
     return values[0] if len(values) == 1 else values
 
 
-def _check_model(dense: Any, rule: dict[str, Any]) -> None:
+def _check_model(dense: Any, limits: Limits) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
     from hf_sparse_pathways.ffn.blocks import find_blocks
     from hf_sparse_pathways.modeling.structure import check_convertible
 
     check_convertible(dense)
-    _check_rule(rule, len(find_blocks(dense)))
+    limits.check(len(find_blocks(dense)))
 
 
-def _check_rule(rule: dict[str, Any], blocks: int) -> None:
+def _check_rule(rule: dict[str, Any], percentile: float | None) -> None:
     """Refuse a wrong rule before a model is loaded."""
-    from hf_sparse_pathways.discovery.goal import make_goal
-    from hf_sparse_pathways.discovery.recipe import resolve_method
+    from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 
-    make_goal(rule["sparsity"], rule["percentile"], rule["pool"], blocks)
-    if rule["score"] is not None:
-        resolve_method(rule["score"])
+    usual = OBS if percentile is None else "mean_abs"
+    make_recipe(**{**rule, "method": rule["method"] or usual})

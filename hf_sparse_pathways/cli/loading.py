@@ -1,7 +1,9 @@
 """Models, tokenizers and output folders, as the commands need them."""
 
+import hashlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,30 @@ def check_output(folder: Path, overwrite: bool, marker: str) -> None:
         f"{folder} exists and was not written by this command (it has no {marker}), so it is "
         "left alone. Choose another --output."
     )
+
+
+UNFINISHED_DAYS = 7
+
+
+@contextmanager
+def unfinished_work(*job: Any) -> Iterator[Path]:
+    """Yield a folder for a job's unfinished work, deleted when the block succeeds.
+
+    After an interruption or error it stays in the Hugging Face cache (``HF_HOME``), so that the
+    same job goes on from there; what nobody came back to is deleted after a week.
+
+    Args:
+        job: What identifies the job: values whose ``repr`` is the same next time.
+    """
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HOME, "sparse_pathways", "unfinished")
+    for other in place.glob("*"):
+        if time.time() - other.stat().st_mtime > UNFINISHED_DAYS * 86400:
+            shutil.rmtree(other, ignore_errors=True)
+    folder = place / hashlib.sha256(repr(job).encode()).hexdigest()[:16]
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -7,6 +7,9 @@ import typer
 
 from hf_sparse_pathways.errors import PathwaysError
 
+CALIBRATION_TOKENS = 32768
+MAX_MEMORY = "4GB"
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")]
 Folder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="Folder or Hub id of a model with pathways.")
@@ -28,6 +31,13 @@ MaxLength = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
 HeldOut = Annotated[
     float, typer.Option(help="Fraction of each domain's documents kept for evaluation.")
+]
+MaxMemory = Annotated[
+    str, typer.Option(help="Most memory for Gram matrices at a time: less means more passes.")
+]
+Precision = Annotated[
+    str,
+    typer.Option(help="While running over calibration text: model, bfloat16 or fastest."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of splits, windows and random scores.")]
 Dtype = Annotated[

@@ -1,53 +1,111 @@
 """``sparse-pathways profile``: take the activation profile of each domain's text."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_dense, written_whole
+from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
 
-MAX_TOKENS = 16384
+if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.profiles import Profile
+
 HELD_OUT = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What the commands that run over calibration text have in common; see their options."""
+
+    max_tokens: int
+    max_length: int | None
+    batch_size: int
+    held_out: float
+    seed: int
+    precision: str
+    max_memory: str
 
 
 def run(  # noqa: PLR0913
     model: opt.Model,
     domain: opt.Texts,
     output: opt.Output,
-    max_tokens: opt.MaxTokens = MAX_TOKENS,
+    max_tokens: opt.MaxTokens = opt.CALIBRATION_TOKENS,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,
+    grams: Annotated[
+        bool, typer.Option(help="Take Gram matrices, which repair and --method obs need.")
+    ] = True,
+    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Profile a dense model's FFN neurons on each domain's text and save the statistics."""
+    """Profile a dense model's FFN neurons on each domain's text and save the statistics.
+
+    An interrupted run goes on where it stood when it is started again with the same options.
+    """
     texts = parse_texts(domain)
     check_output(output, overwrite, "profile.json")
-    calibration = calibration_texts(texts, held_out, seed)
-    dense, tokenizer = load_dense(model, dtype)
-    from hf_sparse_pathways.discovery.profiling import profile
-
-    taken = profile(
-        dense,
-        tokenizer,
-        calibration,
+    sampling = Sampling(
         max_tokens=max_tokens,
         max_length=max_length,
         batch_size=batch_size,
+        held_out=held_out,
         seed=seed,
+        precision=precision,
+        max_memory=max_memory,
     )
-    with written_whole(output) as folder:
-        taken.save_pretrained(folder)
+    calibration = calibration_texts(texts, held_out, seed)
+    dense, tokenizer = load_dense(model, dtype)
+    with unfinished_work(model, dtype, texts, sampling) as work:
+        taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams)
+        with written_whole(output) as folder:
+            taken.save_pretrained(folder)
     typer.echo(f"{taken} -> {output}")
+
+
+def take_profile(
+    dense: Any,
+    tokenizer: Any,
+    texts: dict[str, Any],
+    sampling: Sampling,
+    work: Path,
+    *,
+    grams: bool,
+) -> "Profile":
+    """Take a profile, with unfinished sums in a work folder."""
+    from hf_sparse_pathways.discovery.profiling import profile
+
+    return profile(
+        dense,
+        tokenizer,
+        texts,
+        max_tokens=sampling.max_tokens,
+        max_length=sampling.max_length,
+        batch_size=sampling.batch_size,
+        seed=sampling.seed,
+        grams=grams,
+        precision=sampling.precision,
+        max_memory=sampling.max_memory,
+        work_folder=work,
+    )
 
 
 def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
     """Read each domain's documents and set some aside, which ``evaluate`` will find again."""
+    return {name: split[0] for name, split in split_texts(texts, held_out, seed).items()}
+
+
+def split_texts(
+    texts: dict[str, Path], held_out: float, seed: int
+) -> dict[str, tuple[Any, Any | None]]:
+    """Return each domain's calibration and held-out documents; None if none are held out."""
     from hf_sparse_pathways.discovery.text import read_documents
     from hf_sparse_pathways.pathways.pathway import check_domain_name
 
@@ -55,5 +113,5 @@ def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dic
         check_domain_name(name)
     documents = {name: read_documents(path, seed=seed) for name, path in texts.items()}
     if held_out == 0:
-        return dict(documents)
-    return {name: read.split(held_out, seed)[0] for name, read in documents.items()}
+        return {name: (read, None) for name, read in documents.items()}
+    return {name: read.split(held_out, seed) for name, read in documents.items()}

@@ -62,8 +62,8 @@ def make_draft(evidence: Evidence, goal: Goal) -> Draft:
     provenance = {**recipe.described(), **goal.described(), "text": text}
     if goal.percentile is not None:
         scores = [evidence.scores(index) for index in range(len(evidence.blocks))]
-        masks = keep_above(scores, goal.percentile, goal.pool)
-        return Draft(evidence, [], masks, recipe.repair, provenance)
+        above = keep_above(scores, goal.percentile, goal.pool)
+        return Draft(evidence, [], above, recipe.repair, provenance)
     removals = [evidence.removal(index) for index in range(len(evidence.blocks))]
     fractions = goal.sparsity
     if isinstance(fractions, tuple):

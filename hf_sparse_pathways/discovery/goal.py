@@ -1,12 +1,12 @@
 """How much is removed: a sparsity, or the paper's percentile."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_sparse_pathways.discovery.percentile import check_percentile
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 DEFAULT_SPARSITY = 0.3
 
@@ -31,6 +31,39 @@ class Goal:
             return {"percentile": self.percentile, "pool": self.pool}
         several = isinstance(self.sparsity, tuple)
         return {"sparsity": list(self.sparsity) if several else self.sparsity}  # type: ignore[arg-type]
+
+
+def make_goals(
+    sparsity: float | Sequence[float] | Mapping[str, float] | None,
+    percentile: float | None,
+    pool: str,
+    *,
+    domains: Sequence[str],
+    blocks: int,
+) -> dict[str, Goal]:
+    """Return every domain's goal, checked.
+
+    Raises:
+        PathwaysError: A number is out of range, or both rules were given.
+        UnknownNameError: An unknown pool, or a domain that the profile does not have.
+    """
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys(domains, make_goal(sparsity, percentile, pool, blocks))
+    for name in sparsity:
+        if name not in domains:
+            raise UnknownNameError("domain", name, domains)
+    if set(sparsity) != set(domains):
+        raise PathwaysError(f"Give a sparsity for each of {', '.join(domains)}, or a single one.")
+    return {name: make_goal(sparsity[name], percentile, pool, blocks) for name in domains}
+
+
+def mean_goal(goals: Sequence[Goal]) -> Goal:
+    """Return the goal of the pooled control: the domains' own, or the mean of their sparsities."""
+    first = goals[0]
+    plain = [goal.sparsity for goal in goals if isinstance(goal.sparsity, float)]
+    if len(plain) < len(goals):
+        return first
+    return replace(first, sparsity=sum(plain) / len(plain))
 
 
 def make_goal(

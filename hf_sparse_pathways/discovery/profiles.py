@@ -1,6 +1,6 @@
 """Activation profiles as values: a domain's statistics, and those of all domains of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -90,6 +90,14 @@ class Profile:
         for name, theirs in other.by_domain.items():
             together[name] = together[name].merged(theirs) if name in together else theirs
         return replace(self, by_domain=together)
+
+    def subset(self, domains: Iterable[str]) -> Self:
+        """Return a copy with some of the domains. Pure.
+
+        Raises:
+            UnknownNameError: There is none of a name.
+        """
+        return replace(self, by_domain={name: self[name] for name in domains})
 
     def pooled(self) -> DomainProfile:
         """Return the statistics of all domains' text together. Pure."""

@@ -23,7 +23,12 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
 from hf_sparse_pathways.discovery.grams import GramSource
 from hf_sparse_pathways.discovery.memory import parse_memory
-from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
+from hf_sparse_pathways.discovery.passes import (
+    Finished,
+    calibration_precision,
+    evaluation_mode,
+    run_decoder,
+)
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.resumption import Resumption
 from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
@@ -67,6 +72,7 @@ def profile(  # noqa: PLR0913
     seed: int = 0,
     grams: bool = True,
     validation_tokens: int = 8192,
+    precision: str = "model",
     max_memory: int | str = MAX_MEMORY,
     work_folder: "str | os.PathLike[str] | None" = None,
 ) -> Profile:
@@ -84,6 +90,8 @@ def profile(  # noqa: PLR0913
         grams: Whether to take Gram matrices, which selection with repair needs.
         validation_tokens: Most tokens per domain, drawn from documents of which no window was
             drawn, that are kept for comparing methods.
+        precision: Of the model's products: ``"model"``, ``"bfloat16"``, or ``"fastest"``, which is
+            bfloat16 where the processor is built for it.
         max_memory: Most bytes (or ``"4GB"``) of Gram matrices in memory at a time. Fewer mean
             more passes over the text.
         work_folder: Where unfinished sums, and the Gram matrices of finished groups, are stored. A
@@ -116,10 +124,11 @@ def profile(  # noqa: PLR0913
     if grams:
         kept = 0 if work_folder is not None else len(samples)
         groups = group_blocks(blocks, parse_memory(max_memory), kept)
-    run = _Run(model, tuple(groups), batch_size, grams)
-    by_domain = {
-        domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
-    }
+    run = _Run(model, tuple(groups), batch_size, grams, precision)
+    with calibration_precision(model, precision):
+        by_domain = {
+            domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
+        }
     return Profile(base=base, by_domain=by_domain)
 
 
@@ -166,6 +175,7 @@ class _Run:
     groups: tuple[tuple[FfnBlock, ...], ...]
     batch_size: int
     grams: bool
+    precision: str
 
     def collect(
         self, domain: str, sample: _Sample, work_folder: "str | os.PathLike[str] | None"
@@ -237,6 +247,7 @@ class _Run:
             "groups": [len(group) for group in self.groups],
             "batch_size": self.batch_size,
             "grams": self.grams,
+            "precision": self.precision,
         }
 
 

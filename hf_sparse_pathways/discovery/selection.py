@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_sparse_pathways.discovery.drafts import Draft, make_draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
-from hf_sparse_pathways.discovery.goal import make_goal
+from hf_sparse_pathways.discovery.goal import make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
@@ -38,7 +38,7 @@ def select(  # noqa: PLR0913
     model: nn.Module,
     profile: Profile,
     *,
-    sparsity: float | Sequence[float] | None = None,
+    sparsity: float | Sequence[float] | Mapping[str, float] | None = None,
     percentile: float | None = None,
     pool: str = "layer",
     method: str | ScoreFunction | None = None,
@@ -49,6 +49,7 @@ def select(  # noqa: PLR0913
     multiple: int = 1,
     precision: str = "model",
     seed: int = 0,
+    controls: bool = True,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -59,7 +60,7 @@ def select(  # noqa: PLR0913
         model: The profiled model.
         profile: Its activation profile.
         sparsity: Fraction of the FFN's FLOPs to remove, in [0, 1): over all blocks, or one per
-            block. By default 0.3.
+            block, or one per domain's name. By default 0.3.
         percentile: Instead of a sparsity: remove neurons that score below this percentile of the
             domain's scores, in [0, 100).
         pool: What the percentile is taken over, ``"layer"`` (one FFN block) or ``"model"``.
@@ -79,6 +80,7 @@ def select(  # noqa: PLR0913
         precision: Of the model's products while it runs over calibration text: ``"model"``,
             ``"bfloat16"``, or ``"fastest"``, which is bfloat16 where the processor is built for it.
         seed: For scores that draw numbers, and labels that are drawn.
+        controls: Whether to make the ``pooled`` control.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -100,13 +102,16 @@ def select(  # noqa: PLR0913
         precision=precision,
         seed=seed,
     )
-    goal = make_goal(sparsity, percentile, pool, len(profile.base.blocks))
+    goals = make_goals(
+        sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks)
+    )
     profile.base.check_same(BaseModel.of(model))
     dense = _dense(model)
-    pooled = {POOLED: profile.pooled()} if len(profile.by_domain) > 1 else {}
+    pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
+    goals[POOLED] = mean_goal(list(goals.values()))
     with calibration_precision(dense, recipe.precision):
         evidence = gather_evidence(dense, profile, pooled, recipe)
-        drafts = [make_draft(known, goal) for known in evidence.values()]
+        drafts = [make_draft(known, goals[name]) for name, known in evidence.items()]
         pathways = _carry_out(dense, drafts, recipe)
     return Pathways(
         base=profile.base,

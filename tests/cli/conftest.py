@@ -31,6 +31,15 @@ def save_dense(folder, architecture="llama"):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The cache in which commands leave unfinished work."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")

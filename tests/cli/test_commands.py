@@ -150,17 +150,22 @@ def test_build_from_a_profile_equals_build_from_text(places, tmp_path):
     assert Profile.from_pretrained(tmp_path / "profile").domains == ["code", "law"]
 
 
+UNIFORM = ("--allocation", "uniform")
+
+
 @pytest.mark.parametrize(
     ("options", "per_block", "recipe"),
     [
-        (("--sparsity", "0,0.25,0.5"), [0, 0.25, 0.5], {"score": "wanda"}),
-        (("--sparsity", "0.25"), [0.25] * 3, {"method": "score"}),
-        ((), [14 / 48] * 3, {"seed": 0}),
-        (("--percentile", "50"), [0.5] * 3, {"score": "mean_abs", "pool": "layer"}),
+        (("--sparsity", "0,0.25,0.5"), [0, 0.25, 0.5], {"method": "obs", "allocation": "given"}),
+        ((*UNIFORM, "--sparsity", "0.25"), [0.25] * 3, {"order": "sequential"}),
+        ((*UNIFORM, "--quick"), [15 / 48] * 3, {"order": "one-shot", "seed": 0}),
+        (("--percentile", "50"), [0.5] * 3, {"method": "mean_abs", "pool": "layer"}),
         (("--score", "random", "--sparsity", 0.5, "--seed", 3), [0.5] * 3, {"seed": 3}),
-        (("--held-out", 0, "--sparsity", 0.5), [0.5] * 3, {"method": "score"}),
+        ((*UNIFORM, "--held-out", 0, "--sparsity", 0.5), [0.5] * 3, {"method": "obs"}),
+        ((*UNIFORM, "--method", "flap"), [15 / 48] * 3, {"compensation": "bias"}),
+        ((*UNIFORM, "--multiple", 16, "--sparsity", 0.5), [1 / 3 * 2] * 3, {"multiple": 16}),
     ],
-    ids=["list", "one", "default", "percentile", "random", "nothing held out"],
+    ids=["list", "one", "quick", "percentile", "random", "nothing held out", "flap", "multiple"],
 )
 def test_build_takes_any_rule(places, tmp_path, options, per_block, recipe):
     run_well("build", places.dense, *places.texts[:2], *options, "--output", tmp_path / "built")

@@ -12,10 +12,11 @@ import numpy
 import pytest
 import torch
 
+from hf_sparse_pathways.discovery.goal import DEFAULT_SPARSITY
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreInput
-from hf_sparse_pathways.discovery.selection import DEFAULT_SPARSITY, keep_best, make_rule, select
+from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
@@ -37,9 +38,14 @@ def _keep(pathways, domain):
     return [mask.tolist() for mask in pathways[domain].keep]
 
 
+def _count(sparsity, d_ff):
+    """Return how many neurons stay: no more FLOPs than asked for, but at least one neuron."""
+    return max(1, math.floor((1 - sparsity) * d_ff + 1e-6))
+
+
 def _naive_best(scores, sparsity):
     """Return the mask of the best neurons, by sorting."""
-    count = max(1, len(scores) - round(sparsity * len(scores)))
+    count = _count(sparsity, len(scores))
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[:count]
     return [index in best for index in range(len(scores))]
 
@@ -74,7 +80,7 @@ def test_the_best_neurons_of_each_block_are_kept(architecture, score):
 def test_the_kept_counts_are_exact(sparsity):
     pathways = select(MODEL, PROFILE, sparsity=sparsity)
     for domain in (*PROFILE.domains, POOLED):
-        expected = [max(1, 48 - round(sparsity * 48))] * BLOCKS
+        expected = [_count(sparsity, 48)] * BLOCKS
         assert _kept(pathways, domain) == expected
         assert pathways.sparsity(domain) == pytest.approx(1 - sum(expected) / (48 * BLOCKS))
         assert pathways.flops(domain) == pytest.approx(sum(expected) / (48 * BLOCKS))
@@ -84,7 +90,7 @@ def test_the_kept_counts_are_exact(sparsity):
 def test_each_block_may_have_its_own_sparsity(wrap):
     fractions = [0.0, 0.5, 0.9]
     pathways = select(MODEL, PROFILE, sparsity=wrap(fractions))
-    assert _kept(pathways, "code") == [48 - round(f * 48) for f in fractions]
+    assert _kept(pathways, "code") == [_count(f, 48) for f in fractions]
     assert pathways["code"].provenance["sparsity"] == fractions
 
 
@@ -108,11 +114,10 @@ def test_smaller_pathways_lie_in_larger_ones():
         assert all(outer or not inner for outer, inner in pairs)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 100])
-def test_ties_do_not_change_the_count(count):
-    for sparsity in (0.0, 0.3, 0.5, 0.99):
-        kept = keep_best(torch.zeros(count), sparsity)
-        assert int(kept.sum()) == max(1, count - round(sparsity * count))
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.99])
+def test_ties_do_not_change_the_count(sparsity):
+    pathways = select(MODEL, PROFILE, sparsity=sparsity, score=lambda block: 0 * block.down[0])
+    assert _kept(pathways, "law") == [_count(sparsity, 48)] * BLOCKS
 
 
 def _naive_percentile(blocks, percentile, pool):
@@ -136,28 +141,6 @@ def test_the_percentile_rule_equals_a_naive_one(percentile, pool):
         assert _keep(pathways, domain) == naive
 
 
-@pytest.mark.parametrize("percentile", range(100))
-def test_a_percentile_removes_that_many_of_a_hundred(percentile):
-    rule, _ = make_rule(None, percentile, "layer", 1)
-    scores = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
-    assert int((~rule([scores])[0]).sum()) == percentile
-
-
-@pytest.mark.parametrize("count", [1000, 1001])
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-def test_percentiles_are_those_of_numpy(percentile, count):
-    rule, _ = make_rule(None, percentile, "layer", 1)
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(0)).double()
-    threshold = numpy.percentile(scores.numpy(), percentile, method="inverted_cdf")
-    assert rule([scores])[0].tolist() == (scores.numpy() > threshold).tolist()
-
-
-def test_a_block_of_low_scores_keeps_its_best_neuron():
-    rule, _ = make_rule(None, 50, "model", 2)
-    low, high = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([5.0, 6.0, 7.0])
-    assert [mask.tolist() for mask in rule([low, high])] == [[False, True, False], [True] * 3]
-
-
 def test_a_users_function_is_given_the_block():
     given = []
 
@@ -169,7 +152,7 @@ def test_a_users_function_is_given_the_block():
     for position, statistics in enumerate(PROFILE["law"].blocks):
         naive = _naive_best((-statistics.sum / statistics.tokens).tolist(), 0.5)
         assert pathways["law"].keep[position].tolist() == naive
-    assert pathways["law"].provenance["score"] == "smallest_mean"
+    assert pathways["law"].provenance["method"] == "smallest_mean"
     assert all(isinstance(block, ScoreInput) for block in given)
     leaves = [block.outgoing.weight for block in find_blocks(MODEL)]
     for index, block in enumerate(given):
@@ -209,6 +192,11 @@ def test_bad_scores_are_refused(kind, rule):
 
 UNKNOWN = {
     "score": ({"score": "wanda2"}, "wanda"),
+    "method": ({"method": "obss"}, "obs"),
+    "allocation": ({"allocation": "unifrom"}, "uniform"),
+    "order": ({"order": "sequentially"}, "sequential"),
+    "precision": ({"precision": "bfloat"}, "bfloat16"),
+    "domain": ({"sparsity": {"code": 0.5, "laws": 0.5}}, "law"),
     "score with a percentile": ({"score": "mean_ab", "percentile": 50}, "mean_abs"),
     "pool": ({"percentile": 50, "pool": "layers"}, "layer"),
     "model pool": ({"percentile": 50, "pool": "modle"}, "model"),
@@ -249,9 +237,33 @@ def test_a_percentile_out_of_range_is_refused(percentile):
         select(MODEL, PROFILE, percentile=percentile)
 
 
-def test_two_rules_are_refused():
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.3, "percentile": 50}, {"method": "obs", "score": "wanda"}], ids=str
+)
+def test_two_rules_are_refused(options):
     with pytest.raises(PathwaysError, match="not both"):
-        select(MODEL, PROFILE, sparsity=0.3, percentile=50)
+        select(MODEL, PROFILE, **options)
+
+
+@pytest.mark.parametrize("multiple", [0, -1, 1.5, True, "8", None], ids=repr)
+def test_a_multiple_that_is_none_is_refused(multiple):
+    with pytest.raises(PathwaysError, match="multiple"):
+        select(MODEL, PROFILE, multiple=multiple)
+
+
+def test_each_domain_may_have_its_own_sparsity():
+    pathways = select(MODEL, PROFILE, sparsity={"code": 0.25, "law": 0.75})
+    assert _kept(pathways, "code") == [36] * BLOCKS
+    assert _kept(pathways, "law") == [12] * BLOCKS
+    assert _kept(pathways, POOLED) == [24] * BLOCKS
+    with pytest.raises(PathwaysError, match="each of code, law"):
+        select(MODEL, PROFILE, sparsity={"code": 0.25})
+
+
+def test_the_control_can_be_left_out():
+    alone = select(MODEL, PROFILE, controls=False)
+    assert not alone.controls
+    assert _keep(alone, "law") == _keep(select(MODEL, PROFILE), "law")
 
 
 def test_random_is_seeded_and_differs_by_domain_and_block():
@@ -282,7 +294,7 @@ def test_selecting_does_not_touch_the_global_generator():
 def test_the_pooled_control_is_selected_from_all_text_together(rule):
     tokenizer = tiny_tokenizer()
     texts = {name: documents(name, 6, words) for name, words in (("code", 9), ("law", 25))}
-    options = {"max_length": 64, "batch_size": 1}
+    options = {"max_length": 64, "batch_size": 1, "grams": False}
     apart = profile(MODEL, tokenizer, texts, **options)
     together = profile(MODEL, tokenizer, {"all": [*chain(*texts.values())]}, **options)
     pathways = select(MODEL, apart, **rule)
@@ -319,8 +331,13 @@ def test_the_provenance_says_how_and_from_what():
     pathways = select(MODEL, PROFILE, percentile=50, pool="model", seed=3)
     for domain in PROFILE.domains:
         assert pathways[domain].provenance == {
-            "method": "score",
-            "score": "mean_abs",
+            "method": "mean_abs",
+            "allocation": "uniform",
+            "compensation": "none",
+            "ridge": 0.01,
+            "order": "one-shot",
+            "multiple": 1,
+            "precision": "model",
             "percentile": 50,
             "pool": "model",
             "seed": 3,
@@ -332,13 +349,16 @@ def test_the_provenance_says_how_and_from_what():
 
 @pytest.mark.parametrize("score", SCORES)
 def test_selecting_is_pure_and_fits_the_model(score):
-    weights, given = copy.deepcopy(MODEL.state_dict()), copy.deepcopy(PROFILE)
-    pathways = select(MODEL, PROFILE, score=score)
+    texts = {name: documents(name, 4, 20) for name in ("code", "law")}
+    taken = profile(MODEL, tiny_tokenizer(), texts, max_length=64, grams=False)
+    weights, given = copy.deepcopy(MODEL.state_dict()), copy.deepcopy(taken)
+    pathways = select(MODEL, taken, score=score, compensation="none")
     assert isinstance(pathways, Pathways)
     pathways.check_fits(MODEL)
+    assert _kept(pathways, "law") == [_count(DEFAULT_SPARSITY, 48)] * BLOCKS
     assert all(torch.equal(MODEL.state_dict()[name], weights[name]) for name in weights)
     for domain in given.domains:
-        for mine, theirs in zip(PROFILE[domain].blocks, given[domain].blocks, strict=True):
+        for mine, theirs in zip(taken[domain].blocks, given[domain].blocks, strict=True):
             assert torch.equal(mine.abs_sum, theirs.abs_sum)
 
 

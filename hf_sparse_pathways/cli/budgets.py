@@ -1,0 +1,152 @@
+"""How much ``build`` removes: a sparsity, or what a limit of quality or speed allows."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.errors import PathwaysError
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.budget import Search
+    from hf_sparse_pathways.discovery.profiles import Profile
+    from hf_sparse_pathways.pathways.pathway import Pathways
+
+TEST_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Which of the limits was given; at most one is not None."""
+
+    sparsity: float | list[float] | None
+    percentile: float | None
+    pool: str
+    max_perplexity_increase: float | None
+    target_speedup: float | None
+
+    def check(self, blocks: int | None = None) -> None:
+        """Check that at most one limit was given, and that it can be met.
+
+        Raises:
+            PathwaysError: Two were given, or a number is out of range.
+        """
+        from hf_sparse_pathways.discovery.goal import make_goal
+
+        given = {
+            "--sparsity": self.sparsity,
+            "--percentile": self.percentile,
+            "--max-perplexity-increase": self.max_perplexity_increase,
+            "--target-speedup": self.target_speedup,
+        }
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise PathwaysError(f"Give one of {' and '.join(named)}, not both.")
+        if self.target_speedup is not None and not self.target_speedup > 1.0:
+            raise PathwaysError(f"--target-speedup has to be above 1, got {self.target_speedup}.")
+        several = isinstance(self.sparsity, list)
+        count = len(self.sparsity) if isinstance(self.sparsity, list) else 1
+        make_goal(self.sparsity, self.percentile, self.pool, blocks or (count if several else 1))
+
+
+def parse_percentage(text: str | None) -> float | None:
+    """Return ``5%`` or ``0.05`` as a fraction.
+
+    Raises:
+        PathwaysError: It is neither, or not positive.
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise PathwaysError(f"{text!r} does not fit; write 5% or 0.05.")
+    return value
+
+
+def choose_pathways(
+    dense: Any,
+    tokenizer: Any,
+    profile: "Profile",
+    limits: Limits,
+    rule: Mapping[str, Any],
+    held_out: Mapping[str, Any],
+) -> "Pathways":
+    """Select pathways within the limits, and say what was chosen and why."""
+    from hf_sparse_pathways.discovery.selection import select
+
+    if limits.max_perplexity_increase is not None:
+        return _within_increase(dense, tokenizer, profile, limits, rule, held_out)
+    sparsity = limits.sparsity
+    if limits.target_speedup is not None:
+        from hf_sparse_pathways.measure.speed import sparsity_for_speedup
+
+        found = sparsity_for_speedup(dense, limits.target_speedup)
+        typer.echo(str(found))
+        sparsity = found.sparsity
+    return select(
+        dense,
+        profile,
+        sparsity=sparsity,
+        percentile=limits.percentile,
+        pool=limits.pool,
+        **rule,
+    )
+
+
+def _within_increase(
+    dense: Any,
+    tokenizer: Any,
+    profile: "Profile",
+    limits: Limits,
+    rule: Mapping[str, Any],
+    held_out: Mapping[str, Any],
+) -> "Pathways":
+    """Search on validation text, select, and check on held-out text."""
+    from hf_sparse_pathways.discovery.budget import fit_sparsities
+    from hf_sparse_pathways.discovery.selection import select
+
+    def choose(sparsities: Mapping[str, float]) -> "Pathways":
+        part = profile.subset(sparsities)
+        return select(dense, part, sparsity=dict(sparsities), controls=False, **rule)
+
+    increase = limits.max_perplexity_increase or 0.0
+    searches = fit_sparsities(dense, profile, max_perplexity_increase=increase, choose=choose)
+    chosen = {name: search.best for name, search in searches.items()}
+    pathways = select(dense, profile, sparsity=chosen, **rule)
+    test = _measure(dense, tokenizer, pathways, held_out)
+    _report(increase, searches, test)
+    return pathways
+
+
+def _measure(
+    dense: Any, tokenizer: Any, pathways: "Pathways", held_out: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return each domain's increase of perplexity on held-out text, as a fraction."""
+    from hf_sparse_pathways.measure.quality import evaluate
+    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+
+    if not held_out:
+        return {}
+    sparse = SparsePathwaysForCausalLM.from_dense(dense, pathways)
+    report = evaluate(sparse, tokenizer, held_out, controls=False, max_tokens=TEST_TOKENS)
+    return {row.domain: row.ratio - 1.0 for row in report.rows if row.role == "pathway"}
+
+
+def _report(increase: float, searches: "Mapping[str, Search]", test: Mapping[str, float]) -> None:
+    rows = []
+    for name, search in searches.items():
+        tried = ", ".join(
+            f"{sparsity:.1%}: {math.expm1(rise):+.1%}"
+            for sparsity, rise in sorted(search.rises.items())
+        )
+        rise = search.rises.get(search.best, 0.0)
+        on_test = f"{test[name]:+.1%}" if name in test else "-"
+        rows.append([name, f"{search.best:.1%}", f"{math.expm1(rise):+.1%}", on_test, tried])
+    header = ["domain", "sparsity", "validation", "held out", "tried (on validation)"]
+    print_table(f"largest sparsity within {increase:+.1%} perplexity", header, rows)

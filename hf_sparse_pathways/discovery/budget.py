@@ -1,0 +1,126 @@
+"""Sparsities for a budget of quality: how much can go before perplexity rises by more than a limit.
+
+Pathways are made at a guess, their loss is measured on validation text, and the next guess
+interpolates between the guesses around the limit, on the scale where the rise in loss is about a
+power of the sparsity. Each round makes the pathways of all domains that are not there yet.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hf_sparse_pathways.discovery.profiles import Profile
+from hf_sparse_pathways.discovery.trials import mean_loss
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.pathways.pathway import Pathways
+
+FIRST_SPARSITY = 0.3
+MOST_SPARSITY = 0.9
+USUAL_POWER = 2.0
+"""Of the sparsity, in the rise of the loss, until two guesses show it."""
+
+CLOSE = 0.05
+"""A search ends when the rise is below the limit by at most this share of it."""
+
+
+@dataclass
+class Search:
+    """One domain's guesses.
+
+    Attributes:
+        limit: Largest rise of the loss, in nats per token.
+        rises: Sparsity -> measured rise.
+    """
+
+    limit: float
+    rises: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The largest sparsity whose rise is within the limit; 0 if none is."""
+        return max((s for s, rise in self.rises.items() if rise <= self.limit), default=0.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the best guess is close to the limit, or cannot be raised."""
+        rise = self.rises.get(self.best, -math.inf)
+        return rise >= (1.0 - CLOSE) * self.limit or self.best >= MOST_SPARSITY
+
+    def guess(self) -> float:
+        """Return the next sparsity to try."""
+        if not self.rises:
+            return FIRST_SPARSITY
+        too_far = min((s for s, rise in self.rises.items() if rise > self.limit), default=None)
+        low = self.best or None
+        if low is None and too_far is not None:
+            return self._scaled(too_far, USUAL_POWER)
+        if too_far is None and low is not None:
+            return min(MOST_SPARSITY, max(self._scaled(low, USUAL_POWER), low + 0.01))
+        if low is None or too_far is None:
+            return FIRST_SPARSITY
+        rises = (max(self.rises[low], 1e-6), max(self.rises[too_far], 1e-6))
+        share = math.log(self.limit / rises[0]) / max(math.log(rises[1] / rises[0]), 1e-9)
+        middle = math.exp(math.log(low) + share * math.log(too_far / low))
+        margin = 0.1 * (too_far - low)
+        return min(max(middle, low + margin), too_far - margin)
+
+    def _scaled(self, sparsity: float, power: float) -> float:
+        """Return where the limit would be met if the rise were a power of the sparsity."""
+        rise = max(self.rises[sparsity], 1e-6)
+        scaled = sparsity * (0.97 * self.limit / rise) ** (1.0 / power)
+        return min(max(scaled, 0.25 * sparsity), MOST_SPARSITY)
+
+
+def fit_sparsities(
+    model: nn.Module,
+    profile: Profile,
+    *,
+    max_perplexity_increase: float,
+    choose: Callable[[Mapping[str, float]], Pathways],
+    rounds: int = 4,
+) -> dict[str, Search]:
+    """Find each domain's largest sparsity within a rise of perplexity on validation text.
+
+    Args:
+        model: The dense model; it is as it was afterwards.
+        profile: Its profile, with validation text.
+        max_perplexity_increase: As a fraction: 0.05 is 5 %.
+        choose: Makes the pathways of some domains with given sparsities, as ``select`` does.
+        rounds: Most times that pathways are made.
+
+    Returns:
+        Per domain its search; ``best`` is the sparsity, 0.0 if even the smallest tried was too
+        much.
+
+    Raises:
+        PathwaysError: The limit is not positive, or there is no validation text.
+    """
+    if not max_perplexity_increase > 0.0:
+        raise PathwaysError(
+            f"max_perplexity_increase has to be positive, got {max_perplexity_increase!r}."
+        )
+    without = [name for name in profile.domains if not profile[name].validation]
+    if without:
+        raise PathwaysError(
+            f"There is no validation text of {', '.join(without)}: every document was used for "
+            "calibration. Give more documents, or fewer max_tokens."
+        )
+    blocks = find_blocks(model)
+    limit = math.log1p(max_perplexity_increase)
+    searches = {name: Search(limit) for name in profile.domains}
+    dense = {
+        name: mean_loss(model, profile[name].validation, None, blocks) for name in profile.domains
+    }
+    for _ in range(rounds):
+        guesses = {name: search.guess() for name, search in searches.items() if not search.done}
+        if not guesses:
+            break
+        pathways = choose(guesses)
+        for name, sparsity in guesses.items():
+            validation = profile[name].validation
+            loss = mean_loss(model, validation, pathways[name].blocks, blocks)
+            searches[name].rises[sparsity] = loss - dense[name]
+    return searches
