@@ -13,14 +13,11 @@ from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.text import Documents, read_documents
 from hf_sparse_pathways.files import write_atomically
-from hf_sparse_pathways.measure.report import (
-    QualityReport,
-    SpeedReport,
-    describe_switch,
-    quantile,
-    summarise,
-)
+from hf_sparse_pathways.measure.figures import quantile
+from hf_sparse_pathways.measure.quality_report import QualityReport
+from hf_sparse_pathways.measure.report import summarise
 from hf_sparse_pathways.measure.speed import benchmark
+from hf_sparse_pathways.measure.speed_report import SpeedReport, describe_switch
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 
 Speeds = Sequence[SpeedReport]

@@ -254,17 +254,23 @@ def repaired(model, pathway):
     for block, part in zip(find_blocks(reference), pathway.blocks, strict=True):
         outgoing = block.outgoing
         weight = outgoing.weight if isinstance(outgoing, nn.Linear) else outgoing.weight.T
-        with torch.no_grad():
-            weight[:, part.keep] += part.full_delta
+        if part.delta is not None:
+            with torch.no_grad():
+                weight[:, part.keep] += part.full_delta.to(weight)
         _add_bias_and_bypass(block, part)
     return reference
 
 
 def _add_bias_and_bypass(block, part):
     seen = []
+
+    def add(_module, _args, output):
+        block_input = seen.pop()
+        if part.bias is not None:
+            output = output + part.bias.to(output)
+        if part.bypass is not None:
+            output = output + block_input @ part.bypass.product().T.to(output)
+        return output
+
     block.incoming[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    block.outgoing.register_forward_hook(
-        lambda _module, _args, output: (
-            output + part.bias + seen.pop() @ (part.bypass.outer @ part.bypass.inner).T
-        )
-    )
+    block.outgoing.register_forward_hook(add)

@@ -7,7 +7,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_sparse
-from hf_sparse_pathways.measure.report import describe_switch
+from hf_sparse_pathways.measure.speed_report import describe_switch
 
 
 def run(  # noqa: PLR0913

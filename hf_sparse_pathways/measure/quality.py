@@ -1,35 +1,34 @@
-"""Perplexity of a model's pathways on held-out documents, beside honest partners.
+"""Quality of a model's pathways on held-out documents, beside honest partners.
 
 Every domain's text is scored with the dense model, the domain's pathway, and as controls the pooled
 pathway, a random mask that keeps as many neurons of every block, and the other domains' pathways.
-Documents that the pathways were calibrated on are left out.
+All arms see the same windows, one batch at a time. Documents that the pathways were calibrated on
+are left out.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
-from hf_sparse_pathways.discovery.trials import batch_loss, run_model
-from hf_sparse_pathways.discovery.windows import (
-    Window,
-    count_tokens,
-    draw_windows,
-    make_batches,
-    resolve_length,
-)
+from hf_sparse_pathways.discovery.windows import Window, draw_windows, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
-from hf_sparse_pathways.measure.report import QualityReport, QualityRow
+from hf_sparse_pathways.measure.arms import (
+    DENSE,
+    MeasuredArm,
+    ScoredText,
+    measure_arms,
+    pathway_arm,
+)
+from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon
-SEEN = ("exclude", "include")
+SEEN = ("exclude", "include", "refuse")
 SPLITS = ("", "validation_")  # prefixes of the digests in a pathway's provenance
 
 
@@ -45,7 +44,7 @@ def evaluate(  # noqa: PLR0913
     seed: int = 0,
     seen: str = "exclude",
 ) -> QualityReport:
-    """Measure perplexity on each domain's text. The model is left as it was.
+    """Measure every arm on each domain's text. The model is left as it was.
 
     Args:
         model: A model with pathways.
@@ -56,13 +55,14 @@ def evaluate(  # noqa: PLR0913
         max_length: Most tokens per window, each scored on its own; by default 512, or the model's
             positions if fewer.
         batch_size: Windows per forward pass.
-        seed: Decides the windows and the random masks.
+        seed: Decides the windows, the random masks and the resampling.
         seen: What to do with documents that the pathways were calibrated on: ``"exclude"`` them
-            (the report says how many there were), or ``"include"`` them.
+            (the report says how many there were), ``"include"`` them, or ``"refuse"`` to measure.
 
     Raises:
         UnknownNameError: A domain that the model does not have.
-        TextError: A source cannot be read, or no document is left that was not calibrated on.
+        TextError: A source cannot be read, no document is left that was not calibrated on, or
+            there is one and ``seen="refuse"``.
     """
     if not isinstance(model, SparsePathwaysForCausalLM):
         raise PathwaysError(
@@ -87,8 +87,9 @@ def evaluate(  # noqa: PLR0913
     rows: list[QualityRow] = []
     with _prepared(model, pathways, seed if controls else None):
         for domain, (windows, excluded) in drawn.items():
-            arms = _arms(model.pathways, domain, controls)
-            rows.extend(_measure(model, domain, arms, windows, excluded, batch_size))
+            text = ScoredText(domain, tuple(windows), excluded, tokenizer)
+            arms = _arms(model, domain, controls)
+            rows.extend(measure_arms(model, text, arms, batch_size=batch_size, seed=seed))
     return QualityReport(base=pathways.base.name, rows=tuple(rows))
 
 
@@ -105,6 +106,12 @@ def _held_out(
     excluded = len(documents.items) - len(fresh.items)
     if seen == "include":
         return documents, 0
+    if seen == "refuse" and excluded:
+        raise TextError(
+            f"Domain {domain!r}: the pathways were calibrated on {excluded} of the "
+            f"{len(documents.items)} documents of {documents.source}. Give held-out documents, or "
+            "seen='exclude' to leave those out."
+        )
     if not fresh.items:
         raise TextError(
             f"Domain {domain!r}: the pathways were calibrated on all {excluded} documents of "
@@ -144,72 +151,14 @@ def random_partner(pathway: Pathway, seed: int) -> Pathway:
     return Pathway.from_keep(keep, {"method": "random", "seed": seed})
 
 
-def _arms(pathways: Pathways, domain: str, controls: bool) -> list[tuple[str, str | None]]:
-    """Return ``(role, name of the pathway)`` of every arm for one domain's text."""
-    arms: list[tuple[str, str | None]] = [("dense", None), ("pathway", domain)]
+def _arms(model: SparsePathwaysForCausalLM, domain: str, controls: bool) -> list[MeasuredArm]:
+    """Return every arm for one domain's text."""
+    pathways = model.pathways
+    arms = [DENSE, pathway_arm("pathway", domain, pathways)]
     if controls:
         if POOLED in pathways.controls:
-            arms.append(("pooled", POOLED))
-        arms.append(("random", f"{RANDOM} {domain}"))
-        arms.extend(("other", name) for name in pathways.domains if name != domain)
+            arms.append(pathway_arm("pooled", POOLED, pathways))
+        arms.append(pathway_arm("random", f"{RANDOM} {domain}", pathways))
+        others = (name for name in pathways.domains if name != domain)
+        arms.extend(pathway_arm("other", name, pathways) for name in others)
     return arms
-
-
-def _measure(
-    model: SparsePathwaysForCausalLM,
-    domain: str,
-    arms: list[tuple[str, str | None]],
-    windows: list[Window],
-    excluded: int,
-    batch_size: int,
-) -> Iterator[QualityRow]:
-    pathways = model.pathways
-    bar = tqdm(
-        total=count_tokens(windows) * len(arms),
-        desc=f"evaluate {domain}",
-        unit="tok",
-        disable=None,
-    )
-    dense = math.nan
-    with bar:
-        for role, name in arms:
-            loss, tokens = negative_log_likelihood(model, windows, name, batch_size, bar)
-            if math.isnan(loss):
-                raise PathwaysError(
-                    f"The loss of {name or 'the dense model'!r} on {domain!r} text is NaN. Check "
-                    "the weights, or load them in float32."
-                )
-            perplexity = math.exp(min(loss / tokens, 700.0))
-            dense = perplexity if name is None else dense
-            yield QualityRow(
-                domain=domain,
-                role=role,
-                pathway=name,
-                perplexity=perplexity,
-                ratio=perplexity / dense,
-                flops=1.0 if name is None else pathways.flops(name),
-                tokens=tokens,
-                documents=len({window.document for window in windows}),
-                excluded=excluded,
-            )
-
-
-@torch.no_grad()
-def negative_log_likelihood(
-    model: Any,
-    windows: list[Window],
-    domain: str | None,
-    batch_size: int,
-    bar: Any = None,
-) -> tuple[float, int]:
-    """Return the summed loss in nats and the number of scored tokens.
-
-    A window's first token is context only.
-    """
-    total, tokens = 0.0, 0
-    for batch in make_batches(windows, batch_size):
-        loss, count = batch_loss(run_model(model, batch, domain=domain), batch)
-        total, tokens = total + loss, tokens + count
-        if bar is not None:
-            bar.update(int(batch.mask.sum()))
-    return total, tokens

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.goal import check_sparsity
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
-from hf_sparse_pathways.measure.report import SpeedReport, quantile
+from hf_sparse_pathways.measure.figures import quantile
+from hf_sparse_pathways.measure.speed_report import SpeedReport
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways

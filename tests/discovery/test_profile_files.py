@@ -1,9 +1,16 @@
 """Whatever happens to a saved profile, reading it is right or an ``ArtefactError``."""
 
+import hashlib
+import os
+import re
+
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from hf_sparse_pathways.discovery.profiles import Profile
+from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.statistics import TENSORS
 from hf_sparse_pathways.errors import ArtefactError
 from tests.architectures import tiny_llama
@@ -18,6 +25,7 @@ from tests.pathways.corruption import (
     set_field,
     taken,
 )
+from tests.texts import documents, tiny_tokenizer
 
 
 @pytest.fixture
@@ -144,3 +152,132 @@ def test_the_error_of_a_newer_format_says_to_upgrade(path):
     set_field(path, ["format"], read_meta(path)["format"] + 1)
     with pytest.raises(ArtefactError, match="Upgrade hf-sparse-pathways"):
         Profile.from_pretrained(path.parent)
+
+
+@pytest.fixture(scope="module")
+def with_grams():
+    """Two profiles with Gram matrices of one model."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    return [
+        profile(model, tokenizer, {"code": documents("code", 9, 20, seed)}, max_tokens=100)
+        for seed in (0, 1)
+    ]
+
+
+def _totals(given, domain="code"):
+    return [source.load().total for source in given[domain].grams]
+
+
+def _assert_equal_grams(mine, theirs):
+    assert len(mine) == len(theirs) == 3
+    assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+
+
+def test_grams_and_windows_are_saved_and_loaded(with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    loaded = Profile.from_pretrained(tmp_path)
+    _assert_equal_grams(_totals(loaded), _totals(with_grams[0]))
+    for split in ("windows", "validation"):
+        mine, theirs = getattr(loaded["code"], split), getattr(with_grams[0]["code"], split)
+        assert theirs
+        assert [window.ids for window in mine] == [window.ids for window in theirs]
+
+
+def test_grams_are_not_read_before_they_are_used(with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    loaded = Profile.from_pretrained(tmp_path)
+    for file in os.scandir(tmp_path / "grams"):
+        os.truncate(file, 100)
+    with pytest.raises(ArtefactError, match="truncated or corrupt"):
+        loaded["code"].grams[0].load()
+
+
+def _gram_of_block(folder, index):
+    name = read_meta(folder / "profile.json")["domains"][0]["grams"][index]["file"]
+    return folder / "grams" / name
+
+
+def _with_tensor(change):
+    """Replace a file's matrix, and the SHA-256 in the description with it."""
+
+    def damage(path):
+        data = save(change(load(path.read_bytes())))
+        path.write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        set_field(path.parents[1] / "profile.json", ["domains", 0, "grams", 1, "sha256"], digest)
+
+    return damage
+
+
+def _nan(tensors):
+    tensors["total"][3, 5] = float("nan")
+    return tensors
+
+
+DAMAGED_GRAMS = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, 10_000),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes(), 9000, 1)),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "NaN": _with_tensor(_nan),
+    "float64": _with_tensor(lambda tensors: {"total": tensors["total"].double()}),
+    "smaller": _with_tensor(lambda tensors: {"total": tensors["total"][:-1, :-1].contiguous()}),
+    "renamed": _with_tensor(lambda tensors: {"sum": tensors["total"]}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_GRAMS)
+def test_a_damaged_gram_file_is_refused_by_name(damage, with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    path = _gram_of_block(tmp_path, 1)
+    DAMAGED_GRAMS[damage](path)
+    with pytest.raises(ArtefactError, match=re.escape(path.name)):
+        Profile.from_pretrained(tmp_path)["code"].grams[1].load()
+
+
+WRONG_GRAMS = {
+    ("domains", 0, "grams"): [value for value in WRONG if value != []],
+    ("domains", 0, "grams", 1): WRONG,
+    ("domains", 0, "grams", 1, "file"): (*WRONG, "../../etc/passwd", ""),
+}
+
+
+@pytest.mark.parametrize("keys", WRONG_GRAMS, ids=str)
+def test_gram_entries_of_the_wrong_kind_are_refused(keys, with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    path = tmp_path / "profile.json"
+    assert taken(path, keys, WRONG_GRAMS[keys], Profile, ArtefactError) == []
+
+
+def test_a_merged_profile_can_be_saved_over_one_of_its_parts(with_grams, tmp_path):
+    for name, part in zip("ab", with_grams, strict=True):
+        part.save_pretrained(tmp_path / name)
+    first, second = (Profile.from_pretrained(tmp_path / name) for name in "ab")
+    first.merged(second).save_pretrained(tmp_path / "a")
+    expected = [sum(parts) for parts in zip(*map(_totals, with_grams), strict=True)]
+    _assert_equal_grams(_totals(Profile.from_pretrained(tmp_path / "a")), expected)
+    assert len(os.listdir(tmp_path / "a" / "grams")) == 3
+    _assert_equal_grams(_totals(Profile.from_pretrained(tmp_path / "b")), _totals(with_grams[1]))
+
+
+def test_a_merged_profile_is_still_good_after_it_was_saved_over_its_part(with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    merged = Profile.from_pretrained(tmp_path).merged(with_grams[1])
+    merged.save_pretrained(tmp_path)
+    select(tiny_llama(), merged, order="one-shot", allocation="uniform")
+
+
+def test_saving_again_over_itself_changes_nothing(with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    Profile.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_gram_files_of_an_overwritten_profile_are_deleted(with_grams, tmp_path):
+    with_grams[0].save_pretrained(tmp_path)
+    random_profile(tiny_llama()).save_pretrained(tmp_path)
+    assert not os.listdir(tmp_path / "grams")
+    assert Profile.from_pretrained(tmp_path)["law"].grams == ()

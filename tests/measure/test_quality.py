@@ -16,7 +16,7 @@ from hf_sparse_pathways.discovery.text import Document, read_documents
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.quality import evaluate, random_partner
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
-from tests.architectures import build, random_masks, zeroed
+from tests.architectures import build, random_masks, repaired, zeroed
 from tests.texts import documents, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -66,7 +66,7 @@ def test_perplexities_equal_naive_ones(case, batch_size, executor):
     for row in report.rows:
         plain = dense
         if row.role in ("pathway", "other", "pooled"):
-            plain = zeroed(dense, model.pathways[row.pathway].keep)
+            plain = repaired(dense, model.pathways[row.pathway])
         elif row.role == "random":
             partner = random_partner(model.pathways[row.domain], 0)
             plain = zeroed(dense, partner.keep)
@@ -161,6 +161,63 @@ def test_white_space_does_not_hide_a_calibration_document(case):
     _, model = case
     mixed = {"law": [*TEXTS["law"], f"\n {CALIBRATION['law'][1]} \n"]}
     assert {row.excluded for row in _evaluate(model, mixed).rows} == {1}
+
+
+def test_seen_documents_can_be_refused(case):
+    _, model = case
+    mixed = {"code": [*TEXTS["code"], CALIBRATION["law"][0]]}
+    with pytest.raises(TextError, match=rf"calibrated on 1 of the {len(TEXTS['code']) + 1}"):
+        _evaluate(model, mixed, seen="refuse")
+    clean = {"code": TEXTS["code"]}
+    assert _evaluate(model, clean, seen="refuse") == _evaluate(model, clean)
+
+
+@torch.no_grad()
+def _naive_fidelity(dense, arm, texts):
+    """Return KL, agreement and final cosine of single documents, token by token in float64."""
+    rows = []
+    for text in texts:
+        ids = torch.tensor([TOKENIZER(text)["input_ids"]])
+        outputs = [m(ids, output_hidden_states=True) for m in (dense, arm)]
+        ours, theirs = (output.logits[0, :-1].double().log_softmax(-1) for output in outputs)
+        states = [output.hidden_states[-1][0, :-1].double() for output in outputs]
+        for index in range(len(ours)):
+            kl = float((ours[index].exp() * (ours[index] - theirs[index])).sum())
+            same = float(ours[index].argmax() == theirs[index].argmax())
+            cosine = float(functional.cosine_similarity(*(s[index] for s in states), dim=0))
+            rows.append((kl, same, cosine))
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def test_divergence_agreement_and_cosine_equal_naive_ones(case):
+    dense, model = case
+    for row in _evaluate(model).rows:
+        if row.role not in ("pathway", "other"):
+            continue
+        plain = repaired(dense, model.pathways[row.pathway])
+        expected = _naive_fidelity(dense, plain, TEXTS[row.domain])
+        found = [row.divergence, row.agreement, row.cosine]
+        assert found == pytest.approx(expected, abs=1e-4), (row.domain, row.pathway)
+        assert len(row.cosine_per_layer) == 3 or len(row.cosine_per_layer) == 2
+    first = _evaluate(model).rows[0]
+    assert (first.divergence, first.agreement, first.cosine) == (0.0, 1.0, 1.0)
+
+
+def test_bits_per_byte_count_the_text_of_the_scored_tokens():
+    text = "the court of law"
+    row = _evaluate(_model(), {"law": [text]}).rows[0]
+    scored = TOKENIZER.decode(TOKENIZER(text)["input_ids"][1:])
+    bits = math.log2(row.perplexity) * row.tokens
+    assert row.bits_per_byte == pytest.approx(bits / len(scored.encode()))
+
+
+def test_intervals_hold_the_ratio_and_need_two_documents(case):
+    _, model = case
+    for row in _evaluate(model).rows:
+        low, high = row.interval
+        assert low <= row.ratio <= high
+    alone = _evaluate(model, {"law": TEXTS["law"][-1:]}).rows
+    assert {row.interval for row in alone} == {None}
 
 
 def test_all_seen_is_refused_and_can_be_included(case):

@@ -6,14 +6,9 @@ import random
 import numpy
 import pytest
 
-from hf_sparse_pathways.measure.report import (
-    QualityReport,
-    QualityRow,
-    SpeedReport,
-    format_figure,
-    markdown_table,
-    quantile,
-)
+from hf_sparse_pathways.measure.figures import format_figure, markdown_table, quantile
+from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
+from hf_sparse_pathways.measure.speed_report import SpeedReport
 
 
 def _row(**changes):
@@ -23,6 +18,12 @@ def _row(**changes):
         "pathway": None,
         "perplexity": 10.0,
         "ratio": 1.0,
+        "interval": None,
+        "bits_per_byte": 0.9,
+        "divergence": 0.0,
+        "agreement": 1.0,
+        "cosine": 1.0,
+        "cosine_per_layer": (1.0, 1.0),
         "flops": 1.0,
         "tokens": 100,
         "documents": 3,
@@ -56,7 +57,11 @@ def test_quantiles_are_those_of_numpy(count, fraction):
 def test_a_quality_report_is_plain_json():
     text = json.dumps(REPORT.to_dict(), allow_nan=False)
     assert json.loads(text)["base"] == "tiny"
-    assert [QualityRow(**row) for row in json.loads(text)["rows"]] == list(ROWS)
+    rows = [
+        QualityRow(**{**row, "cosine_per_layer": tuple(row["cosine_per_layer"])})
+        for row in json.loads(text)["rows"]
+    ]
+    assert rows == list(ROWS)
 
 
 def test_rows_are_found_by_domain():
@@ -73,9 +78,9 @@ def test_every_arm_has_its_own_label():
 def test_markdown_has_one_table_per_domain_and_one_line_per_row():
     text = str(REPORT)
     assert text == REPORT.to_markdown()
-    assert sum(line.startswith("|---") for line in text.splitlines()) == 2
+    assert sum(line.startswith("|---") for line in text.splitlines()) == 3, "and the matrix"
     for row in ROWS:
-        assert f"| {row.label} | {row.flops:.0%} |" in text
+        assert f"| {row.label} | {row.flops:.1%} |" in text
     assert "4 calibration documents left out" in REPORT.caption("law")
     assert "left out" not in REPORT.caption("code")
 

@@ -1,0 +1,158 @@
+"""Arms: what is compared on the same text, batch by batch, with the dense model first."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_sparse_pathways.discovery.trials import run_model
+from hf_sparse_pathways.discovery.windows import Batch, Window, count_tokens, make_batches
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.measure.fidelity import (
+    Passed,
+    WindowScore,
+    compare,
+    resampled_ratio,
+    watching,
+)
+from hf_sparse_pathways.measure.quality_report import QualityRow
+from hf_sparse_pathways.pathways.pathway import Pathways
+
+Forward = Callable[[Any, Batch], Tensor]
+"""From a model and a batch to logits ``(batch, tokens, vocabulary)``."""
+
+
+@dataclass(frozen=True)
+class MeasuredArm:
+    """One way to compute the model.
+
+    Attributes:
+        role: As in ``QualityRow``.
+        pathway: Name of the pathway, if one runs.
+        flops: FFN FLOPs as a fraction of dense.
+        forward: Computes it.
+    """
+
+    role: str
+    pathway: str | None
+    flops: float
+    forward: Forward
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """One domain's held-out windows.
+
+    Attributes:
+        domain: Whose text.
+        windows: What is scored, each window on its own.
+        excluded: Documents left out because the pathways were calibrated on them.
+        tokenizer: Turns ids back into text, whose bytes are counted.
+    """
+
+    domain: str
+    windows: tuple[Window, ...]
+    excluded: int
+    tokenizer: Any
+
+    def bytes(self) -> int:
+        """Return the UTF-8 bytes of the scored tokens' text."""
+        return sum(
+            len(self.tokenizer.decode(list(window.ids[1:])).encode(errors="replace"))
+            for window in self.windows
+        )
+
+
+DENSE = MeasuredArm("dense", None, 1.0, lambda model, batch: run_model(model, batch, domain=None))
+
+
+def pathway_arm(role: str, name: str, pathways: Pathways) -> MeasuredArm:
+    """Return the arm of one of a model's pathways or controls."""
+    return MeasuredArm(
+        role, name, pathways.flops(name), lambda model, batch: run_model(model, batch, domain=name)
+    )
+
+
+def measure_arms(
+    model: Any, text: ScoredText, arms: Sequence[MeasuredArm], *, batch_size: int, seed: int
+) -> list[QualityRow]:
+    """Return one row per arm; the first arm has to be the dense one.
+
+    Raises:
+        PathwaysError: A loss is NaN.
+    """
+    scores: list[dict[int, WindowScore]] = [{} for _ in arms]
+    places = {id(window): index for index, window in enumerate(text.windows)}
+    total = count_tokens(text.windows) * len(arms)
+    bar = tqdm(total=total, desc=f"evaluate {text.domain}", unit="tok", disable=None)
+    with bar, torch.no_grad(), watching(model) as watch:
+        for batch in make_batches(text.windows, batch_size):
+            dense: Passed | None = None
+            for arm, own in zip(arms, scores, strict=True):
+                passed = watch(partial(arm.forward, model, batch))
+                dense = dense or passed
+                for window, score in zip(batch.windows, compare(batch, dense, passed), strict=True):
+                    _check_number(text.domain, arm, score.loss)
+                    own[places[id(window)]] = score
+                bar.update(int(batch.mask.sum()))
+    ordered = [[own[index] for index in sorted(own)] for own in scores]
+    size = text.bytes()
+    return [
+        _row(text, arm, own, ordered[0], size, seed) for arm, own in zip(arms, ordered, strict=True)
+    ]
+
+
+def _check_number(domain: str, arm: MeasuredArm, loss: float) -> None:
+    if math.isnan(loss):
+        raise PathwaysError(
+            f"The loss of {arm.pathway or 'the dense model'!r} on {domain!r} text is NaN. Check "
+            "the weights, or load them in float32."
+        )
+
+
+def _row(
+    text: ScoredText,
+    arm: MeasuredArm,
+    scores: Sequence[WindowScore],
+    dense: Sequence[WindowScore],
+    size: int,
+    seed: int,
+) -> QualityRow:
+    """Sum an arm's windows up."""
+    tokens = sum(score.tokens for score in scores)
+    loss, dense_loss = (sum(score.loss for score in arm) for arm in (scores, dense))
+    by_document: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for window, own, reference in zip(text.windows, scores, dense, strict=True):
+        sums = by_document[window.document.digest if window.document else id(window)]
+        sums[0] += own.loss - reference.loss
+        sums[1] += own.tokens
+    differences = [sums[0] for sums in by_document.values()]
+    counts = [int(sums[1]) for sums in by_document.values()]
+    cosines = [sum(c) / tokens for c in zip(*(score.cosines for score in scores), strict=True)]
+    return QualityRow(
+        domain=text.domain,
+        role=arm.role,
+        pathway=arm.pathway,
+        perplexity=_exp(loss / tokens),
+        ratio=_exp(loss / tokens) / _exp(dense_loss / tokens),
+        interval=resampled_ratio(differences, counts, seed=seed),
+        bits_per_byte=loss / math.log(2.0) / max(size, 1),
+        divergence=sum(score.divergence for score in scores) / tokens,
+        agreement=sum(score.agreement for score in scores) / tokens,
+        cosine=cosines[-1],
+        cosine_per_layer=tuple(cosines[:-1]),
+        flops=arm.flops,
+        tokens=tokens,
+        documents=len(by_document),
+        excluded=text.excluded,
+    )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,24 @@
+"""Figures and tables as text."""
+
+from collections.abc import Sequence
+
+
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """Return a quantile by linear interpolation."""
+    ranked = sorted(values)
+    place = fraction * (len(ranked) - 1)
+    low = int(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+
+def format_figure(value: float) -> str:
+    """Render a figure with four significant digits, without an exponent below a million."""
+    return f"{value:.4g}" if value < 1e4 or value >= 1e6 else f"{value:.0f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Render a Markdown table with the first column on the left and figures on the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines.extend("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join(lines)
