@@ -217,7 +217,7 @@ def prompt(rows=2, length=7, seed=0):
 
 
 def compensate(model, masks, seed=0):
-    """Return pathways with a refit (in full or low rank by turns), a bias and a bypass."""
+    """Return pathways with every addition, refits in full or low rank by turns."""
     import hf_sparse_pathways as sp
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.ffn.blocks import find_blocks
@@ -234,12 +234,17 @@ def compensate(model, masks, seed=0):
         for index, (block, mask) in enumerate(zip(find_blocks(model), keep, strict=True)):
             kept = int(mask.sum())
             low_rank = LowRank(draw(block.d_out, 3), draw(3, kept))
+            rows = kept * (2 if block.layout.fused else 1)
+            changes = [draw(rows, block.d_in) for _ in block.layout.incoming]
+            if index % 2:
+                changes[-1] = LowRank(draw(rows, 2), draw(2, block.d_in))
             blocks.append(
                 BlockPathway(
                     keep=mask,
                     delta=low_rank if index % 2 else draw(block.d_out, kept),
                     bias=draw(block.d_out),
                     bypass=LowRank(draw(block.d_out, 2), draw(2, block.d_in)),
+                    incoming=tuple(changes),
                 )
             )
         by_domain[domain] = sp.Pathway(blocks=tuple(blocks))
@@ -257,6 +262,12 @@ def repaired(model, pathway):
         if part.delta is not None:
             with torch.no_grad():
                 weight[:, part.keep] += part.full_delta.to(weight)
+        for leaf, change in zip(block.incoming, part.incoming, strict=False):
+            rows = torch.cat([part.keep, part.keep]) if block.layout.fused else part.keep
+            weight = leaf.weight if isinstance(leaf, nn.Linear) else leaf.weight.T
+            full = change if isinstance(change, torch.Tensor) else change.product()
+            with torch.no_grad():
+                weight[rows] += full.to(weight)
         _add_bias_and_bypass(block, part)
     return reference
 

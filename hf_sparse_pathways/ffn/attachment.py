@@ -94,8 +94,8 @@ class AttachedBlock:
         self.block = block
         self.state = BlockState(key, block.d_ff)
         rows = 2 if block.layout.fused else 1
-        for leaf in block.incoming:
-            swap_leaf(leaf, IncomingLeaf, self.state, rows)
+        for position, leaf in enumerate(block.incoming):
+            swap_leaf(leaf, IncomingLeaf, self.state, rows=rows, position=position)
         swap_leaf(block.outgoing, OutgoingLeaf, self.state)
         names = (*block.layout.incoming, block.layout.outgoing)
         self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}

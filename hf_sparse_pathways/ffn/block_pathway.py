@@ -1,9 +1,10 @@
 """What a pathway keeps of one FFN block, and what it adds so that the rest is missed less.
 
 With keep mask K, activation a and block input x, the block's output ``W a + b`` becomes
-``(W_K + delta) a_K + b + bias + outer (inner x)``. All three additions are optional: ``delta`` is a
+``(W_K + delta) a_K + b + bias + outer (inner x)``. All additions are optional: ``delta`` is a
 least-squares refit of the kept columns (in full, or as a low-rank patch), ``bias`` the mean of what
-is missing, and the last term the linear bypass.
+is missing, and the last term the linear bypass. Healing may also change the kept rows of the
+incoming leaves, from which the activation is made.
 """
 
 from dataclasses import dataclass
@@ -55,12 +56,15 @@ class BlockPathway:
             ascending order of the neurons; or as ``LowRank``.
         bias: Added to the output, ``(d_out,)``.
         bypass: A linear map from the block's input to its output, of width d_in.
+        incoming: Added to the kept rows of each incoming leaf's weight, ``(rows, d_in)`` in
+            ascending order of the rows (of a fused leaf: the gate's, then up's); empty if none is.
     """
 
     keep: Tensor
     delta: Tensor | LowRank | None = None
     bias: Tensor | None = None
     bypass: LowRank | None = None
+    incoming: tuple[Tensor | LowRank | None, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -69,7 +73,7 @@ class BlockPathway:
 
     @property
     def compensated(self) -> bool:
-        """Whether anything is added to what the kept neurons compute."""
+        """Whether anything is added to what the kept activation gives."""
         return not (self.delta is None and self.bias is None and self.bypass is None)
 
     @property
@@ -84,6 +88,7 @@ class BlockPathway:
             "delta": self.delta,
             "bias": self.bias,
             "bypass": self.bypass,
+            **{f"incoming{index}": delta for index, delta in enumerate(self.incoming)},
         }
         parts: dict[str, Tensor] = {}
         for name, value in named.items():
@@ -100,22 +105,23 @@ class BlockPathway:
         Raises:
             MismatchError: A part is missing or unknown.
         """
-        unknown = set(parts) - set(PARTS)
-        halves = [
-            n for n in ("delta", "bypass") if (f"{n}_outer" in parts) != (f"{n}_inner" in parts)
-        ]
-        if unknown or halves or "keep" not in parts or {"delta", "delta_outer"} <= set(parts):
+        found: dict[str, Tensor | LowRank] = {}
+        for name, tensor in parts.items():
+            stem, _, half = name.rpartition("_")
+            if half == "outer" and f"{stem}_inner" in parts:
+                found[stem] = LowRank(tensor, parts[f"{stem}_inner"])
+            elif half != "inner" or f"{stem}_outer" not in parts:
+                found[name] = tensor
+        incoming = [found.pop(f"incoming{index}", None) for index in range(MOST_INCOMING)]
+        while incoming and incoming[-1] is None:
+            incoming.pop()
+        pairs = isinstance(found.get("bypass"), LowRank | None)
+        if set(parts) - set(PARTS) or found.keys() - _FIELDS or not pairs or "keep" not in found:
             raise MismatchError(f"A block's pathway cannot hold exactly {sorted(parts)}.")
-        pairs = {
-            name: LowRank(parts[f"{name}_outer"], parts[f"{name}_inner"])
-            for name in ("delta", "bypass")
-            if f"{name}_outer" in parts
-        }
-        whole = {name: parts[name] for name in ("keep", "delta", "bias") if name in parts}
-        return cls(**whole, **pairs)  # type: ignore[arg-type]
+        return cls(**found, incoming=tuple(incoming))  # type: ignore[arg-type]
 
-    def check(self, name: str, d_in: int, d_ff: int, d_out: int) -> None:
-        """Check that every part fits a block.
+    def check(self, name: str, d_in: int, d_ff: int, d_out: int, branches: int) -> None:
+        """Check that every part fits a block; ``branches`` are its incoming rows per neuron.
 
         Raises:
             MismatchError: One does not; the message says which.
@@ -134,10 +140,30 @@ class BlockPathway:
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
+        for index, delta in enumerate(self.incoming):
+            fused = len(self.incoming) == 1 and branches == 2 and _rows(delta) != self.kept
+            rows = self.kept * (2 if fused else 1)
+            _check_matrix(f"the change of {name}'s incoming leaf {index}", delta, rows, d_in)
 
 
-PARTS = ("keep", "delta", "delta_outer", "delta_inner", "bias", "bypass_outer", "bypass_inner")
+MOST_INCOMING = 2
+"""Incoming leaves that a block can have."""
+
+_FIELDS = {"keep", "delta", "bias", "bypass"}
+_MATRICES = ("delta", "bypass", *(f"incoming{index}" for index in range(MOST_INCOMING)))
+
+PARTS = (
+    "keep",
+    "bias",
+    *(f"{name}{half}" for name in _MATRICES for half in ("", "_outer", "_inner")),
+)
 """Names of all tensors that a block's pathway can hold."""
+
+
+def _rows(matrix: Tensor | LowRank | None) -> int:
+    if matrix is None:
+        return 0
+    return int((matrix.outer if isinstance(matrix, LowRank) else matrix).shape[0])
 
 
 def _check_matrix(what: str, matrix: Tensor | LowRank | None, rows: int, columns: int) -> None:

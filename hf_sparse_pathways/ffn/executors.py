@@ -54,9 +54,10 @@ class Executor(Protocol):
 class Masked:
     """Multiply the activation by the keep mask."""
 
-    def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:  # noqa: ARG002
-        """Compute every neuron."""
-        return leaf.dense(x)
+    def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
+        """Compute every neuron, the kept ones with their change."""
+        place = (leaf.position, leaf.rows_per_neuron)
+        return leaf.state.add_incoming(leaf.dense(x), x, place, pathway)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
@@ -148,17 +149,25 @@ def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> 
             bias = bias[index]
         kept = weight.index_select(leaf.neuron_dim, index).contiguous()
         if leaf.neuron_dim == 0:
-            return KeptWeights(kept, bias, None, stamp)
+            changes = leaf.state.pathways[pathway].incoming
+            delta = changes[leaf.position] if leaf.position < len(changes) else None
+            return KeptWeights(_changed(kept, delta), bias, None, stamp)
         return _compensated(kept, bias, leaf.state.pathways[pathway], stamp)
+
+
+def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:
+    """Add a change to weights, in float32."""
+    if delta is None:
+        return weight
+    full = delta.product() if isinstance(delta, LowRank) else delta
+    return (weight.float() + full.to(weight.device).float()).to(weight.dtype)
 
 
 def _compensated(
     weight: Tensor, bias: Tensor | None, pathway: BlockPathway, stamp: tuple[object, ...]
 ) -> KeptWeights:
     """Fold a pathway's compensation into the kept columns, in float32 where it is added."""
-    delta = pathway.full_delta
-    if delta is not None:
-        weight = (weight.float() + delta.to(weight.device).float()).to(weight.dtype)
+    weight = _changed(weight, pathway.delta)
     if pathway.bias is not None:
         added = pathway.bias.to(weight.device).float()
         bias = (added if bias is None else bias.float() + added).to(weight.dtype)

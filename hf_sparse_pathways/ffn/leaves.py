@@ -8,7 +8,6 @@ choice for its model a leaf calls its own class's forward and nothing else.
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
@@ -23,12 +22,14 @@ class PathwayLeaf(nn.Module):
         state: Shared with the block's other leaves.
         copies: Kept weights by pathway, made by executors.
         rows_per_neuron: 2 in a fused gate-up matrix, else 1.
+        position: Which of the block's incoming leaves it is.
         neuron_dim: Which dimension of the weight, in ``nn.Linear``'s order, runs over neurons.
     """
 
     state: BlockState
     copies: dict[int, KeptWeights]
     rows_per_neuron: int
+    position: int
     neuron_dim: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
@@ -38,13 +39,8 @@ class PathwayLeaf(nn.Module):
         return super().forward(x)
 
     def kept_index(self, pathway: int) -> Tensor:
-        """Return the kept rows (or columns) of a pathway, int64, ascending, on the weight's device.
-
-        Row ``i`` and row ``i + d_ff`` of a fused matrix belong to neuron ``i``.
-        """
-        kept = self.state.pathways[pathway].keep.nonzero().flatten()
-        parts = [kept + part * self.state.d_ff for part in range(self.rows_per_neuron)]
-        return torch.cat(parts).to(self.weight.device)
+        """Return the kept rows (or columns) of a pathway, int64, ascending, beside the weight."""
+        return self.state.kept_rows(pathway, self.rows_per_neuron).to(self.weight.device)
 
     def _executor(self) -> tuple[Executor | None, Choice | None]:
         """Return what computes this leaf now, with the choice; None if it is dense."""
@@ -92,16 +88,26 @@ class OutgoingLeaf(PathwayLeaf):
         return executor.outgoing(self, x, choice.pathway, block_input)
 
 
-def swap_leaf(leaf: nn.Module, role: type[PathwayLeaf], state: BlockState, rows: int = 1) -> None:
-    """Make a linear module a pathway leaf, in place; ``rows`` is its rows per neuron."""
+def swap_leaf(
+    leaf: Any, role: type[PathwayLeaf], state: BlockState, *, rows: int = 1, position: int = 0
+) -> None:
+    """Make a linear module a pathway leaf, in place.
+
+    Args:
+        leaf: The module.
+        role: What it becomes.
+        state: Shared with the block's other leaves.
+        rows: Its rows per neuron.
+        position: Which of the incoming leaves it is.
+    """
     leaf.__class__ = _leaf_class(role, type(leaf))
-    leaf.state, leaf.copies, leaf.rows_per_neuron = state, {}, rows  # type: ignore[assignment]
+    leaf.state, leaf.copies, leaf.rows_per_neuron, leaf.position = state, {}, rows, position
 
 
 def restore_leaf(leaf: PathwayLeaf) -> None:
     """Make a pathway leaf what it was before ``swap_leaf``, in place."""
     leaf.__class__ = type(leaf).__bases__[1]
-    for name in ("state", "copies", "rows_per_neuron"):
+    for name in ("state", "copies", "rows_per_neuron", "position"):
         delattr(leaf, name)
 
 

@@ -54,6 +54,30 @@ class Addition:
         return sum(terms[1:], start=terms[0])
 
 
+@dataclass(frozen=True)
+class IncomingAddition:
+    """A pathway's change of an incoming leaf's kept rows, in one dtype and on one device.
+
+    Attributes:
+        rows: The rows, int64.
+        delta: The change of their weights, ``(rows, d_in)``.
+        width: Rows of the whole leaf.
+    """
+
+    rows: Tensor
+    delta: Tensor | LowRank
+    width: int
+
+    def __call__(self, x: Tensor, _: Tensor | None = None) -> Tensor:
+        """Return what is added to the leaf's output, ``(..., width)``."""
+        if isinstance(self.delta, LowRank):
+            change = self.delta(x)
+        else:
+            change = functional.linear(x, self.delta)
+        nothing = change.new_zeros(*change.shape[:-1], self.width)
+        return nothing.index_copy(-1, self.rows, change)
+
+
 def needed_input(block_input: Tensor | None) -> Tensor:
     """Return a block's input, which its bypass needs.
 
@@ -90,16 +114,17 @@ class BlockState:
         self.masked_outside = False
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
+        self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        return {**self.__dict__, "_tables": {}, "_additions": {}}
+        return {**self.__dict__, "_tables": {}, "_additions": {}, "_incoming": {}}
 
     def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
         """Replace the pathways, in place."""
         self.pathways = pathways
         self.bypassed = any(pathway.bypass is not None for pathway in pathways)
-        self._tables, self._additions = {}, {}
+        self._tables, self._additions, self._incoming = {}, {}, {}
 
     def addition(self, pathway: int, like: Tensor) -> "Addition":
         """Return what a pathway adds to its kept neurons' sum, in a tensor's dtype and device."""
@@ -137,6 +162,54 @@ class BlockState:
                 addition = self.addition(index, output)
                 output = _add_to_rows(output, rows, addition, activation, block_input)
         return output
+
+    def add_incoming(
+        self, output: Tensor, x: Tensor, place: tuple[int, int], pathway: int | Tensor
+    ) -> Tensor:
+        """Return an incoming leaf's output with its pathways' change of weights. Pure.
+
+        Args:
+            output: ``(..., rows)``.
+            x: The leaf's input ``(..., d_in)``.
+            place: Which of the block's incoming leaves it is, and its rows per neuron.
+            pathway: As in ``mask``.
+        """
+        position, rows_per_neuron = place
+        if not isinstance(pathway, Tensor):
+            change = self._change(pathway, position, rows_per_neuron, output)
+            return output if change is None else output + change(x)
+        for index in range(len(self.pathways)):
+            change = self._change(index, position, rows_per_neuron, output)
+            if change is not None:
+                rows = _spread((pathway == index).unsqueeze(1), output)
+                output = _add_to_rows(output, rows, change, x, None)
+        return output
+
+    def _change(
+        self, pathway: int, position: int, rows_per_neuron: int, like: Tensor
+    ) -> IncomingAddition | None:
+        """Return a pathway's change of an incoming leaf, in a tensor's dtype and device."""
+        changes = self.pathways[pathway].incoming
+        delta = changes[position] if position < len(changes) else None
+        if delta is None:
+            return None
+        key = (pathway, position, like.device, like.dtype)
+        found = self._incoming.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                rows = self.kept_rows(pathway, rows_per_neuron).to(like.device)
+                found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
+            if not torch.compiler.is_compiling():
+                self._incoming[key] = found
+        return found
+
+    def kept_rows(self, pathway: int, rows_per_neuron: int) -> Tensor:
+        """Return the kept rows of a leaf, int64, ascending.
+
+        Row ``i`` and row ``i + d_ff`` of a fused matrix belong to neuron ``i``.
+        """
+        kept = self.pathways[pathway].keep.nonzero().flatten()
+        return torch.cat([kept + part * self.d_ff for part in range(rows_per_neuron)])
 
     def executor_name(self, choice: Choice) -> str:
         """Return the executor that this block uses under a choice."""
@@ -198,17 +271,17 @@ def _spread(masks: Tensor, activation: Tensor) -> Tensor:
 def _add_to_rows(
     output: Tensor,
     rows: Tensor,
-    addition: Addition,
+    addition: Addition | IncomingAddition,
     activation: Tensor,
     block_input: Tensor | None,
 ) -> Tensor:
-    """Add a pathway's compensation to its own rows of a batch. Pure.
+    """Add something of a pathway to its own rows of a batch. Pure.
 
     Args:
         output: ``(batch, ..., d_out)``.
         rows: bool, one entry per row of the output's first dimension, and trailing ones.
-        addition: The compensation.
-        activation: ``(batch, ..., d_ff)``.
+        addition: What is added.
+        activation: What it is made of, ``(batch, ..., d_ff)``, or the input of an incoming leaf.
         block_input: ``(batch, ..., d_in)``.
     """
     if torch.compiler.is_compiling():  # which rows these are is not known while tracing

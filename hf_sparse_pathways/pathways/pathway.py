@@ -224,6 +224,6 @@ def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
         )
     for block, shape in zip(pathway.blocks, base.blocks, strict=True):
         try:
-            block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out)
+            block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out, shape.branches)
         except MismatchError as error:
             raise MismatchError(f"Domain {name!r}: {error}") from error

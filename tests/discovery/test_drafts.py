@@ -1,0 +1,160 @@
+"""However neurons are chosen, a pathway computes no more than was asked for."""
+
+import pytest
+import torch
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.errors import PathwaysError
+from tests.architectures import ARCHITECTURES, build, prompt, tiny_llama
+from tests.texts import documents, tiny_tokenizer
+
+TEXTS = {name: documents(name, 10, 16) for name in ("code", "law")}
+COMPENSATIONS = ["none", "bias", "refit", "bypass:4", "refit+bias+bypass:4", "patch:2+bias"]
+PROFILED = sorted(set(ARCHITECTURES) - {"cpmant"})  # its prompt tokens are in no batch
+IDS = prompt()
+
+
+def _take(model, **options):
+    return profile(model, tiny_tokenizer(), TEXTS, **{"max_length": 32, "max_tokens": 120, **options})
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_llama(), _take(tiny_llama())
+
+
+@pytest.fixture(scope="module", params=["gpt2_odd", "gemma3", "deepseek_v3"])
+def case(request):
+    model = build(request.param)
+    return model, _take(model)
+
+
+def _assert_within(pathways, sparsity):
+    for name in (*pathways.by_domain, *pathways.controls):
+        assert pathways.flops(name) <= 1 - sparsity + 1e-9
+        assert pathways.flops(name) >= 0.9 * (1 - sparsity) - 0.05
+
+
+@pytest.mark.parametrize("architecture", PROFILED)
+def test_every_architecture_keeps_the_budget(architecture):
+    model = build(architecture)
+    pathways = select(model, _take(model), sparsity=0.5, compensation="refit+bias+bypass:4")
+    _assert_within(pathways, 0.5)
+    assert list(pathways.controls) == ["pooled"]
+    pathways.check_fits(model)
+
+
+@pytest.mark.parametrize("order", ["sequential", "one-shot"])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+@pytest.mark.parametrize("method", ["obs", "taylor"])
+def test_every_choice_keeps_the_budget(case, method, compensation, order):
+    model, taken = case
+    options = {"method": method, "compensation": compensation, "order": order, "sparsity": 0.45}
+    pathways = select(model, taken, **options)
+    _assert_within(pathways, 0.45)
+    for block in pathways["code"].blocks:
+        assert (block.delta is not None) == ("refit" in compensation or "patch" in compensation)
+        assert (block.bias is not None) == ("bias" in compensation)
+        assert (block.bypass is not None) == ("bypass" in compensation)
+    assert pathways["code"].provenance["order"] == order
+    assert pathways["code"].provenance["compensation"] == compensation
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.7, 0.9, 0.95])
+@pytest.mark.parametrize("allocation", ["auto", "water_filling", "uniform", "depth"])
+def test_every_allocation_keeps_the_budget(llama, allocation, sparsity):
+    pathways = select(*llama, sparsity=sparsity, allocation=allocation, order="one-shot")
+    for name in ("code", "law", "pooled"):
+        assert pathways.flops(name) <= 1 - sparsity + 1e-9
+
+
+@pytest.mark.parametrize("rank", [24, 32, 200])
+def test_a_bypass_that_leaves_no_room_for_neurons_is_refused(llama, rank):
+    with pytest.raises(PathwaysError, match="bypass"):
+        select(*llama, sparsity=0.8, compensation=f"bypass:{rank}", allocation="uniform")
+
+
+@pytest.mark.parametrize("compensation", ["none", "refit+bias", "bypass:4", "patch:2+bias"])
+@pytest.mark.parametrize("method", ["obs", "wanda"])
+@pytest.mark.parametrize("sparsity", [0.0, [0.0, 0.0, 0.0]], ids=str)
+@torch.no_grad()
+def test_nothing_removed_is_bit_equal_to_dense(llama, sparsity, method, compensation):
+    model, taken = llama
+    pathways = select(model, taken, sparsity=sparsity, method=method, compensation=compensation)
+    for name in ("code", "law", "pooled"):
+        assert not any(block.compensated for block in pathways[name].blocks)
+        assert pathways.flops(name) == 1
+    sparse = sp.SparsePathwaysForCausalLM.from_dense(model, pathways)
+    for executor in ("masked", "compact"):
+        sparse.set_executor(executor)
+        assert torch.equal(sparse(IDS, domain="law").logits, model(IDS).logits)
+
+
+def test_a_percentile_that_removes_nothing_holds_no_compensation(llama):
+    pathways = select(*llama, percentile=0, method="obs")
+    assert not any(block.compensated for block in pathways["code"].blocks)
+
+
+def test_blocks_keep_their_own_sparsities_with_every_compensation(llama):
+    fractions = [0.25, 0.5, 0.75]
+    plain = select(*llama, sparsity=fractions, order="one-shot")
+    assert [block.kept for block in plain["code"].blocks] == [36, 24, 12]
+    pathways = select(*llama, sparsity=fractions, order="one-shot", compensation="refit+bypass:3")
+    for block, fraction in zip(pathways["code"].blocks, fractions, strict=True):
+        assert block.kept == int(48 * (1 - fraction) - 3 * 64 / 96)
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 16])
+@pytest.mark.parametrize("allocation", ["uniform", "water_filling"])
+def test_widths_are_multiples(llama, allocation, multiple):
+    options = {"multiple": multiple, "order": "one-shot", "compensation": "refit+bypass:2"}
+    pathways = select(*llama, sparsity=0.4, allocation=allocation, **options)
+    for name in ("code", "pooled"):
+        assert all(block.kept % multiple == 0 for block in pathways[name].blocks)
+        assert pathways.flops(name) <= 0.6 + 1e-9
+
+
+def test_a_users_allocation_is_given_the_blocks_and_the_budget(llama):
+    given = []
+
+    def narrow(blocks, budget):
+        given.append((blocks, budget))
+        return [10, 20, 30]
+
+    pathways = select(*llama, sparsity=0.5, allocation=narrow, compensation="bypass:3")
+    assert [block.kept for block in pathways["law"].blocks] == [10, 20, 30]
+    assert pathways["law"].provenance["allocation"] == "narrow"
+    blocks, budget = given[0]
+    assert (budget.kept, budget.multiple) == (0.5, 1)
+    assert budget.overhead == (3 * 64 / 96,) * 3
+    for block in blocks:
+        assert (block.d_ff, block.flops_per_neuron) == (48, 96)
+        assert block.error.shape == (49,)
+        assert (block.error.diff() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "widths", [[10, 20], [10, 20, 49], [0, 1, 1], None, "abc"], ids=repr
+)
+def test_a_users_allocation_that_returns_nonsense_is_refused(llama, widths):
+    with pytest.raises(PathwaysError, match="one width per FFN block"):
+        select(*llama, allocation=lambda *_: widths, order="one-shot")
+
+
+def test_auto_takes_what_has_the_least_loss_and_says_which(llama):
+    model, taken = llama
+    assert taken["code"].validation
+    pathways = select(model, taken, sparsity=0.5, order="one-shot")
+    chosen = pathways["code"].provenance["allocation"]
+    again = select(model, taken, sparsity=0.5, order="one-shot", allocation=chosen)
+    assert chosen in ("water_filling", "uniform")
+    for mine, theirs in zip(pathways["code"].keep, again["code"].keep, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_without_validation_text_auto_is_water_filling(llama):
+    taken = _take(tiny_llama(), validation_tokens=0)
+    pathways = select(tiny_llama(), taken, sparsity=0.5, order="one-shot")
+    assert pathways["code"].provenance["allocation"] == "water_filling"
