@@ -18,6 +18,7 @@ from hf_sparse_pathways.measure.fidelity import (
     Passed,
     WindowScore,
     compare,
+    first_scored,
     resampled_ratio,
     watching,
 )
@@ -54,19 +55,19 @@ class ScoredText:
         windows: What is scored, each window on its own.
         excluded: Documents left out because the pathways were calibrated on them.
         tokenizer: Turns ids back into text, whose bytes are counted.
+        context: Fraction of each window at its beginning that is not scored.
     """
 
     domain: str
     windows: tuple[Window, ...]
     excluded: int
     tokenizer: Any
+    context: float = 0.0
 
     def bytes(self) -> int:
         """Return the UTF-8 bytes of the scored tokens' text."""
-        return sum(
-            len(self.tokenizer.decode(list(window.ids[1:])).encode(errors="replace"))
-            for window in self.windows
-        )
+        scored = (w.ids[first_scored(len(w.ids), self.context) :] for w in self.windows)
+        return sum(len(self.tokenizer.decode(list(ids)).encode(errors="replace")) for ids in scored)
 
 
 DENSE = MeasuredArm("dense", None, 1.0, lambda model, batch: run_model(model, batch, domain=None))
@@ -97,7 +98,9 @@ def measure_arms(
             for arm, own in zip(arms, scores, strict=True):
                 passed = watch(partial(arm.forward, model, batch))
                 dense = dense or passed
-                for window, score in zip(batch.windows, compare(batch, dense, passed), strict=True):
+                for window, score in zip(
+                    batch.windows, compare(batch, dense, passed, context=text.context), strict=True
+                ):
                     _check_number(text.domain, arm, score.loss)
                     own[places[id(window)]] = score
                 bar.update(int(batch.mask.sum()))

@@ -55,7 +55,10 @@ class Passed:
 
 @contextmanager
 def watching(model: Any) -> Iterator[Callable[[Callable[[], Tensor]], Passed]]:
-    """Yield a function that runs a forward pass and returns its logits and hidden states."""
+    """Yield a function that runs a forward pass and returns its logits and hidden states.
+
+    Of a forward that runs the decoder more than once, the last run's hidden states are returned.
+    """
     seen: list[Tensor] = []
     layers = list(dict.fromkeys(block.layer for block in find_blocks(model)))
     handles = [layer.register_forward_hook(_keep_output(seen)) for layer in layers]
@@ -66,7 +69,7 @@ def watching(model: Any) -> Iterator[Callable[[Callable[[], Tensor]], Passed]]:
     def run(forward: Callable[[], Tensor]) -> Passed:
         seen.clear()
         logits = forward()
-        return Passed(logits, tuple(seen))
+        return Passed(logits, tuple(seen[-len(handles) :]))
 
     try:
         yield run
@@ -75,21 +78,29 @@ def watching(model: Any) -> Iterator[Callable[[Callable[[], Tensor]], Passed]]:
             handle.remove()
 
 
-def compare(batch: Batch, dense: Passed, arm: Passed) -> list[WindowScore]:
-    """Return an arm's scores on a batch, one per window."""
-    return [_compare_row(batch, row, dense, arm) for row in range(len(batch.windows))]
+def compare(batch: Batch, dense: Passed, arm: Passed, *, context: float = 0.0) -> list[WindowScore]:
+    """Return an arm's scores on a batch, one per window.
+
+    Args:
+        batch: The windows.
+        dense: What the dense model gave; the same object as ``arm`` for its own scores.
+        arm: What the arm gave.
+        context: Fraction of each window at its beginning that is not scored.
+    """
+    return [_compare_row(batch, row, dense, arm, context) for row in range(len(batch.windows))]
 
 
-def _compare_row(batch: Batch, row: int, dense: Passed, arm: Passed) -> WindowScore:
+def _compare_row(batch: Batch, row: int, dense: Passed, arm: Passed, context: float) -> WindowScore:
     length = len(batch.windows[row].ids)
-    targets = batch.ids[row, 1:length].to(arm.logits.device)
+    first = first_scored(length, context)
     loss = divergence = 0.0
     agreement = 0
     step = max(1, _CHUNK_VALUES // arm.logits.shape[-1])
-    for start in range(0, length - 1, step):
+    for start in range(first - 1, length - 1, step):
         part = slice(start, min(start + step, length - 1))
+        targets = batch.ids[row, part.start + 1 : part.stop + 1].to(arm.logits.device)
         own = functional.log_softmax(arm.logits[row, part].float(), dim=-1)
-        loss += float(functional.nll_loss(own, targets[part], reduction="sum"))
+        loss += float(functional.nll_loss(own, targets, reduction="sum"))
         if arm is dense:
             continue
         reference = functional.log_softmax(dense.logits[row, part].float(), dim=-1)
@@ -98,17 +109,21 @@ def _compare_row(batch: Batch, row: int, dense: Passed, arm: Passed) -> WindowSc
     return WindowScore(
         loss=loss,
         divergence=max(divergence, 0.0),
-        agreement=length - 1 if arm is dense else agreement,
-        tokens=length - 1,
-        cosines=_cosines(row, length, dense, arm),
+        agreement=length - first if arm is dense else agreement,
+        tokens=length - first,
+        cosines=_cosines(row, slice(first - 1, length - 1), dense, arm),
     )
 
 
-def _cosines(row: int, length: int, dense: Passed, arm: Passed) -> tuple[float, ...]:
+def first_scored(length: int, context: float) -> int:
+    """Return the index of a window's first token that is scored; the first is context only."""
+    return max(1, int(context * length)) if length else 0
+
+
+def _cosines(row: int, part: slice, dense: Passed, arm: Passed) -> tuple[float, ...]:
     """Return sums over a window's scored tokens."""
     if arm is dense:
-        return (float(length - 1),) * len(dense.hidden)
-    part = slice(0, length - 1)
+        return (float(part.stop - part.start),) * len(dense.hidden)
     return tuple(
         float(
             functional.cosine_similarity(a[row, part].float(), b[row, part].float(), dim=-1).sum()

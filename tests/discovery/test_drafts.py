@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery import obs
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.errors import PathwaysError
@@ -16,8 +17,14 @@ PROFILED = sorted(set(ARCHITECTURES) - {"cpmant"})  # its prompt tokens are in n
 IDS = prompt()
 
 
-def _take(model, **options):
-    return profile(model, tiny_tokenizer(), TEXTS, **{"max_length": 32, "max_tokens": 120, **options})
+def _take(model, texts=TEXTS, **options):
+    options = {"max_length": 32, "max_tokens": 120, **options}
+    return profile(model, tiny_tokenizer(), texts, **options)
+
+
+@pytest.fixture(autouse=True)
+def _in_few_steps(monkeypatch):
+    monkeypatch.setattr(obs, "STEPS", 6)  # these models' time goes into them
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +47,10 @@ def _assert_within(pathways, sparsity):
 @pytest.mark.parametrize("architecture", PROFILED)
 def test_every_architecture_keeps_the_budget(architecture):
     model = build(architecture)
-    pathways = select(model, _take(model), sparsity=0.5, compensation="refit+bias+bypass:4")
+    taken = _take(model, texts={"code": TEXTS["code"]}, max_tokens=64)
+    pathways = select(model, taken, sparsity=0.5, compensation="refit+bias+bypass:4")
     _assert_within(pathways, 0.5)
-    assert list(pathways.controls) == ["pooled"]
-    pathways.check_fits(model)
+    assert pathways["code"].provenance["order"] == "sequential"
 
 
 @pytest.mark.parametrize("order", ["sequential", "one-shot"])
@@ -135,9 +142,7 @@ def test_a_users_allocation_is_given_the_blocks_and_the_budget(llama):
         assert (block.error.diff() >= 0).all()
 
 
-@pytest.mark.parametrize(
-    "widths", [[10, 20], [10, 20, 49], [0, 1, 1], None, "abc"], ids=repr
-)
+@pytest.mark.parametrize("widths", [[10, 20], [10, 20, 49], [0, 1, 1], None, "abc"], ids=repr)
 def test_a_users_allocation_that_returns_nonsense_is_refused(llama, widths):
     with pytest.raises(PathwaysError, match="one width per FFN block"):
         select(*llama, allocation=lambda *_: widths, order="one-shot")
@@ -154,7 +159,7 @@ def test_auto_takes_what_has_the_least_loss_and_says_which(llama):
         assert torch.equal(mine, theirs)
 
 
-def test_without_validation_text_auto_is_water_filling(llama):
+def test_without_validation_text_auto_is_water_filling():
     taken = _take(tiny_llama(), validation_tokens=0)
     pathways = select(tiny_llama(), taken, sparsity=0.5, order="one-shot")
     assert pathways["code"].provenance["allocation"] == "water_filling"

@@ -212,7 +212,8 @@ def test_the_ridge_is_that_of_the_normal_equations():
     torch.testing.assert_close(delta, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_repair_is_pure_and_stores_half_precision(as_stored):
+@pytest.mark.usefixtures("as_stored")
+def test_repair_is_pure_and_stores_half_precision():
     samples, keep = draw_samples(earlier=True, metric=True), draw_keep(13, 6)
     task = samples.task
     before = [task.weight, task.gram.total, task.missing, task.metric]
@@ -224,7 +225,8 @@ def test_repair_is_pure_and_stores_half_precision(as_stored):
     pathway.check("a block", d_in=5, d_ff=13, d_out=6)
 
 
-def test_rounding_of_what_is_stored_hardly_matters(as_stored):
+@pytest.mark.usefixtures("as_stored")
+def test_rounding_of_what_is_stored_hardly_matters():
     samples, keep = draw_samples(earlier=True), draw_keep(13, 6)
     rounded = repair(samples.task, keep, _how(refit=True, bias=True, bypass_rank=2))
     module.STORED_DTYPE, stored = torch.float64, module.STORED_DTYPE

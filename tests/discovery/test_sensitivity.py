@@ -34,7 +34,7 @@ def _passes(model, labels_of):
         handles = []
         for index, block in enumerate(find_blocks(model)):
 
-            def keep(_module, args, output, index=index):
+            def keep(_module, args, output, index=index, seen=seen):
                 args[0].retain_grad()
                 output.retain_grad()
                 seen[index] = (args[0], output)

@@ -194,7 +194,8 @@ def test_in_sequence_the_error_at_the_end_is_smaller_than_at_once(architecture):
     taken = profile(model, TOKENIZER, {"code": texts}, max_length=32, validation_tokens=0)
     errors = {
         order: _final_error(
-            model, select(model, taken, sparsity=0.3, order=order, allocation="uniform")["code"].blocks
+            model,
+            select(model, taken, sparsity=0.3, order=order, allocation="uniform")["code"].blocks,
         )
         for order in ("sequential", "one-shot")
     }

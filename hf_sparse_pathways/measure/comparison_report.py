@@ -1,0 +1,112 @@
+"""A comparison of methods as values that render as one table per sparsity, and as JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.quality_report import QualityRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One method at one sparsity on one domain's text.
+
+    Attributes:
+        method: What the table calls it; ``dense`` for the partner of them all.
+        sparsity: Fraction of the FFN's FLOPs that was to be removed.
+        quality: What was measured.
+    """
+
+    method: str
+    sparsity: float
+    quality: QualityRow
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return a row from JSON values."""
+        quality = dict(data["quality"])
+        interval = quality["interval"]
+        quality["interval"] = None if interval is None else tuple(interval)
+        quality["cosine_per_layer"] = tuple(quality["cosine_per_layer"])
+        return cls(method=data["method"], sparsity=data["sparsity"], quality=QualityRow(**quality))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonReport:
+    """What ``compare`` measured.
+
+    Attributes:
+        base: Name of the base model.
+        rows: One per method, sparsity and domain.
+    """
+
+    base: str
+    rows: tuple[ComparisonRow, ...]
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The sparsities, as given."""
+        return list(dict.fromkeys(row.sparsity for row in self.rows))
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains whose text was measured."""
+        return list(dict.fromkeys(row.quality.domain for row in self.rows))
+
+    def find(self, method: str, sparsity: float) -> dict[str, QualityRow]:
+        """Return a method's rows by domain."""
+        return {
+            row.quality.domain: row.quality
+            for row in self.rows
+            if (row.method, row.sparsity) == (method, sparsity)
+        }
+
+    def geometric_mean(self, method: str, sparsity: float) -> float | None:
+        """Return the geometric mean of a method's ratios; None if it lacks a domain."""
+        rows = self.find(method, sparsity)
+        if set(rows) != set(self.domains):
+            return None
+        return math.exp(sum(math.log(row.ratio) for row in rows.values()) / len(rows))
+
+    def table(self, sparsity: float) -> tuple[list[str], list[list[str]]]:
+        """Return one sparsity's table: a row per method, best first, a column per domain."""
+        methods = dict.fromkeys(row.method for row in self.rows if row.sparsity == sparsity)
+        methods.pop("dense", None)
+        means = {method: self.geometric_mean(method, sparsity) for method in methods}
+        rows = []
+        for method in sorted(methods, key=lambda name: means[name] or math.inf):
+            found, mean = self.find(method, sparsity), means[method]
+            cells = [found[d].ratio_text if d in found else "-" for d in self.domains]
+            flops = max(row.flops for row in found.values())
+            shown = "-" if mean is None else format_figure(mean)
+            rows.append([method, f"{flops:.1%}", *cells, shown])
+        return ["method", "FFN FLOPs", *self.domains, "geometric mean"], rows
+
+    def caption(self, sparsity: float) -> str:
+        """Say what one sparsity's table was measured on."""
+        dense = self.find("dense", sparsity).values()
+        tokens = min(row.tokens for row in dense)
+        documents = min(row.documents for row in dense)
+        perplexities = ", ".join(f"{row.domain} {format_figure(row.perplexity)}" for row in dense)
+        return (
+            f"{sparsity:.0%} of the FFN FLOPs removed: perplexity ratio to dense (95 % interval "
+            f"over documents) on at least {tokens} tokens of {documents} held-out documents per "
+            f"domain; dense perplexity: {perplexities}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """Render one Markdown table per sparsity."""
+        parts = [
+            f"{self.caption(sparsity)}\n\n{markdown_table(*self.table(sparsity))}"
+            for sparsity in self.sparsities
+        ]
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
