@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results clean
+.PHONY: install demo test test-real lint format results benchmark clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ demo: install
 
 results: install
 	$(BIN)/python demo/run.py --cache "$(CACHE)" --sparsity "$(SPARSITY)" --readme README.md
+
+benchmark: install
+	$(BIN)/python benchmarks/quality.py --cache "$(CACHE)" --readme README.md
 
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2

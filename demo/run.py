@@ -16,7 +16,6 @@ from hf_sparse_pathways import __version__
 
 HERE = Path(__file__).parent
 TEXTS = ("code", "law", "medicine")
-CALIBRATION_TOKENS = 12288
 
 
 def main() -> None:
@@ -54,7 +53,6 @@ def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> P
         "model": model,
         "domains": domains,
         "sparsity": sparsity,
-        "tokens": CALIBRATION_TOKENS,
         "version": __version__,
     }
     record = folder / "settings.json"
@@ -64,8 +62,18 @@ def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> P
         return output
     command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "build", model]
     pairs = [part for domain in domains for part in ("--domain", domain)]
-    limits = ["--sparsity", sparsity, "--max-tokens", str(CALIBRATION_TOKENS), "--overwrite"]
-    run([*command, *pairs, *limits, "--output", str(output)])
+    run(
+        [
+            *command,
+            *pairs,
+            "--quick",
+            "--sparsity",
+            sparsity,
+            "--overwrite",
+            "--output",
+            str(output),
+        ]
+    )
     record.write_text(json.dumps(settings, indent=2))
     return output
 

@@ -15,6 +15,7 @@ from hf_sparse_pathways.discovery.allocation import (
 )
 from hf_sparse_pathways.discovery.evidence import Evidence
 from hf_sparse_pathways.discovery.goal import Goal
+from hf_sparse_pathways.discovery.obs import rank_by_obs
 from hf_sparse_pathways.discovery.percentile import keep_above
 from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import NO_REPAIR, BlockTask, Repair, repair
@@ -48,11 +49,18 @@ class Draft:
         """Choose and repair one block; without a task from the profile alone."""
         if task is None and self.repairs.needs_grams:
             task = self.evidence.task(index)
-        if self.masks is not None:
-            keep = self.masks[index]
-        else:
-            keep = self.evidence.removal(index, task).keep(self.widths[index])
+        keep = self._choose(index, task) if self.masks is None else self.masks[index]
         return BlockPathway(keep=keep) if task is None else repair(task, keep, self.repairs)
+
+    def _choose(self, index: int, task: BlockTask | None) -> Tensor:
+        """Rank one block's neurons; with a bypass once more, knowing what it does."""
+        width = self.widths[index]
+        keep = self.evidence.removal(index, task).keep(width)
+        if task is None or not self.repairs.bypass_rank or bool(keep.all()):
+            return keep
+        bypass = repair(task, keep, self.repairs).bypass
+        known = None if bypass is None else bypass.inner
+        return rank_by_obs(task, self.repairs, known).keep(width)
 
 
 def make_draft(evidence: Evidence, goal: Goal) -> Draft:

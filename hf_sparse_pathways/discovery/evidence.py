@@ -1,24 +1,48 @@
 """Everything that is known of one domain's FFN blocks when their neurons are ranked."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.discovery.obs import remove_by_obs
+from hf_sparse_pathways.discovery.obs import rank_by_obs
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import Recipe
 from hf_sparse_pathways.discovery.removal import Removal
-from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root
+from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import NEED_SALIENCY, Saliency, ScoreInput, check_scores
 from hf_sparse_pathways.discovery.sensitivity import measure_metrics, measure_saliency
 from hf_sparse_pathways.discovery.statistics import check_statistics
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.layouts import incoming_weights, outgoing_weight
+
+
+class Memory:
+    """What was computed from one domain's statistics and one model, for the next call."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def recall(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return what a key stands for, computed the first time."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+
+_MEMORIES: WeakKeyDictionary[nn.Module, WeakKeyDictionary[DomainProfile, Memory]]
+_MEMORIES = WeakKeyDictionary()
+
+
+def memory_of(model: nn.Module, domain: DomainProfile) -> Memory:
+    """Return the memory that lives as long as a model and a domain's statistics do."""
+    return _MEMORIES.setdefault(model, WeakKeyDictionary()).setdefault(domain, Memory())
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Evidence:
         recipe: How neurons are ranked.
         metrics: One per block, or empty where errors are measured as they are.
         saliency: One per block, or empty if the method does not need it.
+        memory: Of what was computed from the same statistics before.
     """
 
     name: str
@@ -42,6 +67,7 @@ class Evidence:
     recipe: Recipe
     metrics: tuple[Tensor, ...] = ()
     saliency: tuple[Saliency, ...] = ()
+    memory: Memory = field(default_factory=Memory)
 
     @cached_property
     def blocks(self) -> tuple[FfnBlock, ...]:
@@ -74,9 +100,12 @@ class Evidence:
             index: The block.
             task: For ``obs``: other second moments than the profile's.
         """
-        if self.recipe.score is None:
-            return remove_for(task or self.task(index), self.recipe.repair)
-        return Removal.by_scores(self.scores(index))
+        if self.recipe.score is not None:
+            return Removal.by_scores(self.scores(index))
+        if task is not None:
+            return rank_by_obs(task, self.recipe.repair)
+        key = ("removal", index, self.recipe.repair.ridge, self.recipe.repair.bias)
+        return self.memory.recall(key, lambda: rank_by_obs(self.task(index), self.recipe.repair))
 
     def scores(self, index: int) -> Tensor:
         """Return one score per neuron of a block, larger means keep, float64 ``(d_ff,)``."""
@@ -107,10 +136,13 @@ def gather_evidence(
     metrics: dict[str, tuple[Tensor, ...]] = {}
     saliency: dict[str, tuple[Saliency, ...]] = {}
     for name, domain in profile.by_domain.items():
+        memory = memory_of(model, domain)
         if recipe.score is None and domain.windows:
-            metrics[name] = measure_metrics(model, domain.windows, seed=recipe.seed, label=name)
+            measure = partial(measure_metrics, model, domain.windows, seed=recipe.seed, label=name)
+            metrics[name] = memory.recall(("metrics", recipe.seed, recipe.precision), measure)
         elif recipe.score in NEED_SALIENCY and domain.windows:
-            saliency[name] = measure_saliency(model, domain.windows, label=name)
+            compute = partial(measure_saliency, model, domain.windows, label=name)
+            saliency[name] = memory.recall(("saliency", recipe.precision), compute)
     for name in pooled:
         if metrics:
             metrics[name] = tuple(map(_mean, zip(*metrics.values(), strict=True)))
@@ -126,32 +158,10 @@ def gather_evidence(
             recipe=recipe,
             metrics=metrics.get(name, ()),
             saliency=saliency.get(name, ()),
+            memory=memory_of(model, domain),
         )
         for name, domain in everything.items()
     }
-
-
-def remove_for(task: BlockTask, how: Repair) -> Removal:
-    """Rank a block's neurons by OBS, towards its target and under its metric.
-
-    The weights that fit the target best with all neurons take the place of W; with a bias, which
-    makes good the mean, the covariance takes that of the second moments.
-    """
-    d_ff = task.gram.d_ff
-    moments, ridge = task.gram.activation, task.gram.activation.diagonal().mean() * how.ridge
-    missing = None if task.missing is None else task.missing[:, :d_ff].double()
-    if how.bias:
-        mean = task.gram.activation_mean
-        moments = moments - torch.outer(mean, mean)
-        if task.missing is not None and missing is not None:
-            missing -= torch.outer(task.missing[:, -1], mean).double()
-    moments.diagonal().add_(ridge)
-    weight = task.weight.double()
-    if missing is not None:
-        weight = weight + torch.linalg.solve(moments.double(), missing.T).T
-    if task.metric is not None:
-        weight = metric_root(task.metric) @ weight
-    return remove_by_obs(weight.float(), moments)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.removal import Removal
+from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root
 
 STEPS = 48
 """Number of batches in which the neurons are removed: more gain nothing measurable."""
@@ -55,3 +56,53 @@ def remove_by_obs(weight: Tensor, second_moment: Tensor) -> Removal:
         error.extend((error[-1] + steps.double()).tolist())
         order.extend(names[chosen].tolist())
     return Removal(torch.tensor(order), torch.tensor(error, dtype=torch.float64))
+
+
+def rank_by_obs(task: BlockTask, how: Repair, bypass: Tensor | None = None) -> Removal:
+    """Rank a block's neurons by OBS, towards its target and under its metric.
+
+    The weights that fit the target best with all neurons take the place of W. What the bias, and a
+    bypass that is known, can say of the activation is taken out of its second moments.
+
+    Args:
+        task: The block.
+        how: Which compensation there will be.
+        bypass: The inner matrix of the bypass, ``(rank, d_in)``.
+    """
+    d_ff = task.gram.d_ff
+    moments = task.gram.total.double() / task.gram.tokens
+    missing = moments.new_zeros(len(task.weight), len(moments))
+    if task.missing is not None:
+        missing = task.missing.double()
+    if how.bias:
+        one = moments.new_zeros(1, len(moments))
+        one[0, -1] = 1.0
+        moments, missing = _without(moments, missing, one, 0.0)
+    if bypass is not None:
+        known = moments.new_zeros(len(bypass), len(moments))
+        known[:, d_ff:-1] = bypass.double()
+        moments, missing = _without(moments, missing, known, how.ridge)
+    own = moments[:d_ff, :d_ff].clone()
+    own.diagonal().add_(how.ridge * task.gram.activation.diagonal().mean())
+    weight = task.weight.double()
+    if task.missing is not None:
+        weight = weight + torch.linalg.solve(own, missing[:, :d_ff].T).T
+    if task.metric is not None:
+        weight = metric_root(task.metric) @ weight
+    return remove_by_obs(weight.float(), own.float())
+
+
+def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Regress linear functions of z out of E[z z^T] and out of E[e z^T]. Pure.
+
+    Args:
+        moments: E[z z^T].
+        cross: E[e z^T].
+        known: The functions, ``(count, len(z))``.
+        ridge: Of their second moments, in units of the mean.
+    """
+    theirs = known @ moments
+    inner = theirs @ known.T
+    inner.diagonal().add_(ridge * inner.diagonal().mean() + 1e-12)
+    shares = torch.linalg.solve(inner, theirs)
+    return moments - theirs.T @ shares, cross - cross @ known.T @ shares

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -100,7 +101,11 @@ class Profile:
         return replace(self, by_domain={name: self[name] for name in domains})
 
     def pooled(self) -> DomainProfile:
-        """Return the statistics of all domains' text together. Pure."""
+        """Return the statistics of all domains' text together, always the same object. Pure."""
+        return self._pooled
+
+    @cached_property
+    def _pooled(self) -> DomainProfile:
         first, *rest = self.by_domain.values()
         for profile in rest:
             first = first.merged(profile)

@@ -37,6 +37,7 @@ from hf_sparse_pathways.discovery.windows import (
     Window,
     count_tokens,
     draw_windows,
+    list_digests,
     make_batches,
     resolve_length,
 )
@@ -292,7 +293,7 @@ def _draw(  # noqa: PLR0913
             f"Domain {domain!r} has {tokens} tokens of text ({documents.source}); at least "
             f"{MIN_TOKENS} are needed, and tens of thousands for a good selection."
         )
-    digests, cut = _digests(windows)
+    digests, cut = list_digests(windows)
     validation: list[Window] = []
     if validation_tokens > 0:
         validation = draw_windows(
@@ -310,14 +311,7 @@ def _draw(  # noqa: PLR0913
         "seed": seed,
         "digests": digests,
         "cut_digests": cut,
-        "validation_digests": _digests(validation)[0],
-        "validation_cut_digests": _digests(validation)[1],
+        "validation_digests": list_digests(validation)[0],
+        "validation_cut_digests": list_digests(validation)[1],
     }
     return _Sample(tuple(windows), tuple(validation), provenance)
-
-
-def _digests(windows: Sequence[Window]) -> tuple[list[str], list[str]]:
-    """Return the digests of the windows' documents, and of those that they are sections of."""
-    documents = [window.document for window in windows if window.document is not None]
-    digests = {document.digest for document in documents}
-    return sorted(digests), sorted({document.whole for document in documents if document.whole})

@@ -96,7 +96,7 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     system = _System.of(task, kept, index, how.ridge)
     bypass = None
     target = system.remaining
-    if how.bypass_rank:
+    if how.bypass_rank and not bool(keep.all()):
         bypass = system.bypass(how.bypass_rank, task.metric, slice(d_ff, -1))
         target = target - bypass.product().double() @ system.moments[d_ff:-1]
     solution = system.solve(target[:, index])

@@ -117,6 +117,13 @@ def count_tokens(windows: Sequence[Window]) -> int:
     return sum(len(window.ids) for window in windows)
 
 
+def list_digests(windows: Sequence[Window]) -> tuple[list[str], list[str]]:
+    """Return the digests of the windows' documents, and of those that they are sections of."""
+    documents = [window.document for window in windows if window.document is not None]
+    digests = {document.digest for document in documents}
+    return sorted(digests), sorted({document.whole for document in documents if document.whole})
+
+
 def make_batches(windows: Sequence[Window], batch_size: int) -> Iterator[Batch]:
     """Yield batches of windows of like length, so that little is padding.
 

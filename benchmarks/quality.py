@@ -1,0 +1,72 @@
+"""Pathways beside other methods on real models: fetch, compare, and write the README's table.
+
+``make benchmark`` runs it. It takes hours on two cores; every finished step is kept in the cache
+folder, so it can be interrupted. The comparison itself is ``sparse-pathways compare``.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
+
+FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
+MODELS = ("smollm2-135m-instruct", "gemma3-270m")
+DOMAINS = ("code", "law", "fiction", "math")
+START, END = "<!-- comparison: written by `make benchmark` -->", "<!-- /comparison -->"
+
+
+def main() -> None:
+    """Run the comparison of each model and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--sparsity", default="0.2,0.3,0.5")
+    parser.add_argument("--max-tokens", default="65536", help="calibration tokens per domain")
+    parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
+    parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
+    arguments = parser.parse_args()
+    cache: Path = arguments.cache
+    run([sys.executable, str(FETCH), "--cache", str(cache), "--texts", *DOMAINS])
+    parts = []
+    for model in arguments.models:
+        run([sys.executable, str(FETCH), "--cache", str(cache), "--model", model])
+        output = cache / "benchmarks" / model
+        pairs = [f"{domain}={cache / 'texts' / domain}" for domain in DOMAINS]
+        command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "compare"]
+        command += [str(cache / model), *(part for pair in pairs for part in ("--domain", pair))]
+        command += ["--sparsity", arguments.sparsity, "--max-tokens", arguments.max_tokens]
+        command += ["--scored-tokens", arguments.scored_tokens, "--output", str(output)]
+        run(command)
+        report = read_report(output / "comparison.json")
+        parts.append(f"**{model}**\n\n{report.to_markdown()}")
+    if arguments.readme is not None:
+        write_between(arguments.readme, "\n\n".join(parts))
+
+
+def read_report(path: Path) -> ComparisonReport:
+    """Read what ``compare`` wrote."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(ComparisonRow.from_dict(row) for row in data["rows"])
+    return ComparisonReport(base=data["base"], rows=rows)
+
+
+def write_between(path: Path, content: str) -> None:
+    """Put text between the markers of a Markdown file."""
+    before, rest = path.read_text(encoding="utf-8").split(START)
+    after = rest.split(END)[1]
+    write_atomically(path, f"{before}{START}\n{content}\n{END}{after}".encode())
+
+
+def run(command: list[str]) -> None:
+    """Run a command; stop here if it fails, with its own message above."""
+    done = subprocess.run(command)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
