@@ -7,6 +7,7 @@ the budget is met. The curves have to be comparable between blocks: with a metri
 can be far worse than uniform.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,6 +81,8 @@ def depth(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
     removed = (1.0 - budget.kept) * total
     inner = min(MOST_REMOVED, removed / middle) if middle else 0.0
     outer = max(0.0, removed - inner * middle) / max(total - middle, 1e-9)
+    if outer > MOST_REMOVED:  # nothing is left to protect
+        inner = outer = 1.0 - budget.kept
     kept = [1.0 - (inner if weight else outer) for weight in weights]
     return [
         _rounded(share * block.d_ff - overhead, block.d_ff, budget.multiple)
@@ -95,9 +98,10 @@ def water_filling(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
     curves.
     """
     segments: list[tuple[float, int, int]] = []
+    deepest = max(MOST_REMOVED, 1.0 - budget.kept / 2)
     for index, (block, overhead) in enumerate(zip(blocks, budget.overhead, strict=True)):
         start = block.d_ff - _rounded(block.d_ff - 1e-9, block.d_ff, budget.multiple)
-        most = min(block.d_ff - 1, int(MOST_REMOVED * block.d_ff) + int(overhead))
+        most = min(block.d_ff - 1, int(deepest * block.d_ff) + math.ceil(overhead))
         stops = list(range(start, most + 1, _step(block.d_ff, budget.multiple)))
         for left, right in _hull(block.error, stops):
             slope = float(block.error[right] - block.error[left]) / (right - left)
@@ -139,21 +143,22 @@ def resolve_allocation(name: str | AllocationFunction) -> tuple[str, AllocationF
     return name, ALLOCATIONS[name]
 
 
-def check_widths(name: str, widths: Sequence[int], blocks: Sequence[BlockCosts]) -> list[int]:
+def check_widths(name: str, widths: object, blocks: Sequence[BlockCosts]) -> list[int]:
     """Return an allocation's widths, checked.
 
     Raises:
         PathwaysError: They are not one width in [1, d_ff] per block.
     """
-    whole = len(widths) == len(blocks) and all(
-        1 <= width <= block.d_ff for width, block in zip(widths, blocks, strict=True)
-    )
-    if not whole:
+    listed = list(widths) if isinstance(widths, Sequence) else []
+    if len(listed) != len(blocks) or not all(
+        type(width) is int and 1 <= width <= block.d_ff
+        for width, block in zip(listed, blocks, strict=True)
+    ):
         raise PathwaysError(
-            f"Allocation {name!r} returned {list(widths)}; it has to be one width per FFN block, "
-            "from 1 to d_ff."
+            f"Allocation {name!r} returned {widths!r}; it has to be a list with one whole number "
+            "per FFN block, from 1 to d_ff."
         )
-    return [int(width) for width in widths]
+    return listed
 
 
 def _rounded(width: float, d_ff: int, multiple: int) -> int:

@@ -148,19 +148,20 @@ def group_blocks(
         PathwaysError: One block, or what stays, does not fit.
     """
     sizes = [4 * (block.d_ff + block.d_in + 1) ** 2 for block in blocks]
-    needed = max(max(sizes), domains_kept * sum(sizes))
+    needed = max(2 * max(sizes), domains_kept * sum(sizes))
     if needed > max_memory:
         way_out = "raise max_memory, or pass grams=False"
-        if max(sizes) <= max_memory:
+        if 2 * max(sizes) <= max_memory:
             way_out += ", or pass work_folder= to keep them on disk"
         raise PathwaysError(
             f"Gram matrices of {needed / 1e9:.2f} GB do not fit into max_memory "
             f"({max_memory / 1e9:.2f} GB): {way_out}."
         )
     groups: list[list[FfnBlock]] = [[]]
+    room = max_memory - max(sizes)  # for the copy of one that is being stored
     used = 0
     for block, size in zip(blocks, sizes, strict=True):
-        if groups[-1] and used + size > max_memory:
+        if groups[-1] and used + size > room:
             groups.append([])
             used = 0
         groups[-1].append(block)

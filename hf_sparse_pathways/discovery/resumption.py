@@ -30,13 +30,12 @@ class StoredGram:
     """The Gram matrix of a finished pass, on disk."""
 
     path: Path
-    name: str
     d_ff: int
 
     def load(self) -> Gram:
         """Read the matrix."""
         with safe_open(self.path, "pt") as file:
-            upper = file.get_tensor(self.name).triu()
+            upper = file.get_tensor("upper").triu()
         return Gram(upper + upper.triu(1).T, self.d_ff)
 
 
@@ -54,37 +53,31 @@ class Resumption:
         self._stored = time.monotonic()
 
     def resume(self, name: str, collectors: Sequence[BlockCollector]) -> int:
-        """Give collectors the sums that an earlier run stored; return how many batches are done."""
-        path = self._path(name)
-        if path is None or not path.is_file():
+        """Give collectors the sums that an earlier run stored; return how many batches are done.
+
+        A run that was stopped while it stored leaves blocks that disagree: they begin anew.
+        """
+        paths = [self._path(name, index) for index in range(len(collectors))]
+        found = {_batches(path) for path in paths}
+        if len(found) != 1 or None in found:
             return 0
-        with safe_open(path, "pt") as file:
-            done = int(file.metadata()["batches"])
-        tensors = load_file(path)
-        for index, collector in enumerate(collectors):
-            prefix = f"{index}."
-            state = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-            collector.restore(state, done)
+        done = found.pop() or 0
+        for path, collector in zip(paths, collectors, strict=True):
+            if path is not None:
+                collector.restore(load_file(path), done)
         return done
 
     def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
-        """Store the sums of a pass, whole or not at all."""
-        path = self._path(name)
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{index}.{key}": tensor.contiguous()
-            for index, collector in enumerate(collectors)
-            for key, tensor in collector.state().items()
-        }
-        temporary = path.with_suffix(".partial")
-        save_file(tensors, temporary, metadata={"batches": str(done)})
-        os.replace(temporary, path)
+        """Store the sums of a pass, block by block, each whole or not at all."""
+        for index, collector in enumerate(collectors):
+            path = self._path(name, index)
+            if path is None:
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {key: tensor.contiguous() for key, tensor in collector.state().items()}
+            temporary = path.with_suffix(".partial")
+            save_file(tensors, temporary, metadata={"batches": str(done)})
+            os.replace(temporary, path)
         self._stored = time.monotonic()
 
     def store_sometimes(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
@@ -94,13 +87,21 @@ class Resumption:
 
     def stored_gram(self, name: str, index: int, d_ff: int) -> StoredGram | None:
         """Return a finished pass's Gram matrix as it lies on disk; None without a folder."""
-        path = self._path(name)
-        return None if path is None else StoredGram(path, f"{index}.upper", d_ff)
+        path = self._path(name, index)
+        return None if path is None else StoredGram(path, d_ff)
 
     def discard(self) -> None:
         """Delete what this plan has stored."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}.safetensors"
+    def _path(self, name: str, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}-{index}.safetensors"
+
+
+def _batches(path: Path | None) -> int | None:
+    """Return how many batches a stored block has seen; None if nothing is stored."""
+    if path is None or not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["batches"])
