@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.selection import select
     from hf_sparse_pathways.errors import PathwaysError
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+    from hf_sparse_pathways.healing.healing import Healed, heal
+    from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockPathway",
+    "Healed",
+    "HealingSettings",
     "LowRank",
     "Pathway",
     "Pathways",
@@ -35,6 +39,7 @@ __all__ = [
     "SparsePathwaysForCausalLM",
     "__version__",
     "evaluate",
+    "heal",
     "profile",
     "select",
 ]
@@ -48,7 +53,10 @@ _HOMES = {
     "Profile": "discovery.profiles",
     "SparsePathwaysConfig": "modeling.configuration",
     "SparsePathwaysForCausalLM": "modeling.model",
+    "Healed": "healing.healing",
+    "HealingSettings": "healing.settings",
     "evaluate": "measure.quality",
+    "heal": "healing.healing",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
 }

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 QUICK_TOKENS = 12288
 
+VALIDATION_SHARE = 0.1
+"""Of the documents that are not held out: set aside where a limit of quality is searched."""
+
 
 def run(  # noqa: PLR0913
     model: opt.Model,
@@ -114,6 +117,7 @@ def run(  # noqa: PLR0913
         seed=seed,
         precision=precision,
         max_memory=max_memory,
+        validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
     )
     job = _Job(model, dtype, output, default_domain, profile)
     job.carry_out(split_texts(texts, held_out, seed), sampling, limits, rule)

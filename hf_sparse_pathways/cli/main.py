@@ -22,7 +22,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in ("profile", "build", "evaluate", "compare", "generate", "benchmark", "info"):
+for command in (
+    "profile",
+    "analyze",
+    "build",
+    "evaluate",
+    "compare",
+    "generate",
+    "benchmark",
+    "info",
+):
     module = import_module(f"hf_sparse_pathways.cli.{command}")
     app.command(command)(module.run)
 

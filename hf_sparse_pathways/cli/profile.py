@@ -27,6 +27,7 @@ class Sampling:
     seed: int
     precision: str
     max_memory: str
+    validation_share: float = 0.0
 
 
 def run(  # noqa: PLR0913
@@ -91,6 +92,7 @@ def take_profile(
         batch_size=sampling.batch_size,
         seed=sampling.seed,
         grams=grams,
+        validation_share=sampling.validation_share,
         precision=sampling.precision,
         max_memory=sampling.max_memory,
         work_folder=work,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -143,20 +144,22 @@ def resolve_allocation(name: str | AllocationFunction) -> tuple[str, AllocationF
     return name, ALLOCATIONS[name]
 
 
-def check_widths(name: str, widths: object, blocks: Sequence[BlockCosts]) -> list[int]:
+def check_widths(name: str, widths: Any, blocks: Sequence[BlockCosts]) -> list[int]:
     """Return an allocation's widths, checked.
 
     Raises:
         PathwaysError: They are not one width in [1, d_ff] per block.
     """
-    listed = list(widths) if isinstance(widths, Sequence) else []
+    try:
+        listed = [int(width) for width in widths if float(width).is_integer()]
+    except (TypeError, ValueError):
+        listed = []
     if len(listed) != len(blocks) or not all(
-        type(width) is int and 1 <= width <= block.d_ff
-        for width, block in zip(listed, blocks, strict=True)
+        1 <= width <= block.d_ff for width, block in zip(listed, blocks, strict=True)
     ):
         raise PathwaysError(
-            f"Allocation {name!r} returned {widths!r}; it has to be a list with one whole number "
-            "per FFN block, from 1 to d_ff."
+            f"Allocation {name!r} returned {widths!r}; it has to be one width per FFN block, a "
+            "whole number from 1 to d_ff."
         )
     return listed
 

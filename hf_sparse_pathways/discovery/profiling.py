@@ -32,7 +32,12 @@ from hf_sparse_pathways.discovery.passes import (
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.resumption import Resumption
 from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
-from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
+from hf_sparse_pathways.discovery.text import (
+    FEW_DOCUMENTS,
+    Documents,
+    TextSource,
+    read_documents,
+)
 from hf_sparse_pathways.discovery.windows import (
     Window,
     count_tokens,
@@ -73,6 +78,7 @@ def profile(  # noqa: PLR0913
     seed: int = 0,
     grams: bool = True,
     validation_tokens: int = 8192,
+    validation_share: float = 0.0,
     precision: str = "model",
     max_memory: int | str = MAX_MEMORY,
     work_folder: "str | os.PathLike[str] | None" = None,
@@ -89,8 +95,10 @@ def profile(  # noqa: PLR0913
         batch_size: Windows per forward pass.
         seed: Decides which windows are drawn.
         grams: Whether to take Gram matrices, which selection with repair needs.
-        validation_tokens: Most tokens per domain, drawn from documents of which no window was
-            drawn, that are kept for comparing methods.
+        validation_tokens: Most tokens per domain that are kept for comparing methods, from
+            documents that are not calibrated on.
+        validation_share: Fraction of the documents that is set aside for that; if there are fewer
+            than five documents, or with 0.0, only documents of which no window was drawn serve.
         precision: Of the model's products: ``"model"``, ``"bfloat16"``, or ``"fastest"``, which is
             bfloat16 where the processor is built for it.
         max_memory: Most bytes (or ``"4GB"``) of Gram matrices in memory at a time. Fewer mean
@@ -116,7 +124,7 @@ def profile(  # noqa: PLR0913
             documents,
             tokenizer,
             max_tokens=max_tokens,
-            validation_tokens=validation_tokens,
+            validation=(validation_share, validation_tokens),
             max_length=max_length,
             seed=seed,
         )
@@ -280,13 +288,17 @@ def _draw(  # noqa: PLR0913
     tokenizer: Any,
     *,
     max_tokens: int,
-    validation_tokens: int,
+    validation: tuple[float, int],
     max_length: int,
     seed: int,
 ) -> _Sample:
     """Draw calibration windows, then validation windows from the documents that are left."""
+    share, validation_tokens = validation
+    calibration = documents
+    if share > 0.0 and len(documents.items) >= FEW_DOCUMENTS:
+        calibration, _ = documents.split(share, seed)
     windows = draw_windows(
-        documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
+        calibration, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
     )
     tokens = count_tokens(windows)
     if tokens < MIN_TOKENS:
@@ -295,9 +307,9 @@ def _draw(  # noqa: PLR0913
             f"{MIN_TOKENS} are needed, and tens of thousands for a good selection."
         )
     digests, cut = list_digests(windows)
-    validation: list[Window] = []
+    kept: list[Window] = []
     if validation_tokens > 0:
-        validation = draw_windows(
+        kept = draw_windows(
             documents.without(digests, cut),
             tokenizer,
             max_tokens=validation_tokens,
@@ -312,7 +324,7 @@ def _draw(  # noqa: PLR0913
         "seed": seed,
         "digests": digests,
         "cut_digests": cut,
-        "validation_digests": list_digests(validation)[0],
-        "validation_cut_digests": list_digests(validation)[1],
+        "validation_digests": list_digests(kept)[0],
+        "validation_cut_digests": list_digests(kept)[1],
     }
-    return _Sample(tuple(windows), tuple(validation), provenance)
+    return _Sample(tuple(windows), tuple(kept), provenance)

@@ -32,7 +32,7 @@ def llama():
     return tiny_llama(), _take(tiny_llama())
 
 
-@pytest.fixture(scope="module", params=["gpt2_odd", "gemma3", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["gpt2_odd", "gemma3"])
 def case(request):
     model = build(request.param)
     return model, _take(model)
@@ -48,18 +48,20 @@ def _assert_within(pathways, sparsity):
 def test_every_architecture_keeps_the_budget(architecture):
     model = build(architecture)
     taken = _take(model, texts={"code": TEXTS["code"]}, max_tokens=64)
-    pathways = select(model, taken, sparsity=0.5, compensation="refit+bias+bypass:4")
+    options = {"compensation": "refit+bias+bypass:4", "allocation": "water_filling"}
+    pathways = select(model, taken, sparsity=0.5, **options)
     _assert_within(pathways, 0.5)
     assert pathways["code"].provenance["order"] == "sequential"
 
 
-@pytest.mark.parametrize("order", ["sequential", "one-shot"])
+@pytest.mark.parametrize(
+    ("method", "order"), [("obs", "sequential"), ("obs", "one-shot"), ("taylor", "sequential")]
+)
 @pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("method", ["obs", "taylor"])
 def test_every_choice_keeps_the_budget(case, method, compensation, order):
     model, taken = case
     options = {"method": method, "compensation": compensation, "order": order, "sparsity": 0.45}
-    pathways = select(model, taken, **options)
+    pathways = select(model, taken.subset(["code"]), **options)
     _assert_within(pathways, 0.45)
     for block in pathways["code"].blocks:
         assert (block.delta is not None) == ("refit" in compensation or "patch" in compensation)

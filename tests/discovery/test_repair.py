@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_sparse_pathways.discovery import repair as module
-from hf_sparse_pathways.discovery.evidence import remove_for
+from hf_sparse_pathways.discovery.obs import rank_by_obs
 from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root, repair
 from tests.discovery.moments import draw_keep, draw_samples
 
@@ -184,8 +184,9 @@ def test_with_a_patch_the_bias_is_still_the_mean_of_what_is_missing(kind):
 def test_a_whole_block_without_a_target_needs_nothing():
     samples, keep = draw_samples(), torch.ones(13, dtype=torch.bool)
     pathway = repair(samples.task, keep, Repair(bypass_rank=2))
-    for part in (pathway.delta, pathway.bias, pathway.bypass.product()):
-        assert part.abs().max() < 1e-10
+    assert pathway.bypass is None
+    assert max(pathway.delta.abs().max(), pathway.bias.abs().max()) < 1e-10
+    assert not repair(samples.task, keep, _how(bypass_rank=2)).bypass
 
 
 def test_no_repair_is_the_mask_alone():
@@ -222,7 +223,14 @@ def test_repair_is_pure_and_stores_half_precision():
     assert all(torch.equal(part, copy) for part, copy in zip(before, copies, strict=True))
     parts = pathway.parts()
     assert {part.dtype for name, part in parts.items() if name != "keep"} == {torch.bfloat16}
-    pathway.check("a block", d_in=5, d_ff=13, d_out=6)
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    assert shapes == {
+        "keep": (13,),
+        "delta": (6, 6),
+        "bias": (6,),
+        "bypass_outer": (6, 2),
+        "bypass_inner": (2, 5),
+    }
 
 
 @pytest.mark.usefixtures("as_stored")
@@ -242,7 +250,7 @@ def test_rounding_of_what_is_stored_hardly_matters():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_removals_error_is_that_of_the_repair(kind, bias):
     samples = draw_samples(**KINDS[kind])
-    removal = remove_for(samples.task, _how(refit=True, bias=bias, ridge=1e-6))
+    removal = rank_by_obs(samples.task, _how(refit=True, bias=bias, ridge=1e-6))
     errors = []
     for kept in range(13, 0, -1):
         pathway = repair(samples.task, removal.keep(kept), _how(refit=True, bias=bias))
@@ -252,11 +260,28 @@ def test_the_removals_error_is_that_of_the_repair(kind, bias):
         assert error - errors[0] == pytest.approx(rise, rel=1e-2, abs=1e-3 * errors[-1])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_known_bypass_the_removals_error_is_what_that_leaves(kind, bias):
+    samples = draw_samples(**KINDS[kind])
+    inner = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double()
+    removal = rank_by_obs(samples.task, _how(refit=True, bias=bias, ridge=1e-6), inner)
+    known = samples.block_input @ inner.T
+    errors = []
+    for kept in range(13, 0, -1):
+        own = _regressors(samples, removal.keep(kept), refit=True, bias=bias)
+        best = _lstsq(torch.cat([own, known], 1), samples.target)
+        errors.append(_error(samples, best))
+    for index, error in enumerate(errors):
+        rise = float(removal.error[index])
+        assert error - errors[0] == pytest.approx(rise, rel=1e-2, abs=1e-3 * errors[-1])
+
+
 def test_ranking_is_pure():
     task = draw_samples(earlier=True, metric=True).task
     before = [task.weight, task.gram.total, task.missing, task.metric]
     copies = [part.clone() for part in before]
-    remove_for(task, Repair())
+    rank_by_obs(task, Repair())
     assert all(torch.equal(part, copy) for part, copy in zip(before, copies, strict=True))
 
 
@@ -272,7 +297,7 @@ def test_a_block_whose_neurons_never_fire_is_repaired_with_nothing(how):
     samples = draw_samples()
     silent = replace(samples, activation=torch.zeros_like(samples.activation))
     task: BlockTask = silent.task
-    keep = remove_for(task, how).keep(6)
+    keep = rank_by_obs(task, how).keep(6)
     pathway = repair(task, keep, how)
     assert pathway.delta.isfinite().all()
     assert pathway.bias.abs().max() == 0

@@ -1,0 +1,1 @@
+"""Training what a pathway keeps, beside the dense model trained equally."""

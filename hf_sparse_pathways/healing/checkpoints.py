@@ -1,0 +1,70 @@
+"""Where a training run stands, on disk: trained tensors, the optimiser's moments, the record.
+
+One safetensors file, written whole or not at all, in a folder named by a digest of everything that
+decides the run, so that other settings never pick it up. A run that goes on from it computes what
+it would have computed without the interruption, bit for bit.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STORE_SECONDS = 60.0
+"""How often a running run is stored."""
+
+Groups = dict[str, dict[str, Tensor]]
+"""Tensors by what they are (``parameters``, ``best``, ...) and by name."""
+
+
+class Checkpoints:
+    """Where one run is stored; nothing is, without a folder.
+
+    Args:
+        folder: The user's folder for work in progress, or None.
+        plan: Everything that decides the result, as JSON values.
+    """
+
+    def __init__(self, folder: "str | os.PathLike[str] | None", plan: Mapping[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+        self._path = None if folder is None else Path(folder, f"run-{digest}.safetensors")
+        self._stored = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], Groups] | None:
+        """Return the record and the tensors that were stored last; None if nothing was."""
+        if self._path is None or not self._path.is_file():
+            return None
+        with safe_open(self._path, "pt") as file:
+            record = json.loads(file.metadata()["record"])
+        groups: Groups = {}
+        for name, tensor in load_file(self._path).items():
+            group, _, key = name.partition("/")
+            groups.setdefault(group, {})[key] = tensor
+        return record, groups
+
+    def store(self, record: Mapping[str, Any], groups: Groups) -> None:
+        """Store a record of JSON values, and tensors."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{group}/{name}": tensor.detach().contiguous()
+            for group, named in groups.items()
+            for name, tensor in named.items()
+        }
+        temporary = self._path.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"record": json.dumps(record)})
+        os.replace(temporary, self._path)
+        self._stored = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last time was a while ago."""
+        return self._path is not None and time.monotonic() - self._stored >= STORE_SECONDS

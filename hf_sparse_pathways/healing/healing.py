@@ -1,0 +1,261 @@
+"""Healing: train what a fixed pathway keeps, so that it misses less of what was removed.
+
+Per domain: draw fresh windows (``batches.py``), make the compact student of the pathway
+(``students.py``), train low-rank changes or the kept weights themselves (``training.py``) on the
+text and a teacher (``losses.py``), and fold what was learnt into the pathway (``folding.py``) or
+keep it as a LoRA (``adapters.py``). Much of what such training brings is adaptation to the text,
+which the dense model gains too: a dense partner is trained equally on request, and the report's
+``honest_ratio`` is the one that counts.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_sparse_pathways.discovery.passes import (
+    PRECISIONS,
+    calibration_precision,
+)
+from hf_sparse_pathways.discovery.text import TextSource, read_documents
+from hf_sparse_pathways.discovery.trials import mean_loss
+from hf_sparse_pathways.discovery.windows import make_batches, resolve_length
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.healing.adapters import Adapter, add_lora, import_peft, make_adapter
+from hf_sparse_pathways.healing.batches import TrainingText, draw_text
+from hf_sparse_pathways.healing.checkpoints import Checkpoints
+from hf_sparse_pathways.healing.folding import fold
+from hf_sparse_pathways.healing.losses import LANGUAGE_MODELLING, Objective
+from hf_sparse_pathways.healing.report import HealingReport
+from hf_sparse_pathways.healing.settings import HealingSettings
+from hf_sparse_pathways.healing.students import (
+    Student,
+    check_student,
+    everything,
+    frozen_copy,
+    make_student,
+    reduce_frozen,
+)
+from hf_sparse_pathways.healing.training import CurvePoint, describe_plan, train
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Healed:
+    """What ``heal`` made.
+
+    Attributes:
+        pathways: The model's pathways, the healed ones in place of theirs; as they were with
+            ``keep="lora"``. A dense partner is among the controls, as ``"tuned: <domain>"``.
+        adapters: Domain -> LoRA, with ``keep="lora"``.
+        reports: Domain -> losses before and after.
+    """
+
+    pathways: Pathways
+    adapters: Mapping[str, Adapter]
+    reports: Mapping[str, HealingReport]
+
+
+def heal(
+    model: SparsePathwaysForCausalLM,
+    tokenizer: Any,
+    texts: Mapping[str, TextSource],
+    *,
+    settings: HealingSettings | None = None,
+    work_folder: "str | os.PathLike[str] | None" = None,
+) -> Healed:
+    """Heal the pathways of some domains. The model is left as it was.
+
+    Use the result with ``model.set_pathways(healed.pathways)``. Training takes place in float32
+    copies: about 4 bytes per parameter, and 16 more per trained one.
+
+    Args:
+        model: A model with pathways.
+        tokenizer: Its tokenizer.
+        texts: Domain -> text source. All of it is training text: hold out what you evaluate on.
+            Documents that the pathway was validated on are left for validation.
+        settings: How; see ``HealingSettings``.
+        work_folder: Where unfinished training is stored. An interrupted run goes on from there
+            when it is called again with the same arguments.
+
+    Raises:
+        UnknownNameError: A domain that the model does not have, or an unknown precision.
+        TextError: A source cannot be read, or has too little text.
+        PathwaysError: It is no model with pathways, PEFT is missing, or the loss is NaN.
+        UnsupportedModelError: The model's FFN blocks cannot be trained in compact form.
+    """
+    settings = settings or HealingSettings()
+    _check(model, texts, settings)
+    length = resolve_length(model, settings.max_length)
+    drawn = {}
+    for domain, source in texts.items():
+        documents = read_documents(source, seed=settings.seed)
+        seen = model.pathways[domain].provenance.get("text", {})
+        drawn[domain] = draw_text(domain, documents, seen, tokenizer, settings, length)
+    frozen = frozen_copy(model.to_dense(), Accelerator().device)
+    pathways, adapters, reports = model.pathways, {}, {}
+    for domain, text in drawn.items():
+        job = _Job(model, frozen, domain, text, settings, work_folder)
+        healed, partner, adapter, reports[domain] = job.carry_out()
+        if adapter is not None:
+            adapters[domain] = adapter
+        by_domain = {**pathways.by_domain, domain: healed}
+        pathways = replace(pathways, by_domain=by_domain)
+        if partner is not None:
+            pathways = pathways.with_controls({f"{TUNED}{domain}": partner})
+    return Healed(pathways=pathways, adapters=adapters, reports=reports)
+
+
+def _check(model: Any, texts: Mapping[str, TextSource], settings: HealingSettings) -> None:
+    if not isinstance(model, SparsePathwaysForCausalLM):
+        raise PathwaysError(
+            f"heal needs a model with pathways, not {type(model).__name__}. Make one with "
+            "SparsePathwaysForCausalLM.from_dense(model, pathways)."
+        )
+    if settings.precision not in PRECISIONS:
+        raise UnknownNameError("precision", settings.precision, PRECISIONS)
+    if settings.train == "lora":
+        import_peft()
+    if not texts:
+        raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
+    for domain in texts:
+        if domain not in model.domains:
+            raise UnknownNameError("domain", domain, model.domains)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A student after training, with its curve."""
+
+    student: Student
+    curve: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One domain's healing."""
+
+    model: Any
+    frozen: nn.Module
+    domain: str
+    text: TrainingText
+    settings: HealingSettings
+    work_folder: "str | os.PathLike[str] | None"
+
+    def carry_out(self) -> tuple[Pathway, Pathway | None, Adapter | None, HealingReport]:
+        """Train the partner if there is one, then the pathway; fold, and measure."""
+        settings, pathway = self.settings, self.model.pathways[self.domain]
+        dense = self._reduced()
+        partner = self._train_partner() if settings.dense_partner else None
+        teacher = dense
+        if partner is not None and settings.teacher == "tuned":
+            teacher = partner.student.model
+        distils = bool(set(settings.terms) - set(LANGUAGE_MODELLING))
+        objective = Objective(
+            terms=settings.terms,
+            teacher=teacher if distils else None,
+        )
+        trained = self._train(pathway.blocks, objective, f"heal {self.domain}", self.domain)
+        adapter, blocks = None, pathway.blocks
+        if settings.keep == "lora":
+            adapter = make_adapter(trained.student, self.model, settings)
+            loss = _lowest(trained)
+        else:
+            blocks = self._fold(trained)
+            loss = self._loss(blocks)
+        report = self._report(trained, partner, loss)
+        provenance = self._provenance(pathway, report) if adapter is None else pathway.provenance
+        healed = Pathway(blocks=blocks, provenance=provenance)
+        tuned = None
+        if partner is not None and adapter is None:
+            tuned = Pathway(blocks=self._fold(partner), provenance={**provenance, "method": TUNED})
+        return healed, tuned, adapter, report
+
+    def _train_partner(self) -> _Trained:
+        """Train the dense model, with the language-modelling loss."""
+        objective = Objective(terms=LANGUAGE_MODELLING)
+        return self._train(everything(self.frozen), objective, f"tune dense {self.domain}", None)
+
+    def _train(
+        self,
+        blocks: tuple[BlockPathway, ...],
+        objective: Objective,
+        label: str,
+        domain: str | None,
+    ) -> _Trained:
+        student = make_student(self.frozen, blocks)
+        probe = next(make_batches(self.text.validation[:1], 1))
+        check_student(student, self.model, probe, domain)
+        plan = describe_plan(student.model, self.text, self.settings, label)
+        if self.settings.train == "lora":
+            add_lora(student, self.settings)
+        else:
+            for leaf in student.trained_leaves():
+                student.model.get_submodule(leaf.place).weight.requires_grad_(True)
+        self._reduce(student.model)
+        checkpoints = Checkpoints(self.work_folder, plan)
+        curve = train(student.model, self.text, objective, self.settings, checkpoints, label)
+        return _Trained(student, curve)
+
+    def _reduced(self) -> nn.Module:
+        """Return the dense model as a teacher."""
+        teacher = make_student(self.frozen, everything(self.frozen)).model
+        self._reduce(teacher)
+        return teacher
+
+    def _reduce(self, model: nn.Module) -> None:
+        with calibration_precision(model, self.settings.precision):
+            if torch.is_autocast_enabled(next(model.parameters()).device.type):
+                reduce_frozen(model)
+
+    def _fold(self, trained: _Trained) -> tuple[BlockPathway, ...]:
+        dtype = next(self.model.parameters()).dtype
+        return fold(trained.student, self.frozen, self.settings, dtype)
+
+    def _loss(self, blocks: tuple[BlockPathway, ...] | None) -> float:
+        """Return the validation loss of a pathway, or of the dense model."""
+        with calibration_precision(self.frozen, self.settings.precision):
+            return mean_loss(
+                self.frozen,
+                self.text.validation,
+                blocks,
+                find_blocks(self.frozen),
+                batch_size=self.settings.batch_size,
+            )
+
+    def _report(self, trained: _Trained, partner: _Trained | None, healed: float) -> HealingReport:
+        return HealingReport(
+            domain=self.domain,
+            settings=self.settings,
+            source=self.text.source,
+            tokens=trained.curve[-1].tokens,
+            passes=self.text.passes,
+            seconds=trained.curve[-1].seconds,
+            validation_tokens=sum(len(window.ids) - 1 for window in self.text.validation),
+            dense=self._loss(None) if partner is None else partner.curve[0].validation,
+            before=trained.curve[0].validation,
+            healed=healed,
+            tuned=None if partner is None else _lowest(partner),
+            curve=trained.curve,
+            partner_curve=() if partner is None else partner.curve,
+        )
+
+    def _provenance(self, pathway: Pathway, report: HealingReport) -> dict[str, Any]:
+        """Return the healed pathway's provenance: the run, and the documents it has seen."""
+        known = dict(pathway.provenance)
+        return {
+            **known,
+            "healing": [*known.get("healing", ()), report.to_dict()],
+            "text": self.text.added_to(known.get("text", {})),
+        }
+
+
+def _lowest(trained: _Trained) -> float:
+    return min(point.validation for point in trained.curve)

@@ -1,0 +1,74 @@
+"""What healing brought, beside the dense model and the dense model tuned equally."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_sparse_pathways.healing.settings import HealingSettings
+from hf_sparse_pathways.healing.training import CurvePoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingReport:
+    """One domain's healing. Losses are in nats per token of the same validation windows.
+
+    Attributes:
+        domain: Which.
+        settings: All of them.
+        source: What the training text was read from.
+        tokens: Tokens trained on, up to the end of the run.
+        passes: How often the text was gone through.
+        seconds: Time that training took, the dense partner's apart.
+        validation_tokens: Tokens that the losses are means over.
+        dense: The untouched dense model's loss.
+        before: The pathway's loss before healing.
+        healed: The loss of what was returned, folded and in its stored precision.
+        tuned: The equally tuned dense model's loss; None without a dense partner.
+        curve: The run.
+        partner_curve: The dense partner's.
+    """
+
+    domain: str
+    settings: HealingSettings
+    source: str
+    tokens: int
+    passes: int
+    seconds: float
+    validation_tokens: int
+    dense: float
+    before: float
+    healed: float
+    tuned: float | None
+    curve: tuple[CurvePoint, ...]
+    partner_curve: tuple[CurvePoint, ...]
+
+    @property
+    def ratio_before(self) -> float:
+        """Perplexity before healing over the dense model's."""
+        return math.exp(self.before - self.dense)
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity of the healed pathway over the dense model's: adaptation counts as healing."""
+        return math.exp(self.healed - self.dense)
+
+    @property
+    def ratio_tuned(self) -> float | None:
+        """Perplexity of the tuned dense model over the dense model's."""
+        return None if self.tuned is None else math.exp(self.tuned - self.dense)
+
+    @property
+    def honest_ratio(self) -> float | None:
+        """Perplexity of the healed pathway over the equally tuned dense model's: what counts."""
+        return None if self.tuned is None else math.exp(self.healed - self.tuned)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            **asdict(self),
+            "settings": self.settings.described(),
+            "ratio_before": self.ratio_before,
+            "ratio": self.ratio,
+            "ratio_tuned": self.ratio_tuned,
+            "honest_ratio": self.honest_ratio,
+        }

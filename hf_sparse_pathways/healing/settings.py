@@ -1,0 +1,170 @@
+"""Everything that decides a healing run, with its defaults in one place."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+
+TRAINED = ("lora", "weights")
+KEPT = ("folded", "lora")
+TEACHERS = ("dense", "tuned")
+TERMS = ("lm", "kl", "hidden")
+
+LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 1e-4}
+"""By what is trained, for AdamW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingSettings:
+    """How pathways are healed.
+
+    Attributes:
+        train: ``"lora"`` (low-rank changes of the kept FFN weights) or ``"weights"`` (the kept FFN
+            weights themselves).
+        rank: Of the low-rank changes.
+        attention: Whether the attention's linear leaves get low-rank changes too. All domains
+            share them, so they cannot be folded: needs ``keep="lora"``.
+        keep: ``"folded"`` (into the pathway: nothing is added at run time) or ``"lora"`` (a PEFT
+            adapter beside the unchanged pathway).
+        loss: Terms joined by ``+``, each with an optional factor, as in ``"lm+kl:0.5"``: ``lm``
+            (next-token cross-entropy), ``kl`` (divergence from the teacher's predictions),
+            ``hidden`` (relative squared distance from the teacher's hidden states).
+        teacher: ``"dense"`` (the untouched model), or ``"tuned"`` (the dense partner after its own
+            training).
+        dense_partner: Whether the dense model is trained equally, with the language-modelling
+            loss: same steps, same batches, same kind and size of changes.
+        tokens: Training tokens; text that is used up is drawn anew, in another order.
+        steps: Instead of ``tokens``: optimiser steps.
+        batch_size: Windows per forward pass.
+        accumulate: Forward passes per optimiser step.
+        max_length: Most tokens per window; by default 512, or the model's positions if fewer.
+        learning_rate: Highest rate; by default from ``LEARNING_RATES``.
+        warmup: Fraction of the steps over which the rate rises; then it falls as a cosine to 0.
+        weight_decay: AdamW's.
+        clip: Largest norm of a step's gradient.
+        validation_tokens: Tokens on which the best state is chosen.
+        validations: How often, evenly over the run.
+        patience: Stop after so many validations in a row without a new best.
+        precision: Of the products: ``"model"`` (float32), ``"bfloat16"``, or ``"fastest"``.
+        seed: Of the windows, their order, and the low-rank changes' first values.
+    """
+
+    train: str = "lora"
+    rank: int = 32
+    attention: bool = False
+    keep: str = "folded"
+    loss: str = "lm"
+    teacher: str = "dense"
+    dense_partner: bool = False
+    tokens: int = 409_600
+    steps: int | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    max_length: int | None = None
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    validation_tokens: int = 8192
+    validations: int = 10
+    patience: int = 3
+    precision: str = "fastest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UnknownNameError: A name is unknown.
+            PathwaysError: A number is out of range, or two settings exclude each other.
+        """
+        _check_name("value of train", self.train, TRAINED)
+        _check_name("value of keep", self.keep, KEPT)
+        _check_name("teacher", self.teacher, TEACHERS)
+        self._check_numbers()
+        terms = parse_loss(self.loss)
+        if self.attention and self.keep != "lora":
+            raise PathwaysError(
+                "Changes of the attention belong to all domains and cannot be folded into one "
+                "domain's pathway: choose keep='lora' (--keep lora), or leave the attention out."
+            )
+        if self.keep == "lora" and self.train != "lora":
+            raise PathwaysError("keep='lora' needs train='lora': whole weights are no adapter.")
+        if self.teacher == "tuned" and not (self.dense_partner and set(terms) - {"lm"}):
+            raise PathwaysError(
+                "teacher='tuned' is the dense partner, from which the loss has to distil: set "
+                "dense_partner and a loss with 'kl' or 'hidden'."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("rank", "tokens", "batch_size", "accumulate", "validation_tokens"):
+            _check_whole(name, getattr(self, name))
+        for name in ("validations", "patience"):
+            _check_whole(name, getattr(self, name))
+        for name in ("steps", "max_length"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        _check_positive("clip", self.clip)
+        if self.learning_rate is not None:
+            _check_positive("learning_rate", self.learning_rate)
+        if not 0.0 <= self.warmup < 1.0 or not 0.0 <= self.weight_decay < math.inf:
+            raise PathwaysError(
+                f"warmup has to be in [0, 1) and weight_decay not negative, got {self.warmup!r} "
+                f"and {self.weight_decay!r}."
+            )
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return LEARNING_RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def step_windows(self) -> int:
+        """Windows per optimiser step."""
+        return self.batch_size * self.accumulate
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The loss's terms and their factors."""
+        return parse_loss(self.loss)
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings as JSON values, for the artefact."""
+        return {**asdict(self), "learning_rate": self.rate}
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """Return the terms of ``"lm+kl:0.5"`` and the like, with their factors.
+
+    Raises:
+        PathwaysError: A term is unknown, stands twice, or has no positive factor.
+    """
+    terms: dict[str, float] = {}
+    for part in text.split("+"):
+        match = re.fullmatch(r"([a-z]+)(?::(\d+(?:\.\d*)?|\.\d+))?", part.strip())
+        factor = float(match[2] or 1.0) if match else 0.0
+        if match is None or match[1] not in TERMS or match[1] in terms or factor <= 0.0:
+            raise PathwaysError(
+                f"loss {text!r} does not fit at {part!r}. Join terms of {', '.join(TERMS)} with "
+                "'+', each with an optional factor, as in 'lm+kl:0.5'."
+            )
+        terms[match[1]] = factor
+    return terms
+
+
+def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+
+
+def _check_whole(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise PathwaysError(f"{name} has to be a whole number of at least 1, got {value!r}.")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0.0 < value < math.inf:
+        raise PathwaysError(f"{name} has to be a positive number, got {value!r}.")

@@ -1,0 +1,119 @@
+"""Limits of quality and speed on the command line, and comparisons."""
+
+import json
+
+import pytest
+
+from hf_sparse_pathways.discovery.budget import Search
+from hf_sparse_pathways.measure import speed
+from hf_sparse_pathways.measure.speed import SpeedupPlan, sparsity_for_speedup
+from hf_sparse_pathways.pathways.pathway import Pathways
+from tests.architectures import build
+from tests.cli.commands import assert_error, run, run_well
+
+SMALL = ("--max-tokens", 200)
+
+
+def test_a_limit_of_perplexity_is_met_and_said(places, tmp_path):
+    limit = ("--max-perplexity-increase", "30%", *SMALL, "--order", "one-shot")
+    said = run_well("build", places.dense, *places.texts, *limit, "--output", tmp_path / "out")
+    assert "largest sparsity within +30.0% perplexity" in said
+    assert "held out" in said
+    pathways = Pathways.from_pretrained(tmp_path / "out")
+    assert pathways.domains == ["code", "law"]
+    assert all(0 < pathways.sparsity(name) <= 0.92 for name in pathways.domains)
+    assert "pooled" in pathways.controls
+
+
+@pytest.mark.parametrize("given", ["5", "0%", "-3%", "x", "nan", "inf%"])
+def test_a_limit_that_is_none_is_refused(places, tmp_path, given):
+    words = (*places.texts, "--max-perplexity-increase", given, "--output", tmp_path / "out")
+    ran = run("build", tmp_path / "absent", *words)
+    if given == "5":  # five hundred percent is odd, but a limit
+        assert_error(ran, "absent")
+    else:
+        assert_error(ran, given, "5%")
+
+
+def test_two_limits_are_refused(places, tmp_path):
+    words = ("--sparsity", 0.3, "--target-speedup", 1.2, "--output", tmp_path / "out")
+    assert_error(run("build", places.dense, *places.texts, *words), "--sparsity", "not both")
+    words = ("--target-speedup", 1.0, "--output", tmp_path / "out")
+    assert_error(run("build", places.dense, *places.texts, *words), "above 1")
+
+
+@pytest.mark.parametrize("rise", [lambda s: s**2, lambda s: 3 * s**3, lambda s: 0.1 * s])
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
+def test_a_search_comes_close_from_below(rise, limit):
+    search = Search(limit)
+    for _ in range(8):
+        if search.done:
+            break
+        guess = search.guess()
+        assert 0 < guess <= 0.9
+        search.rises[guess] = rise(guess)
+    assert rise(search.best) <= limit
+    assert search.best == 0.9 or rise(search.best) >= 0.9 * limit
+
+
+def test_a_search_that_nothing_satisfies_says_zero():
+    search = Search(0.01)
+    for _ in range(4):
+        search.rises[search.guess()] = 1.0
+    assert search.best == 0.0
+
+
+def test_a_search_survives_a_rise_that_falls():
+    search = Search(0.05)
+    for _ in range(5):
+        search.rises[search.guess()] = -0.01
+    assert search.best == 0.9
+    assert search.done
+
+
+def test_the_sparsity_for_a_speed_follows_from_what_was_measured(monkeypatch):
+    share = 0.6
+    monkeypatch.setattr(speed, "_speedup", lambda _model, s, _rounds: 1 / (1 - share * s))
+    plan = sparsity_for_speedup(build("llama"), 1.3)
+    assert plan.sparsity == pytest.approx((1 - 1 / 1.3) / share)
+    assert plan.measured == pytest.approx(1.3)
+    assert plan.ceiling == pytest.approx(2.5)
+    assert "1.30x" in str(plan)
+    with pytest.raises(Exception, match=r"2\.50x as fast.*at most"):
+        sparsity_for_speedup(build("llama"), 2.45)
+
+
+def test_a_target_of_speed_is_said_and_used(places, tmp_path, monkeypatch):
+    plan = SpeedupPlan(target=1.2, sparsity=0.5, measured=1.21, ceiling=1.5)
+    monkeypatch.setattr(speed, "sparsity_for_speedup", lambda *_: plan)
+    words = ("--target-speedup", 1.2, "--quick", *SMALL, "--output", tmp_path / "out")
+    said = run_well("build", places.dense, *places.texts, *words)
+    assert "1.20x: 50.0% of the FFN removed" in said
+    pathways = Pathways.from_pretrained(tmp_path / "out")
+    assert pathways.flops("law") <= 0.5
+
+
+def test_compare_writes_its_tables_and_goes_on(places, tmp_path):
+    words = ("--sparsity", "0.5", "--method", "wanda", "--method", "griffin", *SMALL)
+    words = (*words, "--output", tmp_path / "out")
+    said = run_well("compare", places.dense, *places.texts, *words)
+    assert "50% of the FFN FLOPs removed" in said
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert {row["method"] for row in report["rows"]} == {"dense", "wanda", "griffin"}
+    assert "| griffin | 50.0% |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert run_well("compare", places.dense, *places.texts, *words, "--method", "teal")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--method", "wand"), "Did you mean 'wanda'"),
+        (("--sparsity", "0.3,x"), "0.2,0.3,0.5"),
+        (("--sparsity", "1.5"), "[0, 1)"),
+        (("--held-out", "0"), "--held-out"),
+    ],
+)
+def test_compare_refuses_what_does_not_fit(places, tmp_path, words, part):
+    words = (*places.texts, *words, "--output", tmp_path / "out")
+    assert_error(run("compare", places.dense, *words), part)
+    assert not (tmp_path / "out").exists()

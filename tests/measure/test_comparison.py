@@ -1,0 +1,116 @@
+"""Comparisons: every method on the same windows, resumable, and tables that say so."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.measure import comparison
+from hf_sparse_pathways.measure.comparison import Comparison, compare
+from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
+from tests.architectures import build
+from tests.texts import documents, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+HELD_OUT = {name: read_documents(documents(name, 6, 20)) for name in ("code", "law")}
+MODEL = build("llama")
+PROFILE = sp.profile(
+    MODEL,
+    TOKENIZER,
+    {name: documents(name, 12, 30, seed=5) for name in HELD_OUT},
+    max_length=64,
+)
+WHAT = Comparison(
+    sparsities=(0.3, 0.5),
+    methods=("pathway", "wanda", "griffin", "cats"),
+    max_length=64,
+    options={"order": "one-shot"},
+)
+
+
+def _compare(what=WHAT, **options):
+    return compare(MODEL, TOKENIZER, PROFILE, HELD_OUT, what, **options)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return _compare()
+
+
+def test_every_method_has_every_domain_and_sparsity(report):
+    assert report.sparsities == [0.3, 0.5]
+    assert report.domains == ["code", "law"]
+    for sparsity in report.sparsities:
+        for method in (*WHAT.methods, "pooled", "random", "dense"):
+            found = report.find(method, sparsity)
+            assert list(found) == ["code", "law"]
+            dense = report.find("dense", sparsity)
+            for domain, row in found.items():
+                assert row.tokens == dense[domain].tokens
+                assert row.flops <= 1 - sparsity + 1e-9 or method == "dense"
+                ratio = row.perplexity / dense[domain].perplexity
+                assert row.ratio == pytest.approx(ratio, rel=1e-6)
+
+
+def test_only_the_second_part_of_each_window_is_scored(report):
+    lengths = [len(TOKENIZER(d.text)["input_ids"]) for d in HELD_OUT["law"].items]
+    expected = sum(length - max(1, length // 2) for length in lengths)
+    assert report.find("dense", 0.3)["law"].tokens == expected
+
+
+def test_a_static_row_equals_the_pathway_scored_by_hand(report):
+    pathways = sp.select(MODEL, PROFILE, sparsity=0.5, method="wanda", controls=False)
+    sparse = sp.SparsePathwaysForCausalLM.from_dense(MODEL, pathways)
+    losses = []
+    for document in HELD_OUT["code"].items:
+        ids = torch.tensor([TOKENIZER(document.text)["input_ids"]])
+        with torch.no_grad():
+            logits = sparse(ids, domain="code").logits[0].double().log_softmax(-1)
+        first = max(1, ids.shape[1] // 2)
+        losses += [-float(logits[i - 1, ids[0, i]]) for i in range(first, ids.shape[1])]
+    row = report.find("wanda", 0.5)["code"]
+    assert row.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_finished_steps_are_used_again(report, tmp_path, monkeypatch):
+    what = replace(WHAT, methods=("pathway", "cats"))
+    first = _compare(what, work=tmp_path)
+    monkeypatch.setattr(comparison, "select", None)
+    monkeypatch.setattr(comparison, "measure_arms", None)
+    assert _compare(what, work=tmp_path) == first
+    with pytest.raises(TypeError):
+        _compare(replace(what, seed=1), work=tmp_path)
+    with pytest.raises(TypeError):
+        _compare(replace(what, sparsities=(0.4,)), work=tmp_path)
+    same = [row for row in report.rows if row.method == "pathway"]
+    assert [row for row in first.rows if row.method == "pathway"] == same
+
+
+@pytest.mark.usefixtures("report")
+def test_the_model_is_left_as_it_was():
+    fresh = build("llama")
+    assert list(map(type, MODEL.modules())) == list(map(type, fresh.modules()))
+    state = MODEL.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in fresh.state_dict().items())
+
+
+def test_a_table_shows_the_best_first_and_the_json_is_plain(report):
+    header, rows = report.table(0.5)
+    assert header[2:-1] == ["code", "law"]
+    means = [report.geometric_mean(row[0], 0.5) for row in rows]
+    assert means == sorted(means)
+    assert {row[0] for row in rows} == {*WHAT.methods, "pooled", "random"}
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    again = tuple(ComparisonRow.from_dict(row) for row in data["rows"])
+    assert ComparisonReport(base=data["base"], rows=again) == report
+    assert report.to_markdown().count("geometric mean") == 2
+
+
+def test_unknown_methods_are_refused_with_a_hint():
+    with pytest.raises(UnknownNameError, match="Did you mean 'wanda'"):
+        _compare(replace(WHAT, methods=("wand",)))
