@@ -56,7 +56,8 @@ def run(  # noqa: PLR0913
         typer.Option("--method", "--score", help="obs, or a score: see docs. [obs]"),
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="auto, uniform, depth, water_filling. [auto for obs]")
+        str | None,
+        typer.Option(help="auto, uniform, depth, water_filling, sensitivity. [auto for obs]"),
     ] = None,
     compensation: Annotated[
         str | None,

@@ -26,6 +26,7 @@ for command in (
     "profile",
     "analyze",
     "build",
+    "heal",
     "evaluate",
     "compare",
     "generate",

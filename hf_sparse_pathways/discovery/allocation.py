@@ -140,7 +140,7 @@ def resolve_allocation(name: str | AllocationFunction) -> tuple[str, AllocationF
     if callable(name):
         return getattr(name, "__name__", "a user's function"), name
     if name not in ALLOCATIONS:
-        raise UnknownNameError("allocation", name, ["auto", *ALLOCATIONS])
+        raise UnknownNameError("allocation", name, ["auto", "sensitivity", *ALLOCATIONS])
     return name, ALLOCATIONS[name]
 
 

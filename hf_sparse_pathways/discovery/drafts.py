@@ -1,7 +1,7 @@
 """A pathway before its blocks are repaired: how many neurons of each block stay, or which."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,14 @@ from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import NO_REPAIR, BlockTask, Repair, repair
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens
+from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+
+SENSITIVITY_TOKENS = 2048
+"""Validation tokens on which each block is pruned alone by ``allocation="sensitivity"``."""
+
+LEAST_RISE = 1e-5
+"""Of the loss, in nats per token: smaller ones are noise."""
 
 TRIAL_TOKENS = 4096
 """Validation tokens on which ``allocation="auto"`` compares its candidates."""
@@ -71,7 +78,9 @@ def make_draft(evidence: Evidence, goal: Goal) -> Draft:
     if goal.percentile is not None:
         scores = [evidence.scores(index) for index in range(len(evidence.blocks))]
         above = keep_above(scores, goal.percentile, goal.pool)
-        return Draft(evidence, [], above, recipe.repair, provenance)
+        repairs = NO_REPAIR if all(bool(keep.all()) for keep in above) else recipe.repair
+        provenance["allocation"] = "percentile"
+        return Draft(evidence, [], above, repairs, provenance)
     removals = [evidence.removal(index) for index in range(len(evidence.blocks))]
     fractions = goal.sparsity
     if isinstance(fractions, tuple):
@@ -102,7 +111,16 @@ def _costs(evidence: Evidence, removals: Sequence[Removal]) -> list[BlockCosts]:
 def _budget(evidence: Evidence, blocks: Sequence[int], sparsity: float) -> Budget:
     rank = evidence.recipe.repair.bypass_rank
     shapes = [evidence.profile.base.blocks[index] for index in blocks]
+    if sparsity == 0.0:
+        rank = 0
     overhead = tuple(rank * (s.d_in + s.d_out) / s.flops_per_neuron for s in shapes)
+    for shape, neurons in zip(shapes, overhead, strict=True):
+        if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1:
+            raise PathwaysError(
+                f"A bypass of rank {rank} costs as much as {neurons:.1f} neurons of {shape.name}; "
+                f"at sparsity {sparsity:.3g} only {(1.0 - sparsity) * shape.d_ff:.1f} are left. "
+                "Choose a smaller rank or sparsity."
+            )
     return Budget(kept=1.0 - sparsity, multiple=evidence.recipe.multiple, overhead=overhead)
 
 
@@ -112,6 +130,9 @@ def _allocate(
     """Return the blocks' widths, and by which allocation."""
     costs = _costs(evidence, removals)
     budget = _budget(evidence, range(len(costs)), sparsity)
+    if evidence.recipe.allocation == "sensitivity":
+        measured = _measured_costs(evidence, removals, costs)
+        return ALLOCATIONS["water_filling"](measured, budget), "sensitivity"
     if evidence.recipe.allocation != "auto":
         name, function = resolve_allocation(evidence.recipe.allocation)
         return check_widths(name, function(costs, budget), costs), name
@@ -124,6 +145,33 @@ def _allocate(
     losses = {name: _try(evidence, removals, widths, trial) for name, widths in candidates.items()}
     best = min(losses, key=lambda name: losses[name])
     return candidates[best], best
+
+
+def _measured_costs(
+    evidence: Evidence, removals: Sequence[Removal], costs: Sequence[BlockCosts]
+) -> list[BlockCosts]:
+    """Return costs whose curves meet what halving each block alone does to the validation loss.
+
+    Raises:
+        PathwaysError: There is no validation text.
+    """
+    trial = _sample(evidence.domain.validation, SENSITIVITY_TOKENS)
+    if not trial:
+        raise PathwaysError(
+            f"Domain {evidence.name!r}: allocation='sensitivity' needs validation text, and every "
+            "document was used for calibration. Give more documents, or fewer max_tokens."
+        )
+    dense = mean_loss(evidence.model, trial, None, evidence.blocks)
+    measured = []
+    for index, (removal, cost) in enumerate(zip(removals, costs, strict=True)):
+        half = max(1, cost.d_ff // 2)
+        masks = [removal.keep(half) for _ in removals]
+        draft = Draft(evidence, [], masks, evidence.recipe.repair, {})
+        block = [evidence.blocks[index]]
+        loss = mean_loss(evidence.model, trial, [draft.block(index, None)], block)
+        scale = max(loss - dense, LEAST_RISE) / max(float(cost.error[cost.d_ff - half]), 1e-30)
+        measured.append(replace(cost, error=cost.error * scale))
+    return measured
 
 
 def _try(

@@ -18,15 +18,21 @@ from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import NEED_SALIENCY, Saliency, ScoreInput, check_scores
 from hf_sparse_pathways.discovery.sensitivity import measure_metrics, measure_saliency
 from hf_sparse_pathways.discovery.statistics import check_statistics
+from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.layouts import incoming_weights, outgoing_weight
 
 
 class Memory:
-    """What was computed from one domain's statistics and one model, for the next call."""
+    """What was computed from one domain's statistics and one model, for the next call.
 
-    def __init__(self) -> None:
+    Args:
+        state: What every result depends on; with another state nothing is recalled.
+    """
+
+    def __init__(self, state: object = None) -> None:
+        self.state = state
         self._known: dict[Any, Any] = {}
 
     def recall(self, key: Any, compute: Callable[[], Any]) -> Any:
@@ -40,9 +46,12 @@ _MEMORIES: WeakKeyDictionary[nn.Module, WeakKeyDictionary[DomainProfile, Memory]
 _MEMORIES = WeakKeyDictionary()
 
 
-def memory_of(model: nn.Module, domain: DomainProfile) -> Memory:
+def memory_of(model: nn.Module, domain: DomainProfile, state: object) -> Memory:
     """Return the memory that lives as long as a model and a domain's statistics do."""
-    return _MEMORIES.setdefault(model, WeakKeyDictionary()).setdefault(domain, Memory())
+    memories = _MEMORIES.setdefault(model, WeakKeyDictionary())
+    if domain not in memories or memories[domain].state != state:
+        memories[domain] = Memory(state)
+    return memories[domain]
 
 
 @dataclass(frozen=True)
@@ -135,14 +144,15 @@ def gather_evidence(
     """
     metrics: dict[str, tuple[Tensor, ...]] = {}
     saliency: dict[str, tuple[Saliency, ...]] = {}
+    state = (weight_digest(model), recipe.seed, recipe.precision)
     for name, domain in profile.by_domain.items():
-        memory = memory_of(model, domain)
+        memory = memory_of(model, domain, state)
         if recipe.score is None and domain.windows:
             measure = partial(measure_metrics, model, domain.windows, seed=recipe.seed, label=name)
-            metrics[name] = memory.recall(("metrics", recipe.seed, recipe.precision), measure)
-        elif recipe.score in NEED_SALIENCY and domain.windows:
+            metrics[name] = memory.recall("metrics", measure)
+        elif any(recipe.score is score for score in NEED_SALIENCY) and domain.windows:
             compute = partial(measure_saliency, model, domain.windows, label=name)
-            saliency[name] = memory.recall(("saliency", recipe.precision), compute)
+            saliency[name] = memory.recall("saliency", compute)
     for name in pooled:
         if metrics:
             metrics[name] = tuple(map(_mean, zip(*metrics.values(), strict=True)))
@@ -158,7 +168,7 @@ def gather_evidence(
             recipe=recipe,
             metrics=metrics.get(name, ()),
             saliency=saliency.get(name, ()),
-            memory=memory_of(model, domain),
+            memory=memory_of(model, domain, state),
         )
         for name, domain in everything.items()
     }

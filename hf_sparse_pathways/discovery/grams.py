@@ -103,6 +103,13 @@ def merge_grams(mine: Sequence[GramSource], theirs: Sequence[GramSource]) -> tup
     return tuple(SumOfGrams(pair) for pair in zip(mine, theirs, strict=True))
 
 
+def files_of(source: GramSource) -> list[Path]:
+    """Return the files that a source still has to read."""
+    if isinstance(source, SumOfGrams):
+        return [path for part in source.sources for path in files_of(part)]
+    return [source.path] if isinstance(source, GramFile) else []
+
+
 class GramAccumulator:
     """Adds up a block's Gram matrix, in place.
 

@@ -19,3 +19,12 @@ def parse_memory(size: int | str) -> int:
     unit = match[2].upper()
     factor = 1024 ** " KMGT".index(unit) if match[3] and unit else _UNITS[unit]
     return int(float(match[1]) * factor)
+
+
+def format_memory(size: int) -> str:
+    """Render a number of bytes with three digits and a unit."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        factor = _UNITS[unit[0].upper()]
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} bytes"

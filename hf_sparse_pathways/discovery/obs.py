@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.removal import Removal
-from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root
+from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, BlockTask, Repair, metric_root
 
 STEPS = 48
 """Number of batches in which the neurons are removed: more gain nothing measurable."""
@@ -83,7 +83,8 @@ def rank_by_obs(task: BlockTask, how: Repair, bypass: Tensor | None = None) -> R
         known[:, d_ff:-1] = bypass.double()
         moments, missing = _without(moments, missing, known, how.ridge)
     own = moments[:d_ff, :d_ff].clone()
-    own.diagonal().add_(how.ridge * task.gram.activation.diagonal().mean())
+    ridge = how.ridge * task.gram.activation.diagonal().mean()
+    own.diagonal().add_(ridge.clamp_min(LEAST_RIDGE))
     weight = task.weight.double()
     if task.missing is not None:
         weight = weight + torch.linalg.solve(own, missing[:, :d_ff].T).T

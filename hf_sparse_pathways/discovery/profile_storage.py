@@ -1,7 +1,7 @@
 """A profile as files: ``profile.json`` describes, ``profile.safetensors`` and ``grams/`` hold.
 
 The Gram matrices are one file per domain and block, named by their content, so that a profile can
-be written over an earlier one from which it was made; what no description names is deleted last.
+be written over an earlier one from which it was made; what nothing refers to is deleted last.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.grams import GramFile, GramSource, write_gram
+from hf_sparse_pathways.discovery.grams import GramFile, GramSource, files_of, write_gram
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, check_statistics
 from hf_sparse_pathways.discovery.windows import Window
@@ -48,8 +48,15 @@ def write_profile(profile: Profile, folder: Path) -> None:
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
     write_pair(folder / JSON_NAME, meta, tensors)
+    _delete_others(folder / GRAMS_FOLDER, profile, entries)
+
+
+def _delete_others(folder: Path, profile: Profile, entries: list[dict[str, Any]]) -> None:
+    """Delete the matrices that neither the description nor this profile in memory refers to."""
     named = {gram["file"] for entry in entries for gram in entry["grams"]}
-    for path in (folder / GRAMS_FOLDER).glob("*.safetensors"):
+    for domain in profile.by_domain.values():
+        named |= {path.name for source in domain.grams for path in files_of(source)}
+    for path in folder.glob("*.safetensors"):
         if path.name not in named:
             path.unlink()
 

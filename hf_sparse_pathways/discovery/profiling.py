@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
 from hf_sparse_pathways.discovery.grams import GramSource
-from hf_sparse_pathways.discovery.memory import parse_memory
+from hf_sparse_pathways.discovery.memory import format_memory, parse_memory
 from hf_sparse_pathways.discovery.passes import (
     Finished,
     calibration_precision,
@@ -38,6 +38,7 @@ from hf_sparse_pathways.discovery.text import (
     TextSource,
     read_documents,
 )
+from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import (
     Window,
     count_tokens,
@@ -162,8 +163,8 @@ def group_blocks(
         if 2 * max(sizes) <= max_memory:
             way_out += ", or pass work_folder= to keep them on disk"
         raise PathwaysError(
-            f"Gram matrices of {needed / 1e9:.2f} GB do not fit into max_memory "
-            f"({max_memory / 1e9:.2f} GB): {way_out}."
+            f"Gram matrices of {format_memory(needed)} do not fit into max_memory "
+            f"({format_memory(max_memory)}): {way_out}."
         )
     groups: list[list[FfnBlock]] = [[]]
     room = max_memory - max(sizes)  # for the copy of one that is being stored
@@ -225,7 +226,7 @@ class _Run:
         spaces = Workspaces()
         collectors = [BlockCollector(block, spaces, gram=self.grams) for block in group]
         batches = list(make_batches(sample.windows, self.batch_size))
-        done = resumption.resume(name, collectors)
+        done = began = resumption.resume(name, collectors)
         bar.update(sum(int(batch.mask.sum()) for batch in batches[:done]))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -244,27 +245,21 @@ class _Run:
                 bar.update(int(batch.mask.sum()))
                 done += 1
                 resumption.store_sometimes(name, collectors, done)
-        resumption.store(name, collectors, done)
+        if done > began:
+            resumption.store(name, collectors, done)
         return collectors
 
     def _plan(self, sample: _Sample) -> dict[str, Any]:
         """Return everything that decides the sums, for ``Resumption``."""
         tokens = hashlib.sha256(str([window.ids for window in sample.windows]).encode())
-        weights = [float(_weigh(block.outgoing)) for group in self.groups for block in group]
         return {
             "tokens": tokens.hexdigest(),
-            "weights": weights,
+            "weights": weight_digest(self.model),
             "groups": [len(group) for group in self.groups],
             "batch_size": self.batch_size,
             "grams": self.grams,
             "precision": self.precision,
         }
-
-
-def _weigh(leaf: Any) -> Tensor:
-    """Return one number that changes with the leaf's weights."""
-    weight = leaf.weight.detach()
-    return weight.flatten()[:: max(1, weight.numel() // 1009)].double().sum()
 
 
 def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:

@@ -18,6 +18,9 @@ from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 OBS = "obs"
+MEASURED = ("auto", "sensitivity")
+"""Allocations that run the model on validation text: ``drafts.py``."""
+
 ORDERS = ("auto", "sequential", "one-shot")
 PARTS = ("none", "bias", "refit", "patch:RANK", "bypass:RANK")
 
@@ -85,7 +88,7 @@ def make_recipe(  # noqa: PLR0913
     usual = own.get(name, ("uniform", "none"))
     if allocation is None:
         allocation = usual[0]
-    if allocation != "auto":
+    if allocation not in MEASURED:
         resolve_allocation(allocation)
     compensation = usual[1] if compensation is None else compensation
     if order not in ORDERS:
@@ -135,13 +138,15 @@ def parse_compensation(text: str, ridge: float = Repair.ridge) -> Repair:
     Raises:
         PathwaysError: A part is unknown, or a number is out of range.
     """
+    if not isinstance(text, str):
+        raise PathwaysError(f"compensation has to be a text like 'refit+bias', got {text!r}.")
     if not 0.0 < ridge < 1e6:
         raise PathwaysError(f"ridge has to be positive, got {ridge!r}.")
     ranks = {"patch": 0, "bypass": 0}
     plain = set()
     for part in text.split("+"):
         match = re.fullmatch(r"(patch|bypass):(\d+)", part.strip())
-        if match and int(match[2]) > 0:
+        if match and int(match[2]) > 0 and not ranks[match[1]]:
             ranks[match[1]] = int(match[2])
         elif part.strip() in ("none", "bias", "refit"):
             plain.add(part.strip())

@@ -23,6 +23,9 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
+LEAST_RIDGE = 1e-9
+"""Absolute: keeps blocks whose neurons never fire solvable."""
+
 STORED_DTYPE = torch.bfloat16
 """Of all compensation: its rounding is far below the sampling error of its estimate."""
 
@@ -100,13 +103,16 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         bypass = system.bypass(how.bypass_rank, task.metric, slice(d_ff, -1))
         target = target - bypass.product().double() @ system.moments[d_ff:-1]
     solution = system.solve(target[:, index])
-    delta = solution[:, : len(kept)] if how.refit else None
-    return BlockPathway(
-        keep=keep,
-        delta=_stored(delta, system.moments[kept][:, kept], how.patch_rank),
-        bias=solution[:, -1].to(STORED_DTYPE) if how.bias else None,
-        bypass=bypass,
-    )
+    delta: Tensor | LowRank | None = None
+    bias = solution[:, -1] if how.bias else None
+    if how.refit:
+        between = system.moments[kept][:, kept]
+        delta = _stored(solution[:, : len(kept)], between, how.patch_rank)
+    if bias is not None and isinstance(delta, LowRank):  # the mean that truncation leaves over
+        mean = system.moments[kept, -1]
+        bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
+    stored = None if bias is None else bias.to(STORED_DTYPE)
+    return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class _System:
         remaining = task.target() - task.weight[:, kept].double() @ moments[kept]
         diagonal = moments.diagonal()[:d_ff].mean() * ridge
         own = moments[index][:, index]
-        own.diagonal().add_(torch.where(index < d_ff, diagonal, 1e-9))
+        own.diagonal().add_(torch.where(index < d_ff, diagonal.clamp_min(LEAST_RIDGE), 1e-9))
         return cls(moments, remaining, index, torch.linalg.cholesky(own), ridge)
 
     def solve(self, target: Tensor) -> Tensor:
@@ -146,7 +152,8 @@ class _System:
         own_inputs = self.moments[self.index, inputs]
         explained = torch.cholesky_solve(own_inputs, self.factor)
         rest = self.moments[inputs, inputs] - own_inputs.T @ explained
-        rest.diagonal().add_(self.moments[inputs, inputs].diagonal().mean() * self.ridge)
+        mean = self.moments[inputs, inputs].diagonal().mean()
+        rest.diagonal().add_((mean * self.ridge).clamp_min(LEAST_RIDGE))
         cross = self.remaining[:, inputs] - self.remaining[:, self.index] @ explained
         full = torch.linalg.solve(rest, cross.T).T
         root, inverse_root = _roots(metric, len(full))
@@ -171,9 +178,9 @@ def _roots(metric: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     return root, torch.linalg.inv(root)
 
 
-def _stored(delta: Tensor | None, moments: Tensor, rank: int | None) -> Tensor | LowRank | None:
+def _stored(delta: Tensor, moments: Tensor, rank: int | None) -> Tensor | LowRank:
     """Return a refit as it is stored: whole, or truncated where the activation is least."""
-    if delta is None or rank is None or rank >= min(delta.shape):
-        return None if delta is None else delta.to(STORED_DTYPE)
+    if rank is None or rank >= min(delta.shape):
+        return delta.to(STORED_DTYPE)
     vectors = torch.linalg.eigh(delta @ moments @ delta.T).eigenvectors[:, -rank:]
     return LowRank(vectors.to(STORED_DTYPE), (vectors.T @ delta).to(STORED_DTYPE))

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_pathways.discovery.collectors import BlockCollector
 from hf_sparse_pathways.discovery.grams import Gram
+from hf_sparse_pathways.errors import ArtefactError
 
 STORE_SECONDS = 60.0
 """How often the sums of a running pass are stored."""
@@ -33,9 +34,19 @@ class StoredGram:
     d_ff: int
 
     def load(self) -> Gram:
-        """Read the matrix."""
-        with safe_open(self.path, "pt") as file:
-            upper = file.get_tensor("upper").triu()
+        """Read the matrix.
+
+        Raises:
+            ArtefactError: The work folder is gone.
+        """
+        try:
+            with safe_open(self.path, "pt") as file:
+                upper = file.get_tensor("upper").triu()
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(
+                f"{self.path} cannot be read ({error}). Keep the work folder while its profile is "
+                "in use, or save the profile first."
+            ) from error
         return Gram(upper + upper.triu(1).T, self.d_ff)
 
 
@@ -69,15 +80,17 @@ class Resumption:
 
     def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
         """Store the sums of a pass, block by block, each whole or not at all."""
+        written: list[Path] = []
         for index, collector in enumerate(collectors):
             path = self._path(name, index)
             if path is None:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {key: tensor.contiguous() for key, tensor in collector.state().items()}
-            temporary = path.with_suffix(".partial")
-            save_file(tensors, temporary, metadata={"batches": str(done)})
-            os.replace(temporary, path)
+            save_file(tensors, path.with_suffix(".partial"), metadata={"batches": str(done)})
+            written.append(path)
+        for path in written:
+            os.replace(path.with_suffix(".partial"), path)
         self._stored = time.monotonic()
 
     def store_sometimes(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_sparse_pathways.discovery.drafts import Draft, make_draft
@@ -109,7 +110,7 @@ def select(  # noqa: PLR0913
     dense = _dense(model)
     pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
     goals[POOLED] = mean_goal(list(goals.values()))
-    with calibration_precision(dense, recipe.precision):
+    with torch.inference_mode(False), calibration_precision(dense, recipe.precision):
         evidence = gather_evidence(dense, profile, pooled, recipe)
         drafts = [make_draft(known, goals[name]) for name, known in evidence.items()]
         pathways = _carry_out(dense, drafts, recipe)

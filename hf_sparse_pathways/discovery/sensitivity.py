@@ -106,6 +106,7 @@ def _gradients(
     blocks = find_blocks(model)
     batches = list(make_batches(_first(windows, SAMPLE_TOKENS), BATCH_SIZE))
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(all_dense())
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_only_activations(model))

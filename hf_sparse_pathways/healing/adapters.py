@@ -73,11 +73,16 @@ def add_lora(student: Student, settings: HealingSettings) -> None:
     places = [leaf.place for leaf in student.trained_leaves()]
     if settings.attention:
         places += attention_leaves(student.model)
-    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=places)
+    holder = nn.ModuleDict({"student": student.model})  # PEFT renames targets by a model's config
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        target_modules=[f"student.{place}" for place in places],
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(settings.seed)
-        peft.inject_adapter_in_model(config, student.model)
+        peft.inject_adapter_in_model(config, holder)
 
 
 def lora_change(student: Student, place: str) -> LowRank:

@@ -123,6 +123,11 @@ def _check(model: Any, texts: Mapping[str, TextSource], settings: HealingSetting
         raise UnknownNameError("precision", settings.precision, PRECISIONS)
     if settings.train == "lora":
         import_peft()
+    if settings.keep == "lora" and model.pathways.base.routed:
+        raise PathwaysError(
+            "PEFT renames the targets of adapters for models with routed experts, so that an "
+            "adapter of this one would not load: choose keep='folded'."
+        )
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
     for domain in texts:
@@ -152,16 +157,8 @@ class _Job:
     def carry_out(self) -> tuple[Pathway, Pathway | None, Adapter | None, HealingReport]:
         """Train the partner if there is one, then the pathway; fold, and measure."""
         settings, pathway = self.settings, self.model.pathways[self.domain]
-        dense = self._reduced()
         partner = self._train_partner() if settings.dense_partner else None
-        teacher = dense
-        if partner is not None and settings.teacher == "tuned":
-            teacher = partner.student.model
-        distils = bool(set(settings.terms) - set(LANGUAGE_MODELLING))
-        objective = Objective(
-            terms=settings.terms,
-            teacher=teacher if distils else None,
-        )
+        objective = Objective(terms=settings.terms, teacher=self._teacher(partner))
         trained = self._train(pathway.blocks, objective, f"heal {self.domain}", self.domain)
         adapter, blocks = None, pathway.blocks
         if settings.keep == "lora":
@@ -181,7 +178,9 @@ class _Job:
     def _train_partner(self) -> _Trained:
         """Train the dense model, with the language-modelling loss."""
         objective = Objective(terms=LANGUAGE_MODELLING)
-        return self._train(everything(self.frozen), objective, f"tune dense {self.domain}", None)
+        own = replace(self.settings, loss="lm", teacher="dense")  # of any pathway's loss
+        job = replace(self, settings=own)
+        return job._train(everything(self.frozen), objective, f"tune dense {self.domain}", None)
 
     def _train(
         self,
@@ -204,8 +203,12 @@ class _Job:
         curve = train(student.model, self.text, objective, self.settings, checkpoints, label)
         return _Trained(student, curve)
 
-    def _reduced(self) -> nn.Module:
-        """Return the dense model as a teacher."""
+    def _teacher(self, partner: _Trained | None) -> Any:
+        """Return the model to distil from; None if the loss does not."""
+        if not set(self.settings.terms) - set(LANGUAGE_MODELLING):
+            return None
+        if partner is not None and self.settings.teacher == "tuned":
+            return partner.student.model
         teacher = make_student(self.frozen, everything(self.frozen)).model
         self._reduce(teacher)
         return teacher

@@ -9,7 +9,7 @@ divided by the length of the teacher's state; a teacher tuned on the same text, 
 2024, "LLM Pruning and Distillation in Practice", arXiv:2408.11796 (teacher correction).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Objective:
             expected = theirs.logits if theirs is not None and "kl" in self.terms else None
             targets = ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
             factors = (self.terms.get("lm", 0.0), self.terms.get("kl", 0.0))
-            loss = loss + _Predictions.apply(own.logits, targets, expected, factors)
+            loss = loss + _apply(own.logits, targets, expected, factors)
         if theirs is not None and hidden:
             distance = hidden_distance(own.hidden_states, theirs.hidden_states, mask[:, 1:])
             loss = loss + self.terms["hidden"] * distance
@@ -69,7 +69,7 @@ class _Predictions(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
@@ -97,10 +97,13 @@ class _Predictions(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> Any:
         """Return the gradient in the logits."""
         (gradient,) = ctx.saved_tensors
         return gradient * outer.to(gradient.dtype), None, None, None
+
+
+_apply: Callable[..., Tensor] = _Predictions.apply
 
 
 def _chunks(targets: Tensor) -> Iterator[tuple[int, int]]:

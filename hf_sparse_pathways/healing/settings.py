@@ -61,8 +61,8 @@ class HealingSettings:
     dense_partner: bool = False
     tokens: int = 409_600
     steps: int | None = None
-    batch_size: int = 4
-    accumulate: int = 1
+    batch_size: int = 2
+    accumulate: int = 2
     max_length: int | None = None
     learning_rate: float | None = None
     warmup: float = 0.05

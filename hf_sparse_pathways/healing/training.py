@@ -231,12 +231,9 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.copy_(groups["parameters"][name])
             self.best[name] = groups["best"][name].to(parameter.device)
-            moments = {moment: groups.get(moment, {}).get(name) for moment in _MOMENTS}
             if self.record.step:
-                state[parameter] = {
-                    "step": torch.tensor(float(self.record.step)),
-                    **{key: value.to(parameter.device) for key, value in moments.items()},
-                }
+                moments = {m: groups[m][name].to(parameter.device) for m in _MOMENTS}
+                state[parameter] = {"step": torch.tensor(float(self.record.step)), **moments}
         self._set_rate()
 
     def _set_rate(self) -> None:

@@ -49,7 +49,7 @@ class MeasuredRule:
     Attributes:
         domain: Whose text, and whose neurons.
         rule: A name in ``RULES``, or ``negative``, ``positive`` or ``random``.
-        sparsity: Fraction of every block's neurons removed.
+        sparsity: Fraction of every block's neurons removed, rounded up to whole neurons.
         cosine: Mean cosine of the hidden states before the head with the dense model's.
         agreement: Fraction of tokens after which both prefer the same successor.
         divergence: Mean KL divergence from the dense model's predictions, nats per token.

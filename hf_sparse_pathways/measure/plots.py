@@ -5,15 +5,23 @@ those of Okabe and Ito, with markers beside them, and cividis for maps: both are
 colour-blind readers and in grey.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.measure import paper
@@ -122,7 +130,7 @@ def plot_overlap(analysis: Analysis) -> Figure:
     figure = Figure(figsize=(max(size * count + 1.2, 6.4), size + 1.2), layout="constrained")
     grid = np.atleast_1d(figure.subplots(1, count, sharey=True))
     for axes, overlap in zip(grid, analysis.overlaps, strict=True):
-        values = np.eye(len(analysis.domains))
+        values = np.full((len(analysis.domains), len(analysis.domains)), np.nan)
         for pair in overlap.pairs:
             row, column = analysis.domains.index(pair.first), analysis.domains.index(pair.second)
             values[row, column] = values[column, row] = pair.jaccard
@@ -137,9 +145,9 @@ def plot_overlap(analysis: Analysis) -> Figure:
 
 
 _METRICS: tuple[tuple[str, Callable[[MeasuredRule], float]], ...] = (
-    ("1 - cosine of final hidden states", lambda row: 1.0 - row.cosine),
-    ("KL from dense (nats per token)", lambda row: row.divergence),
-    ("top-1 disagreement (% of tokens)", lambda row: 1.0 - row.agreement),
+    ("1 - cosine of\nfinal hidden states", lambda row: 1.0 - row.cosine),
+    ("KL from dense\n(nats per token)", lambda row: row.divergence),
+    ("top-1 disagreement\n(% of tokens)", lambda row: 1.0 - row.agreement),
 )
 
 
@@ -169,12 +177,12 @@ def plot_rules(rows: Sequence[MeasuredRule], *, title: str, reference: float | N
                 axes.plot(x, y, **_style(index, len(own)), label=rule)
             if line == 0 and reference is not None:
                 axes.axhline(reference, color=GREY, linestyle=":", label="the paper's bound")
-            _finish_distances(axes, line, column)
             if line == 0:
                 axes.set_title(domain, fontsize=10)
             if line == len(_METRICS) - 1:
                 axes.set_xlabel("neurons removed (%)")
-        grid[line, 0].set_ylabel(label.replace(" (", "\n(").replace(" of ", "\nof "), fontsize=9)
+        grid[line, 0].set_ylabel(label, fontsize=9)
+    _finish_distances(grid, sorted({row.sparsity for row in rows}))
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title)
@@ -238,9 +246,8 @@ def plot_ratios(report: QualityReport) -> Figure:
         axes.set_xscale("log")
         axes.set_title(f"{domain} text, dense {report.of(domain)[0].perplexity:.3g}", fontsize=10)
         axes.grid(axis="x", alpha=0.25)
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
         axes.tick_params(labelbottom=True)
+    _tick_log(grid[0, 0].xaxis, *grid[0, 0].get_xlim())
     for axes in list(grid.flat)[len(domains) :]:
         axes.set_visible(False)
     figure.supxlabel("perplexity / dense (log scale; bars: 95 % over documents)", fontsize=9)
@@ -268,8 +275,7 @@ def plot_matrix(report: QualityReport) -> Figure:
     axes.set_xlabel("pathway")
     axes.set_ylabel("text")
     bar = figure.colorbar(image, ax=axes, label="perplexity / dense (log)")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
-    bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    _tick_log(bar.ax.yaxis, *bar.ax.get_ylim())
     axes.set_title(f"Text by pathway, {_short(report.base)}", fontsize=11)
     return figure
 
@@ -281,42 +287,46 @@ def plot_cosines(report: QualityReport) -> Figure:
     lines = -(-len(domains) // columns)
     figure = Figure(figsize=(2.6 * columns + 1.4, 2.4 * lines + 1.0), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    roles = [r for r in ("pathway", "pooled", "other", "random") if _has(report, r)]
     for place, (axes, domain) in enumerate(zip(grid.flat, domains, strict=False)):
         for row in report.of(domain):
-            if row.role in roles:
-                index = roles.index(row.role)
-                layers = range(len(row.cosine_per_layer))
-                style = _style(index, len(layers))
-                first = row.role not in axes.get_legend_handles_labels()[1]
-                label = row.role if first else None
-                axes.plot(layers, row.cosine_per_layer, **style, label=label)
+            if row.role == "dense":
+                continue
+            layers = range(len(row.cosine_per_layer))
+            style = _style(_role_index(row), len(layers))
+            first = row.role not in axes.get_legend_handles_labels()[1]
+            label = row.role if first else None
+            axes.plot(layers, row.cosine_per_layer, **style, label=label)
         axes.set_title(domain, fontsize=10)
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(labelbottom=place + columns >= len(domains))
+        if place + columns >= len(domains):
+            axes.set_xlabel("layer with an FFN block", fontsize=9)
+            axes.tick_params(labelbottom=True)
     for axes in list(grid.flat)[len(domains) :]:
         axes.set_visible(False)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     labels = ["other domains' pathways" if label == "other" else label for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.supxlabel("decoder layer with an FFN block", fontsize=9)
     figure.supylabel("cosine with the dense hidden state", fontsize=9)
     figure.suptitle(f"How far hidden states drift, {_short(report.base)}")
     return figure
 
 
-def _has(report: QualityReport, role: str) -> bool:
-    return any(row.role == role for row in report.rows)
+_ROLES = ("pathway", "pooled", "random", "other")
+
+
+def _role_index(row: QualityRow) -> int:
+    """Return the place of an arm's colour and marker."""
+    return _ROLES.index(row.role) if row.role in _ROLES else len(_ROLES)
 
 
 def _draw_ratio(axes: Axes, place: int, row: QualityRow) -> None:
-    roles = ("pathway", "pooled", "random", "other")
-    colour = COLOURS[roles.index(row.role) if row.role in roles else len(roles)]
+    index = _role_index(row)
+    colour = COLOURS[index]
     low, high = row.interval or (row.ratio, row.ratio)
     bars = [[max(row.ratio - low, 0.0)], [max(high - row.ratio, 0.0)]]
     axes.errorbar(
-        [row.ratio], [place], xerr=bars, fmt=MARKERS[0], color=colour, capsize=3, markersize=5
+        [row.ratio], [place], xerr=bars, fmt=MARKERS[index], color=colour, capsize=3, markersize=5
     )
     axes.annotate(
         f"{row.ratio:.3g}",
@@ -351,17 +361,36 @@ def _finish_blocks(axes: Axes, label: str) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _finish_distances(axes: Axes, line: int, column: int) -> None:
-    axes.grid(alpha=0.25)
-    axes.set_ylim(bottom=0.0)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    if line == 2:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    axes.tick_params(labelleft=column == 0, labelsize=8)
+def _finish_distances(grid: Any, sparsities: Sequence[float]) -> None:
+    """Set scales when all is drawn, since panels share them; a log axis leaves zeros out."""
+    for (line, column), axes in np.ndenumerate(grid):
+        axes.grid(alpha=0.25)
+        axes.set_xticks(sparsities)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+        axes.tick_params(labelleft=column == 0, labelsize=8)
+        if line < len(grid) - 1:
+            axes.set_yscale("log")
+            _tick_log(axes.yaxis, *axes.get_ylim())
+        else:
+            axes.set_ylim(bottom=0.0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return a few round numbers between two that spread evenly on a log axis."""
+    steps: tuple[float, ...] = (1.0,)
+    if high / low < 5.0:
+        steps = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+    elif high / low < 1e4:
+        steps = (1.0, 2.0, 5.0) if high / low < 200.0 else (1.0, 3.0)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
 
 
 def _draw_map(axes: Axes, values: Any, norm: Normalize, form: str) -> Any:
-    """Draw a map with its values in the cells, light on dark and dark on light."""
+    """Draw a map with its values in the cells, light on dark and dark on light; NaN is left out."""
+    axes.set_facecolor("#E0E0E0")
     image = axes.imshow(values, cmap="cividis", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -376,8 +405,10 @@ def _label_map(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
 
 
-def _plain_number(value: float, _: Any = None) -> str:
-    return f"{value:g}"
+def _tick_log(axis: Axis, low: float, high: float) -> None:
+    axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _short(name: str) -> str:

@@ -25,7 +25,7 @@ from hf_sparse_pathways.measure.arms import (
 )
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
 from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon
 SEEN = ("exclude", "include", "refuse")
@@ -155,6 +155,8 @@ def _arms(model: SparsePathwaysForCausalLM, domain: str, controls: bool) -> list
     """Return every arm for one domain's text."""
     pathways = model.pathways
     arms = [DENSE, pathway_arm("pathway", domain, pathways)]
+    if f"{TUNED}{domain}" in pathways.controls:
+        arms.append(pathway_arm("tuned", f"{TUNED}{domain}", pathways))
     if controls:
         if POOLED in pathways.controls:
             arms.append(pathway_arm("pooled", POOLED, pathways))

@@ -12,7 +12,8 @@ class QualityRow:
 
     Attributes:
         domain: Whose text.
-        role: ``dense``, ``pathway``, ``pooled``, ``random`` or ``other``.
+        role: ``dense``, ``pathway``, ``tuned`` (the dense model tuned as the pathway was healed),
+            ``pooled``, ``random`` or ``other``.
         pathway: Name of the pathway that ran; None for dense.
         perplexity: exp of the mean loss in nats per token.
         ratio: Perplexity over the dense model's on the same tokens.
@@ -47,7 +48,12 @@ class QualityRow:
     @property
     def label(self) -> str:
         """What a table calls this arm."""
-        named = {"dense": "dense", "pathway": f"pathway {self.pathway}", "other": None}
+        named = {
+            "dense": "dense",
+            "pathway": f"pathway {self.pathway}",
+            "tuned": "dense, tuned equally",
+            "other": None,
+        }
         return named.get(self.role, self.role) or f"other domain: {self.pathway}"
 
     @property

@@ -25,7 +25,7 @@ POOLED = "pooled"
 """Name of the control that is selected from all domains' statistics together."""
 
 TUNED = "tuned: "
-"""With a domain's name after it: the control that is the dense model tuned as the domain was healed."""
+"""Before a domain's name: the control that is the dense model, tuned as the domain was healed."""
 
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]{0,63}")
 

@@ -17,7 +17,7 @@ from tests.cli.commands import run, run_well
 from tests.cli.conftest import save_dense
 from tests.texts import tiny_tokenizer
 
-COMMANDS = ("profile", "build", "evaluate", "generate", "benchmark", "info")
+COMMANDS = ("profile", "build", "heal", "evaluate", "generate", "benchmark", "info")
 SMALL = ("--prompt-tokens", 2, "--new-tokens", 2, "--rounds", 1)
 
 

@@ -258,6 +258,8 @@ def test_a_merged_profile_can_be_saved_over_one_of_its_parts(with_grams, tmp_pat
     first.merged(second).save_pretrained(tmp_path / "a")
     expected = [sum(parts) for parts in zip(*map(_totals, with_grams), strict=True)]
     _assert_equal_grams(_totals(Profile.from_pretrained(tmp_path / "a")), expected)
+    assert len(os.listdir(tmp_path / "a" / "grams")) == 6, "the merged profile still reads the old"
+    Profile.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "a")
     assert len(os.listdir(tmp_path / "a" / "grams")) == 3
     _assert_equal_grams(_totals(Profile.from_pretrained(tmp_path / "b")), _totals(with_grams[1]))
 

@@ -332,7 +332,7 @@ def test_the_provenance_says_how_and_from_what():
     for domain in PROFILE.domains:
         assert pathways[domain].provenance == {
             "method": "mean_abs",
-            "allocation": "uniform",
+            "allocation": "percentile",
             "compensation": "none",
             "ridge": 0.01,
             "order": "one-shot",

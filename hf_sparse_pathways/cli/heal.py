@@ -1,0 +1,151 @@
+"""``sparse-pathways heal``: train what the pathways of a saved model keep."""
+
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.loading import check_output, load_sparse, unfinished_work, written_whole
+from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.profile import HELD_OUT, calibration_texts
+from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.healing.settings import LEARNING_RATES, HealingSettings
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.healing.healing import Healed
+    from hf_sparse_pathways.healing.report import HealingReport
+
+USUAL = HealingSettings()
+_RATES = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+
+
+def run(  # noqa: PLR0913
+    folder: opt.Folder,
+    domain: opt.Texts,
+    output: opt.Output,
+    tokens: Annotated[int, typer.Option(help="Training tokens per domain.")] = USUAL.tokens,
+    steps: Annotated[int | None, typer.Option(help="Instead of --tokens: steps.")] = None,
+    train: Annotated[str, typer.Option(help="lora, or weights: all kept ones.")] = USUAL.train,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = USUAL.rank,
+    loss: Annotated[
+        str, typer.Option(help="lm, kl, hidden, joined by + and with factors: lm+kl:0.5.")
+    ] = USUAL.loss,
+    teacher: Annotated[
+        str, typer.Option(help="Of kl and hidden: dense, or tuned (the dense partner).")
+    ] = USUAL.teacher,
+    dense_partner: Annotated[
+        bool, typer.Option("--dense-partner", help="Tune the dense model equally, to compare.")
+    ] = False,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="LoRA on the attention too; needs --keep lora.")
+    ] = False,
+    keep: Annotated[
+        str, typer.Option(help="folded into the pathway, or lora: a PEFT adapter in adapters/.")
+    ] = USUAL.keep,
+    learning_rate: Annotated[float | None, typer.Option(help=f"Highest rate. [{_RATES}]")] = None,
+    batch_size: opt.BatchSize = USUAL.batch_size,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = USUAL.accumulate,
+    max_length: opt.MaxLength = None,
+    validation_tokens: Annotated[
+        int, typer.Option(help="Tokens on which the best state is chosen.")
+    ] = USUAL.validation_tokens,
+    validations: Annotated[
+        int, typer.Option(help="How often that is measured.")
+    ] = USUAL.validations,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many of these without a new best.")
+    ] = USUAL.patience,
+    held_out: opt.HeldOut = HELD_OUT,
+    precision: opt.Precision = USUAL.precision,
+    seed: opt.Seed = USUAL.seed,
+    dtype: opt.Dtype = "auto",
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Heal some domains' pathways and save the model with them.
+
+    Give the texts, --held-out and --seed that it was built with: held-out documents are never
+    trained on. An interrupted run goes on where it stood when it is started again with the same
+    options.
+    """
+    settings = HealingSettings(
+        train=train,
+        rank=rank,
+        attention=attention,
+        keep=keep,
+        loss=loss,
+        teacher=teacher,
+        dense_partner=dense_partner,
+        tokens=tokens,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        validation_tokens=validation_tokens,
+        validations=validations,
+        patience=patience,
+        precision=precision,
+        seed=seed,
+    )
+    texts = parse_texts(domain)
+    if not texts:
+        raise PathwaysError("Give --domain NAME=PATH, once per domain to heal.")
+    check_output(output, overwrite, "pathways.json")
+    _check_domains(folder, texts)
+    sources = calibration_texts(texts, held_out, seed)
+    model, tokenizer = load_sparse(folder, dtype)
+    from hf_sparse_pathways.healing.healing import heal
+
+    with unfinished_work("heal", folder, dtype, texts, held_out, settings) as work:
+        healed = heal(model, tokenizer, sources, settings=settings, work_folder=work)
+        _write(model, tokenizer, healed, output)
+    for report in healed.reports.values():
+        _print_report(report)
+    typer.echo(f"{healed.pathways} -> {output}")
+
+
+def _check_domains(folder: str, texts: dict[str, Path]) -> None:
+    """Refuse an unknown domain before a model is loaded."""
+    from hf_sparse_pathways.pathways.pathway import Pathways
+
+    known = Pathways.from_pretrained(folder).domains
+    for name in texts:
+        if name not in known:
+            raise UnknownNameError("domain", name, known)
+
+
+def _write(model: Any, tokenizer: Any, healed: "Healed", output: Path) -> None:
+    """Write the checkpoint, and adapters if there are any, whole or not at all."""
+    model.set_pathways(healed.pathways)
+    with written_whole(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name, adapter in healed.adapters.items():
+            adapter.save_pretrained(partial / "adapters" / name)
+
+
+def _print_report(report: "HealingReport") -> None:
+    """Print a domain's losses beside the dense model's, untouched and tuned."""
+    arms = [
+        ("dense", report.dense),
+        ("pathway", report.before),
+        ("healed pathway", report.healed),
+    ]
+    if report.tuned is not None:
+        arms.append(("dense, tuned equally", report.tuned))
+    rows = [[name, *_figures(loss, report)] for name, loss in arms]
+    title = (
+        f"{report.domain}: {report.tokens} tokens in {report.seconds:.0f} s; perplexity on "
+        f"{report.validation_tokens} validation tokens"
+    )
+    header = ["arm", "perplexity", "of dense"]
+    print_table(title, header if report.tuned is None else [*header, "of dense tuned"], rows)
+
+
+def _figures(loss: float, report: "HealingReport") -> list[str]:
+    """Return a perplexity, and its ratios to the dense models'."""
+    figures = [f"{exp(loss):.2f}", f"{exp(loss - report.dense):.3f}"]
+    return figures if report.tuned is None else [*figures, f"{exp(loss - report.tuned):.3f}"]

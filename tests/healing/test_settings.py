@@ -1,0 +1,56 @@
+"""Settings are checked before anything is loaded."""
+
+import pytest
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.healing.settings import LEARNING_RATES, parse_loss
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("lm", {"lm": 1.0}),
+        ("lm+kl:0.5", {"lm": 1.0, "kl": 0.5}),
+        ("hidden:.25 + kl:2", {"hidden": 0.25, "kl": 2.0}),
+    ],
+)
+def test_a_loss_is_a_sum_of_terms(text, terms):
+    assert parse_loss(text) == terms
+
+
+@pytest.mark.parametrize("text", ["", "lm+", "lm+lm", "ml", "kl:0", "kl:x", "kl:-1", "lm kl"])
+def test_what_is_no_loss_is_refused(text):
+    with pytest.raises(sp.PathwaysError, match="lm, kl, hidden"):
+        sp.HealingSettings(loss=text)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train": "weight"}, "Did you mean 'weights'"),
+        ({"keep": "fold"}, "Did you mean 'folded'"),
+        ({"teacher": "other"}, "teacher"),
+        ({"attention": True}, "keep='lora'"),
+        ({"keep": "lora", "train": "weights"}, "no adapter"),
+        ({"teacher": "tuned", "loss": "kl"}, "dense_partner"),
+        ({"teacher": "tuned", "dense_partner": True}, "'kl' or 'hidden'"),
+        ({"rank": 0}, "rank"),
+        ({"steps": 0}, "steps"),
+        ({"tokens": 1.5}, "tokens"),
+        ({"batch_size": True}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"clip": float("inf")}, "clip"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(given, words):
+    with pytest.raises(sp.PathwaysError, match=words):
+        sp.HealingSettings(**given)
+
+
+def test_the_rate_goes_with_what_is_trained():
+    for train, rate in LEARNING_RATES.items():
+        assert sp.HealingSettings(train=train).rate == rate
+    assert sp.HealingSettings(learning_rate=0.5).rate == 0.5
