@@ -29,7 +29,7 @@ EVALUATION_TOKENS = 2048
 
 def run(  # noqa: PLR0913
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Hub id or folder of a dense model.")
+        str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")
     ] = None,
     domain: opt.Texts = [],  # noqa: B006
     profile: Annotated[

@@ -118,6 +118,7 @@ def run(  # noqa: PLR0913
         seed=seed,
         precision=precision,
         max_memory=max_memory,
+        inputs="bypass" in (compensation or ""),
         validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
     )
     job = _Job(model, dtype, output, default_domain, profile)

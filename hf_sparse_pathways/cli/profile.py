@@ -27,6 +27,7 @@ class Sampling:
     seed: int
     precision: str
     max_memory: str
+    inputs: bool = False
     validation_share: float = 0.0
 
 
@@ -42,6 +43,9 @@ def run(  # noqa: PLR0913
     grams: Annotated[
         bool, typer.Option(help="Take Gram matrices, which repair and --method obs need.")
     ] = True,
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="With the blocks' inputs, for a one-shot bypass.")
+    ] = False,
     max_memory: opt.MaxMemory = opt.MAX_MEMORY,
     precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
@@ -61,6 +65,7 @@ def run(  # noqa: PLR0913
         seed=seed,
         precision=precision,
         max_memory=max_memory,
+        inputs=inputs,
     )
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
@@ -92,6 +97,7 @@ def take_profile(
         batch_size=sampling.batch_size,
         seed=sampling.seed,
         grams=grams,
+        inputs=sampling.inputs,
         validation_share=sampling.validation_share,
         precision=sampling.precision,
         max_memory=sampling.max_memory,

@@ -51,10 +51,13 @@ class BlockCollector:
     the block's input and its activation.
     """
 
-    def __init__(self, block: FfnBlock, spaces: Workspaces, *, gram: bool) -> None:
+    def __init__(
+        self, block: FfnBlock, spaces: Workspaces, *, gram: bool, inputs: bool = False
+    ) -> None:
         self.block = block
         self.statistics = BlockStatistics.empty(block.d_ff)
-        self.accumulator = GramAccumulator(block.d_in, block.d_ff) if gram else None
+        width = block.d_in if inputs else 0
+        self.accumulator = GramAccumulator(width, block.d_ff) if gram else None
         self.batches = 0
         self._spaces = spaces
         self._rows: Tensor | None = None

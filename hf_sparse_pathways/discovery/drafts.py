@@ -23,6 +23,7 @@ from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.pathways.pathway import POOLED
 
 SENSITIVITY_TOKENS = 2048
 """Validation tokens on which each block is pruned alone by ``allocation="sensitivity"``."""
@@ -30,7 +31,7 @@ SENSITIVITY_TOKENS = 2048
 LEAST_RISE = 1e-5
 """Of the loss, in nats per token: smaller ones are noise."""
 
-TRIAL_TOKENS = 4096
+TRIAL_TOKENS = 2048
 """Validation tokens on which ``allocation="auto"`` compares its candidates."""
 
 
@@ -140,7 +141,7 @@ def _allocate(
         return ALLOCATIONS["uniform"](costs, budget), "uniform"
     candidates = {name: ALLOCATIONS[name](costs, budget) for name in ("water_filling", "uniform")}
     trial = _sample(evidence.domain.validation, TRIAL_TOKENS)
-    if not trial:
+    if not trial or evidence.name == POOLED:
         return candidates["water_filling"], "water_filling"
     losses = {name: _try(evidence, removals, widths, trial) for name, widths in candidates.items()}
     best = min(losses, key=lambda name: losses[name])
@@ -162,11 +163,12 @@ def _measured_costs(
             "document was used for calibration. Give more documents, or fewer max_tokens."
         )
     dense = mean_loss(evidence.model, trial, None, evidence.blocks)
+    repairs = replace(evidence.recipe.repair, bypass_rank=0)
     measured = []
     for index, (removal, cost) in enumerate(zip(removals, costs, strict=True)):
         half = max(1, cost.d_ff // 2)
         masks = [removal.keep(half) for _ in removals]
-        draft = Draft(evidence, [], masks, evidence.recipe.repair, {})
+        draft = Draft(evidence, [], masks, repairs, {})
         block = [evidence.blocks[index]]
         loss = mean_loss(evidence.model, trial, [draft.block(index, None)], block)
         scale = max(loss - dense, LEAST_RISE) / max(float(cost.error[cost.d_ff - half]), 1e-30)
@@ -179,7 +181,8 @@ def _try(
 ) -> float:
     """Return the loss on validation text of a one-shot pathway with given widths."""
     masks = [removal.keep(width) for removal, width in zip(removals, widths, strict=True)]
-    draft = Draft(evidence, list(widths), masks, evidence.recipe.repair, {})
+    repairs = replace(evidence.recipe.repair, bypass_rank=0)  # what the profile always allows
+    draft = Draft(evidence, list(widths), masks, repairs, {})
     pathways = [draft.block(index, None) for index in range(len(masks))]
     return mean_loss(evidence.model, trial, pathways, evidence.blocks)
 

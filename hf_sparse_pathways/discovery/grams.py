@@ -1,9 +1,10 @@
 """Gram matrices: what the neurons of an FFN block do together, and with the block's input.
 
 Per block one symmetric matrix is kept, the sum over tokens of z z^T with z = [a, x, 1] (activation,
-block input, one). Its parts are the second moments E[a a^T], E[x a^T], E[x x^T] and the means that
-least squares needs. As a sum it merges with that of other tokens, and it can be left on disk until
-a block is worked on: an 8B model's matrices do not fit into memory together.
+block input, one), or without x where no bypass is wanted. Its parts are the second moments
+E[a a^T], E[x a^T], E[x x^T] and the means that least squares needs. As a sum it merges with that of
+other tokens, and it can be left on disk until a block is worked on: an 8B model's matrices do not
+fit into memory together.
 """
 
 import hashlib
@@ -31,12 +32,17 @@ class Gram:
     """Second moments of one FFN block over a domain's tokens.
 
     Attributes:
-        total: Sum of z z^T, float32, symmetric, ``(d_ff + d_in + 1,) * 2``.
+        total: Sum of z z^T, float32, symmetric, ``(d_ff + d_in + 1,) * 2``; d_in may be 0.
         d_ff: Number of neurons.
     """
 
     total: Tensor
     d_ff: int
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the block's input is part of z."""
+        return len(self.total) > self.d_ff + 1
 
     @property
     def tokens(self) -> float:
@@ -113,8 +119,9 @@ def files_of(source: GramSource) -> list[Path]:
 class GramAccumulator:
     """Adds up a block's Gram matrix, in place.
 
-    Products are float32 over at most ``workspace`` tokens at a time, and so is the sum: tests show
-    it equal to float64 in six digits, far below the sampling error of the moments.
+    With d_in 0 the block's input is left out. Products are float32 over at most ``workspace``
+    tokens at a time, and so is the sum: tests show it equal to float64 in six digits, far below the
+    sampling error of the moments.
     """
 
     def __init__(self, d_in: int, d_ff: int, targets: int = 0) -> None:
@@ -148,7 +155,9 @@ class GramAccumulator:
         for start in range(0, len(activation), rows):
             part = slice(start, start + rows)
             z = workspace[: len(activation[part]), :size]
-            z[:, : self.d_ff], z[:, self.d_ff : -1] = activation[part], block_input[part]
+            z[:, : self.d_ff] = activation[part]
+            if size > self.d_ff + 1:
+                z[:, self.d_ff : -1] = block_input[part]
             z[:, -1] = 1.0
             if weights is not None:
                 z *= weights[part]

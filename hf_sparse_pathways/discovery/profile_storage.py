@@ -43,7 +43,10 @@ def write_profile(profile: Profile, folder: Path) -> None:
                 "name": name,
                 "tokens": [block.tokens for block in domain.blocks],
                 "provenance": dict(domain.provenance),
-                "grams": [{"file": file.path.name, "sha256": file.sha256} for file in files],
+                "grams": [
+                    {"file": file.path.name, "sha256": file.sha256, "size": file.size}
+                    for file in files
+                ],
             }
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
@@ -111,7 +114,7 @@ def _restored(
 
 
 def _gram_files(
-    entries: list[dict[str, str]], shapes: tuple[BlockShape, ...], folder: Path
+    entries: list[dict[str, Any]], shapes: tuple[BlockShape, ...], folder: Path
 ) -> tuple[GramSource, ...]:
     """Return the Gram matrices' files, not yet read."""
     if not isinstance(entries, list) or len(entries) not in (0, len(shapes)):
@@ -121,7 +124,9 @@ def _gram_files(
         path = folder / Path(str(entry["file"])).name
         if not path.is_file():
             raise ArtefactError(f"{path} is missing. Take the profile again.")
-        size = shape.d_ff + shape.d_in + 1
+        size = entry["size"]
+        if size not in (shape.d_ff + 1, shape.d_ff + shape.d_in + 1):
+            raise ArtefactError(f"{path} is said to have {size!r} rows.")
         files.append(GramFile(path=path, sha256=entry["sha256"], d_ff=shape.d_ff, size=size))
     return tuple(files)
 

@@ -78,6 +78,7 @@ def profile(  # noqa: PLR0913
     batch_size: int = 8,
     seed: int = 0,
     grams: bool = True,
+    inputs: bool = True,
     validation_tokens: int = 8192,
     validation_share: float = 0.0,
     precision: str = "model",
@@ -96,6 +97,8 @@ def profile(  # noqa: PLR0913
         batch_size: Windows per forward pass.
         seed: Decides which windows are drawn.
         grams: Whether to take Gram matrices, which selection with repair needs.
+        inputs: Whether the Gram matrices hold the blocks' inputs too, which one-shot repair with a
+            bypass needs.
         validation_tokens: Most tokens per domain that are kept for comparing methods, from
             documents that are not calibrated on.
         validation_share: Fraction of the documents that is set aside for that; if there are fewer
@@ -133,8 +136,8 @@ def profile(  # noqa: PLR0913
     groups = [blocks]
     if grams:
         kept = 0 if work_folder is not None else len(samples)
-        groups = group_blocks(blocks, parse_memory(max_memory), kept)
-    run = _Run(model, tuple(groups), batch_size, grams, precision)
+        groups = group_blocks(blocks, parse_memory(max_memory), kept, inputs=inputs)
+    run = _Run(model, tuple(groups), batch_size, grams, inputs, precision)
     with calibration_precision(model, precision):
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
@@ -143,7 +146,7 @@ def profile(  # noqa: PLR0913
 
 
 def group_blocks(
-    blocks: Sequence[FfnBlock], max_memory: int, domains_kept: int
+    blocks: Sequence[FfnBlock], max_memory: int, domains_kept: int, *, inputs: bool = True
 ) -> list[tuple[FfnBlock, ...]]:
     """Cut blocks into groups whose Gram matrices fit into memory together.
 
@@ -152,11 +155,12 @@ def group_blocks(
         max_memory: Bytes.
         domains_kept: How many domains' matrices of all blocks stay in memory besides; 0 if they
             are stored on disk.
+        inputs: Whether they hold the blocks' inputs.
 
     Raises:
         PathwaysError: One block, or what stays, does not fit.
     """
-    sizes = [4 * (block.d_ff + block.d_in + 1) ** 2 for block in blocks]
+    sizes = [4 * (block.d_ff + (block.d_in if inputs else 0) + 1) ** 2 for block in blocks]
     needed = max(2 * max(sizes), domains_kept * sum(sizes))
     if needed > max_memory:
         way_out = "raise max_memory, or pass grams=False"
@@ -186,6 +190,7 @@ class _Run:
     groups: tuple[tuple[FfnBlock, ...], ...]
     batch_size: int
     grams: bool
+    inputs: bool
     precision: str
 
     def collect(
@@ -224,7 +229,9 @@ class _Run:
     ) -> list[BlockCollector]:
         """Run the windows through the decoder as far as one group's last block."""
         spaces = Workspaces()
-        collectors = [BlockCollector(block, spaces, gram=self.grams) for block in group]
+        collectors = [
+            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
+        ]
         batches = list(make_batches(sample.windows, self.batch_size))
         done = began = resumption.resume(name, collectors)
         bar.update(sum(int(batch.mask.sum()) for batch in batches[:done]))
@@ -258,6 +265,7 @@ class _Run:
             "groups": [len(group) for group in self.groups],
             "batch_size": self.batch_size,
             "grams": self.grams,
+            "inputs": self.inputs,
             "precision": self.precision,
         }
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
+from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
 LEAST_RIDGE = 1e-9
@@ -100,6 +101,11 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     bypass = None
     target = system.remaining
     if how.bypass_rank and not bool(keep.all()):
+        if not task.gram.has_input:
+            raise PathwaysError(
+                "A bypass is regressed on the block's input, which the Gram matrices do not hold. "
+                "Take the profile with inputs=True, or use order='sequential'."
+            )
         bypass = system.bypass(how.bypass_rank, task.metric, slice(d_ff, -1))
         target = target - bypass.product().double() @ system.moments[d_ff:-1]
     solution = system.solve(target[:, index])

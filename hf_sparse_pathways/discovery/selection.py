@@ -173,7 +173,8 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
     for draft in drafts:
         name = draft.evidence.name
         batches = own[name] if name in own else _share(list(own.values()))
-        arms.append(Arm(name=name, batches=batches, prune=_pruner(draft)))
+        inputs = draft.repairs.bypass_rank > 0
+        arms.append(Arm(name=name, batches=batches, prune=_pruner(draft), inputs=inputs))
     return arms
 
 

@@ -28,7 +28,7 @@ from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 
-SAMPLE_TOKENS = 8192
+SAMPLE_TOKENS = 4096
 """Tokens on which sensitivity is measured: enough for the directions that matter."""
 
 BATCH_SIZE = 2

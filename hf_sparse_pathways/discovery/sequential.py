@@ -41,6 +41,9 @@ PruneBlock = Callable[[int, BlockTask], BlockPathway]
 _PROBE = 0.1
 """Size of the change by which a norm's gain is measured, relative to the output."""
 
+MOST_KEPT = 2 * 10**9
+"""Most bytes of activations that are kept to spare a layer's second run."""
+
 _LEAST_GAIN = 0.1
 """Channels whose gain is below this share of the token's are hardly corrected."""
 
@@ -53,12 +56,14 @@ class Arm:
         name: What it is called.
         batches: Its calibration text; arms that hold the same batch share its dense pass.
         prune: Chooses and repairs each block.
+        inputs: Whether a bypass needs the blocks' inputs.
         blocks: The pathways of the blocks that are done.
     """
 
     name: str
     batches: Sequence[Batch]
     prune: PruneBlock
+    inputs: bool = True
     blocks: list[BlockPathway] = field(default_factory=list)
 
 
@@ -141,25 +146,45 @@ class _Layer:
 
     def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
-        pathways = []
-        if self.blocks:
-            probes = [_Probe(block, self.spaces) for _, block in self.blocks]
-            for number in streams.chosen[position]:
-                hidden = streams.pruned[position][number]
-                self._collect(streams.batches[number], hidden, dense[number], probes)
-            tasks = zip(self.blocks, probes, strict=True)
-            pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
-            arm.blocks.extend(pathways)
+        stream, numbers = streams.pruned[position], streams.chosen[position]
+        probes = [_Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
+        shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
+        kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        if probes:
+            for number in numbers:
+                batch = streams.batches[number]
+                behind = self._collect(batch, stream[number], dense[number], probes)
+                if shortcut:
+                    kept[number] = (behind, *probes[0].seen)
+        tasks = zip(self.blocks, probes, strict=True)
+        pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
+        arm.blocks.extend(pathways)
+        if shortcut:
+            change = _Change(self.blocks[0][1], pathways[0], self.gain or 1.0)
+            stream.update({number: change.apply(*what) for number, what in kept.items()})
+            return
         with computing([block for _, block in self.blocks], pathways):
-            for number in streams.chosen[position]:
-                hidden = streams.pruned[position][number]
-                behind = self.runner.run(self.index, streams.batches[number], hidden)
-                streams.pruned[position][number] = behind
+            for number in numbers:
+                hidden = stream[number]
+                stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
+
+    def _can_shortcut(self, probes: Sequence["_Probe"], batches: Sequence[Batch]) -> bool:
+        """Whether the layer's new result follows from its old one without running it again.
+
+        So it does where one FFN's output is added as it is, and its activations fit into memory.
+        """
+        tokens = sum(batch.ids.numel() for batch in batches)
+        widths = sum(probe.block.d_ff + probe.block.d_in for probe in probes)
+        return len(probes) == 1 and self.gain is not None and 4 * tokens * widths <= MOST_KEPT
 
     def _collect(
         self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["_Probe"]
-    ) -> None:
-        """Add one batch of the pruned stream to the blocks' second moments."""
+    ) -> Tensor:
+        """Add one batch of the pruned stream to the blocks' second moments.
+
+        Returns:
+            The hidden states behind the layer with its own FFN dense.
+        """
         with ExitStack() as stack:
             for probe in probes:
                 for handle in probe.attach():
@@ -177,6 +202,7 @@ class _Layer:
         for probe in probes[:-1]:
             probe.add(rows, None, weights)
         probes[-1].add(rows, missing, weights)
+        return behind
 
     def _constant_gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> float | None:
         """Return the factor with which the last FFN's output enters the layer's; None if it varies.
@@ -220,13 +246,47 @@ class _Layer:
             handle.remove()
 
 
+class _Change:
+    """What replacing a dense FFN by its pathway adds to a layer's result."""
+
+    def __init__(self, block: FfnBlock, pathway: BlockPathway, gain: float) -> None:
+        difference = -outgoing_weight(block.outgoing)
+        difference[:, pathway.keep] = 0.0
+        if pathway.full_delta is not None:
+            difference[:, pathway.keep] += pathway.full_delta.float()
+        leaf: Any = block.outgoing
+        device = leaf.weight.device
+        self.weight = (gain * difference).to(device)
+        self.bias = None if pathway.bias is None else (gain * pathway.bias.float()).to(device)
+        self.bypass = None if pathway.bypass is None else gain * pathway.bypass.product().to(device)
+
+    def apply(self, behind: Tensor, activation: Tensor, block_input: Tensor) -> Tensor:
+        """Return the layer's new result, from its old one and what its FFN saw."""
+        change = _linear(activation, self.weight)
+        if self.bypass is not None:
+            change = change + _linear(block_input, self.bypass)
+        if self.bias is not None:
+            change = change + self.bias
+        return behind + change.view_as(behind).to(behind.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight.to(x.dtype))
+
+
 class _Probe:
     """Sees one block's input and activation, and adds up its second moments."""
 
-    def __init__(self, block: FfnBlock, spaces: Workspaces) -> None:
+    def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
         self.block, self.spaces = block, spaces
-        self.accumulator = GramAccumulator(block.d_in, block.d_ff, targets=block.d_out)
+        width = block.d_in if inputs else 0
+        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
         self._input = self._activation = torch.empty(0)
+
+    @property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The activation and the input of the last batch, padding included, flattened."""
+        return self._activation, self._input
 
     def attach(self) -> list[Any]:
         """Hook the block; return the handles."""

@@ -26,7 +26,7 @@ def fold(
         student: The student.
         frozen: The dense model that it was made from.
         settings: What was trained.
-        dtype: In which the changes are stored: the model's.
+        dtype: In which the changes are stored.
     """
     folded = []
     for pathway, leaves in zip(student.pathways, student.leaves, strict=True):

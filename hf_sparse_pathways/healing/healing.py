@@ -21,6 +21,7 @@ from hf_sparse_pathways.discovery.passes import (
     PRECISIONS,
     calibration_precision,
 )
+from hf_sparse_pathways.discovery.repair import STORED_DTYPE
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import make_batches, resolve_length
@@ -52,8 +53,9 @@ class Healed:
     """What ``heal`` made.
 
     Attributes:
-        pathways: The model's pathways, the healed ones in place of theirs; as they were with
-            ``keep="lora"``. A dense partner is among the controls, as ``"tuned: <domain>"``.
+        pathways: The model's pathways, the healed ones in place of theirs; with ``keep="lora"``
+            they only know which documents were trained on. A dense partner is among the controls,
+            as ``"tuned: <domain>"``.
         adapters: Domain -> LoRA, with ``keep="lora"``.
         reports: Domain -> losses before and after.
     """
@@ -119,6 +121,17 @@ def _check(model: Any, texts: Mapping[str, TextSource], settings: HealingSetting
             f"heal needs a model with pathways, not {type(model).__name__}. Make one with "
             "SparsePathwaysForCausalLM.from_dense(model, pathways)."
         )
+    _check_settings(model, settings)
+    if not texts:
+        raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
+    for domain in texts:
+        if domain not in model.domains:
+            raise UnknownNameError("domain", domain, model.domains)
+
+
+def _check_settings(model: SparsePathwaysForCausalLM, settings: HealingSettings) -> None:
+    if Accelerator().num_processes > 1:
+        raise PathwaysError("Healing runs in one process: start it without `accelerate launch`.")
     if settings.precision not in PRECISIONS:
         raise UnknownNameError("precision", settings.precision, PRECISIONS)
     if settings.train == "lora":
@@ -128,11 +141,6 @@ def _check(model: Any, texts: Mapping[str, TextSource], settings: HealingSetting
             "PEFT renames the targets of adapters for models with routed experts, so that an "
             "adapter of this one would not load: choose keep='folded'."
         )
-    if not texts:
-        raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
-    for domain in texts:
-        if domain not in model.domains:
-            raise UnknownNameError("domain", domain, model.domains)
 
 
 @dataclass(frozen=True)
@@ -168,11 +176,11 @@ class _Job:
             blocks = self._fold(trained)
             loss = self._loss(blocks)
         report = self._report(trained, partner, loss)
-        provenance = self._provenance(pathway, report) if adapter is None else pathway.provenance
-        healed = Pathway(blocks=blocks, provenance=provenance)
+        healed = Pathway(blocks=blocks, provenance=self._provenance(pathway, report))
         tuned = None
         if partner is not None and adapter is None:
-            tuned = Pathway(blocks=self._fold(partner), provenance={**provenance, "method": TUNED})
+            provenance = {**healed.provenance, "method": "dense, tuned equally"}
+            tuned = Pathway(blocks=self._fold(partner), provenance=provenance)
         return healed, tuned, adapter, report
 
     def _train_partner(self) -> _Trained:
@@ -219,8 +227,7 @@ class _Job:
                 reduce_frozen(model)
 
     def _fold(self, trained: _Trained) -> tuple[BlockPathway, ...]:
-        dtype = next(self.model.parameters()).dtype
-        return fold(trained.student, self.frozen, self.settings, dtype)
+        return fold(trained.student, self.frozen, self.settings, STORED_DTYPE)
 
     def _loss(self, blocks: tuple[BlockPathway, ...] | None) -> float:
         """Return the validation loss of a pathway, or of the dense model."""

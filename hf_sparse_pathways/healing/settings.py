@@ -13,7 +13,7 @@ KEPT = ("folded", "lora")
 TEACHERS = ("dense", "tuned")
 TERMS = ("lm", "kl", "hidden")
 
-LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 1e-4}
+LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 3e-4}
 """By what is trained, for AdamW."""
 
 

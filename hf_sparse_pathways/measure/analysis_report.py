@@ -118,7 +118,7 @@ def _statements(analysis: Analysis) -> Section:
     note = (
         f"The paper does not say what its percentile is pooled over. Its figures for the first "
         f"block average {average:.1%}; over one layer, or over one layer of all domains, the "
-        "median would make that 50 %, so they fit only a pool of the whole model."
+        "median would make that 50 %, so it was neither; a pool of the whole model can give them."
     )
     header = ["statement", "paper", "here"]
     return Section(

@@ -207,17 +207,20 @@ def plot_scale(comparison: ScaleComparison) -> Figure:
             s=45,
         )
         for place, (x, y, name) in enumerate(points):
+            right = (index + place) % 2 == 1  # by turns, since neighbours in size lie close
             axes.annotate(
                 name,
                 (x, y),
-                xytext=(6, 6 if place % 2 else -11),
+                xytext=(7 if right else -7, 0),
                 textcoords="offset points",
+                ha="left" if right else "right",
+                va="center",
                 fontsize=8,
                 color=COLOURS[index],
             )
     axes.set_xscale("log")
     axes.set_xlabel("parameters")
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(x=0.35, y=0.12)
     axes.set_ylim(bottom=0.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axes.set_ylabel(f"specialised neurons, {PAPER} (%)")
@@ -312,7 +315,7 @@ def plot_cosines(report: QualityReport) -> Figure:
     return figure
 
 
-_ROLES = ("pathway", "pooled", "random", "other")
+_ROLES = ("pathway", "pooled", "random", "other", "tuned")
 
 
 def _role_index(row: QualityRow) -> int:

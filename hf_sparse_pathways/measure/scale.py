@@ -12,7 +12,6 @@ from hf_sparse_pathways.measure import paper
 from hf_sparse_pathways.measure.analysis import FORMAT
 from hf_sparse_pathways.measure.analysis_report import Section
 from hf_sparse_pathways.measure.correlation import Correlation, correlate
-from hf_sparse_pathways.measure.figures import format_figure
 from hf_sparse_pathways.measure.specialisation import NORMALISED, PAPER, Criterion
 
 ANALYSIS_NAME = "analysis.json"
@@ -118,41 +117,34 @@ class ScaleComparison:
         return "\n\n".join(parts) + "\n"
 
     def sections(self) -> list[Section]:
-        """Return the tables: the paper's with its models and these, and the correlations."""
-        published = [
-            [model.name, f"{model.parameters / 1e9:.2f} B", f"{model.specialised:.1%}"]
-            + ["-"] * (5 + len(self.models[0].tokens))
+        """Return the tables: these models and the paper's, the first blocks, the correlations."""
+        domains = list(self.models[0].tokens)
+        stated = [
+            [f"paper: {model.name}", _count(model.parameters), f"{model.specialised:.1%}"]
+            + ["-"] * 5
             for model in paper.MODELS
         ]
-        domains = list(self.models[0].tokens)
-        header = ["model", "parameters", f"specialised ({PAPER})", "shuffled text", str(NORMALISED)]
-        header += ["mean excess", "FFN share", "tokens per domain"]
-        rows = [self._row(model, domains) for model in self.models]
-        labelled = [[f"paper: {row[0]}", *row[1:]] for row in published]
+        header = ["model", "parameters", str(PAPER), "shuffled", str(NORMALISED), "mean excess"]
         models = Section(
             title="Scale and specialisation",
             note=(
                 f"Domains here: {', '.join(domains)}. The paper's models were profiled on other "
                 "texts and domains, so its rows are no partners of these."
             ),
-            header=[*header, *(f"first block skipped in {name}" for name in domains)],
-            rows=[*rows, *labelled],
+            header=[*header, "FFN share", "tokens per domain"],
+            rows=[*(_row(model) for model in self.models), *stated],
         )
-        return [models, self._correlations()]
-
-    def _row(self, model: ComparedModel, domains: Sequence[str]) -> list[str]:
-        tokens = sorted(set(model.tokens.values()))
-        return [
-            model.label,
-            f"{format_figure(model.parameters / 1e9)} B",
-            f"{model.specialised:.1%}",
-            "-" if model.chance is None else f"{model.chance:.1%}",
-            f"{model.normalised:.1%}",
-            f"{model.mean_excess:.3f}",
-            f"{model.ffn_share:.1%}",
-            " to ".join(map(str, dict.fromkeys([tokens[0], tokens[-1]]))),
-            *(f"{model.first_block[domain]:.1%}" for domain in domains),
+        first = [
+            [model.label, *(f"{model.first_block[domain]:.1%}" for domain in domains)]
+            for model in self.models
         ]
+        blocks = Section(
+            title="Skipped in the first block, pool model",
+            note="",
+            header=["model", *domains],
+            rows=first,
+        )
+        return [models, blocks, self._correlations()]
 
     def _correlations(self) -> Section:
         rows = []
@@ -213,3 +205,22 @@ def _overall(specialisation: dict[str, Any], criterion: Criterion) -> float:
         for fraction in specialisation["fractions"]
         if fraction["criterion"] == wanted
     )
+
+
+def _row(model: ComparedModel) -> list[str]:
+    tokens = sorted(model.tokens.values())
+    return [
+        model.label,
+        _count(model.parameters),
+        f"{model.specialised:.1%}",
+        "-" if model.chance is None else f"{model.chance:.1%}",
+        f"{model.normalised:.1%}",
+        f"{model.mean_excess:.3f}",
+        f"{model.ffn_share:.1%}",
+        " to ".join(map(str, dict.fromkeys([tokens[0], tokens[-1]]))),
+    ]
+
+
+def _count(parameters: float) -> str:
+    """Render a number of parameters in millions or billions."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

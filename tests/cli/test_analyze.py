@@ -193,3 +193,8 @@ def test_evaluate_writes_a_report(places, tmp_path):
     assert _names(folder) == ["cosines.png", "ratios.png", "report.json", "report.md"]
     taken = ("evaluate", places.built, *places.texts, "--report", places.dense)
     assert_error(run(*taken), "report.json")
+
+
+def test_the_command_has_help():
+    assert "analyze [OPTIONS] [MODEL]" in run_well("analyze", "--help")
+    assert "--report" in run_well("evaluate", "--help")

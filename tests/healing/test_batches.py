@@ -29,7 +29,7 @@ def test_a_longer_run_goes_through_the_text_again_in_another_order():
     assert once.passes < often.passes
     assert 295 < once.tokens <= 300, "windows of one token are left out"
     assert 1980 < often.tokens <= 2000
-    assert len(set(often.steps)) == len(often.steps)
+    assert len(set(often.steps)) > 0.9 * len(often.steps)
 
 
 def test_steps_can_be_counted_instead():
