@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sparse_pathways.discovery.windows import Batch
-from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 
 _CHUNK_VALUES = 2**25
 """Logits that are compared at a time: 128 MB in float32."""
@@ -60,7 +60,7 @@ def watching(model: Any) -> Iterator[Callable[[Callable[[], Tensor]], Passed]]:
     Of a forward that runs the decoder more than once, the last run's hidden states are returned.
     """
     seen: list[Tensor] = []
-    layers = list(dict.fromkeys(block.layer for block in find_blocks(model)))
+    layers = list(dict.fromkeys(block.layer for block in _blocks(model)))
     handles = [layer.register_forward_hook(_keep_output(seen)) for layer in layers]
     head = model.get_output_embeddings()
     if head is not None:
@@ -130,6 +130,14 @@ def _cosines(row: int, part: slice, dense: Passed, arm: Passed) -> tuple[float, 
         )
         for a, b in zip(dense.hidden, arm.hidden, strict=True)
     )
+
+
+def _blocks(model: Any) -> list[FfnBlock]:
+    """Return a model's FFN blocks, also of one whose leaves an adapter wraps by now."""
+    attachment = getattr(model, "_attachment", None)
+    if attachment is None:
+        return list(find_blocks(model))
+    return [attached.block for attached in attachment.blocks]
 
 
 def _keep_output(seen: list[Tensor]) -> Any:

@@ -287,6 +287,18 @@ def test_the_model_is_left_as_it_was(run, mode):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_model_whose_leaves_are_wrapped_can_be_measured():
+    peft = pytest.importorskip("peft")
+    model = _model()
+    expected = _evaluate(model)
+    settings = peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, settings)
+    found = _evaluate(adapted.get_base_model())
+    assert [row.perplexity for row in found.rows] == pytest.approx(
+        [row.perplexity for row in expected.rows], rel=1e-5
+    ), "a fresh LoRA changes nothing"
+
+
 def test_dropout_and_the_ambient_pathway_do_not_matter():
     model = _model(architecture="gpt2")
     expected = _evaluate(model)
