@@ -42,7 +42,7 @@ def main() -> None:
         command += ["--scored-tokens", arguments.scored_tokens, "--output", str(output)]
         run(command)
         report = read_report(output / "comparison.json")
-        parts.append(f"**{model}**\n\n{report.to_markdown()}")
+        parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
     if arguments.readme is not None:
         write_between(arguments.readme, "\n\n".join(parts))
 

@@ -30,7 +30,9 @@ def main() -> None:
     cache: Path = arguments.cache
     model, domains = fetch_missing(cache, arguments.model, shlex.split(arguments.domains))
     started = time.perf_counter()
-    output = build_once(cache / "demo", model, domains, arguments.sparsity)
+    speed = ["--quick"] if arguments.readme is None else []
+    place = cache / ("demo" if speed else "results")
+    output = build_once(place, model, domains, ["--sparsity", arguments.sparsity, *speed])
     readme = ["--readme", arguments.readme] if arguments.readme else []
     run([sys.executable, str(HERE / "show.py"), str(output), *domains, *readme])
     minutes = (time.perf_counter() - started) / 60
@@ -47,12 +49,12 @@ def fetch_missing(cache: Path, model: str, domains: list[str]) -> tuple[str, lis
     return model or str(cache / "smollm2-135m-instruct"), domains or fetched
 
 
-def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> Path:
+def build_once(folder: Path, model: str, domains: list[str], options: list[str]) -> Path:
     """Build the pathways with the command line, unless the same ones are there."""
     settings = {
         "model": model,
         "domains": domains,
-        "sparsity": sparsity,
+        "options": options,
         "version": __version__,
     }
     record = folder / "settings.json"
@@ -62,18 +64,7 @@ def build_once(folder: Path, model: str, domains: list[str], sparsity: str) -> P
         return output
     command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "build", model]
     pairs = [part for domain in domains for part in ("--domain", domain)]
-    run(
-        [
-            *command,
-            *pairs,
-            "--quick",
-            "--sparsity",
-            sparsity,
-            "--overwrite",
-            "--output",
-            str(output),
-        ]
-    )
+    run([*command, *pairs, *options, "--overwrite", "--output", str(output)])
     record.write_text(json.dumps(settings, indent=2))
     return output
 
