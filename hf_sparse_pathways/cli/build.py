@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.pathways.pathway import Pathways
 
-QUICK_TOKENS = 12288
+QUICK_TOKENS = 8192
 
 VALIDATION_SHARE = 0.1
 """Of the documents that are not held out: set aside where a limit of quality is searched."""

@@ -16,6 +16,7 @@ from hf_sparse_pathways.discovery.allocation import (
 from hf_sparse_pathways.discovery.evidence import Evidence
 from hf_sparse_pathways.discovery.goal import Goal
 from hf_sparse_pathways.discovery.obs import rank_by_obs
+from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.discovery.percentile import keep_above
 from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import NO_REPAIR, BlockTask, Repair, repair
@@ -53,6 +54,7 @@ class Draft:
     repairs: Repair
     provenance: dict[str, Any]
 
+    @full_precision()
     def block(self, index: int, task: BlockTask | None) -> BlockPathway:
         """Choose and repair one block; without a task from the profile alone."""
         if task is None and self.repairs.needs_grams:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.obs import rank_by_obs
+from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import Recipe
 from hf_sparse_pathways.discovery.removal import Removal
@@ -102,6 +103,7 @@ class Evidence:
             metric=self.metric(index),
         )
 
+    @full_precision()
     def removal(self, index: int, task: BlockTask | None = None) -> Removal:
         """Return in which order a block's neurons are removed.
 
@@ -116,6 +118,7 @@ class Evidence:
         key = ("removal", index, self.recipe.repair.ridge, self.recipe.repair.bias)
         return self.memory.recall(key, lambda: rank_by_obs(self.task(index), self.recipe.repair))
 
+    @full_precision()
     def scores(self, index: int) -> Tensor:
         """Return one score per neuron of a block, larger means keep, float64 ``(d_ff,)``."""
         if self.recipe.score is None:

@@ -1,7 +1,7 @@
 """Running a model over batches of text: densely, in evaluation mode, without its head."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def _has_fast_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported()
     known: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and bool(known.get("amx_bf16"))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block, and as a decorator within the function, nothing is cast automatically.
+
+    Rankings and repairs are solved between passes in reduced precision: a product in bfloat16
+    there would spoil them.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class Finished(Exception):

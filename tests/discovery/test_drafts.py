@@ -165,3 +165,20 @@ def test_without_validation_text_auto_is_water_filling():
     taken = _take(tiny_llama(), validation_tokens=0)
     pathways = select(tiny_llama(), taken, sparsity=0.5, order="one-shot")
     assert pathways["code"].provenance["allocation"] == "water_filling"
+
+
+def test_rankings_and_repairs_are_not_rounded_with_the_passes(monkeypatch):
+    """Autocast would run the products between the passes in bfloat16 too."""
+    seen = []
+    own = torch.linalg.cholesky
+
+    def spy(matrix):
+        seen.append((matrix.float() @ matrix.float().T).dtype)
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", spy)
+    model = build("llama")
+    texts = {"law": documents("law", 12, 20)}
+    taken = profile(model, tiny_tokenizer(), texts, max_length=64)
+    select(model, taken, sparsity=0.5, precision="bfloat16")
+    assert set(seen) == {torch.float32}
