@@ -13,6 +13,7 @@ from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
 from hf_sparse_pathways.cli.report_folder import load_plots, write_report
 from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError, TextError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def run(  # noqa: PLR0913
     batch_size: opt.BatchSize = 4,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,
-    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
     plots: Annotated[bool, typer.Option(help="Draw pictures into the output.")] = True,

@@ -17,6 +17,7 @@ from hf_sparse_pathways.cli.profile import (
     split_texts,
     take_profile,
 )
+from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def run(  # noqa: PLR0913
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
-    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",

@@ -11,6 +11,7 @@ from hf_sparse_pathways.cli.loading import load_dense
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
 from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError
 
 
@@ -33,7 +34,7 @@ def run(  # noqa: PLR0913
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
-    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",

@@ -28,7 +28,7 @@ def run(  # noqa: PLR0913
     batch_size: opt.BatchSize = 4,
     seed: opt.Seed = 0,
     seen: Annotated[
-        str, typer.Option(help="Calibration documents: exclude or include them.")
+        str, typer.Option(help="Calibration documents: exclude, include or refuse them.")
     ] = "exclude",
     dtype: opt.Dtype = "auto",
     report_folder: Annotated[
@@ -43,8 +43,8 @@ def run(  # noqa: PLR0913
     """Measure perplexity on each domain's held-out text; calibration documents are left out."""
     texts = parse_texts(domain)
     if report_folder is not None:
-        check_output(report_folder, overwrite, "report.json")
-        load_plots()
+        check_output(report_folder, overwrite, "report.json", "--report")
+        load_plots("leave out --report")
     model, tokenizer = load_sparse(folder, dtype)
     from hf_sparse_pathways.measure.quality import evaluate
 

@@ -41,13 +41,14 @@ def _check_dtype(dtype: str) -> None:
         raise UnknownNameError("dtype", dtype, DTYPES)
 
 
-def check_output(folder: Path, overwrite: bool, marker: str) -> None:
+def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--output") -> None:
     """Check that an output folder may be written, before any work is done.
 
     Args:
         folder: It may be absent or empty, or with ``overwrite`` an earlier output.
         overwrite: Whether an earlier output may be replaced.
         marker: The file by which an earlier output is known; nothing else is ever replaced.
+        option: The option that names the folder, for the message.
 
     Raises:
         PathwaysError: It may not.
@@ -60,7 +61,7 @@ def check_output(folder: Path, overwrite: bool, marker: str) -> None:
         raise PathwaysError(f"{folder} is not empty. Pass --overwrite to replace what is there.")
     raise PathwaysError(
         f"{folder} exists and was not written by this command (it has no {marker}), so it is "
-        "left alone. Choose another --output."
+        f"left alone. Choose another {option}."
     )
 
 

@@ -8,7 +8,6 @@ import typer
 from hf_sparse_pathways.errors import PathwaysError
 
 CALIBRATION_TOKENS = 16384
-MAX_MEMORY = "4GB"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")]
 Folder = Annotated[

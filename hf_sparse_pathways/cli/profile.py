@@ -9,6 +9,7 @@ import typer
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile
@@ -46,7 +47,7 @@ def run(  # noqa: PLR0913
     inputs: Annotated[
         bool, typer.Option("--inputs", help="With the blocks' inputs, for a one-shot bypass.")
     ] = False,
-    max_memory: opt.MaxMemory = opt.MAX_MEMORY,
+    max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
     overwrite: opt.Overwrite = False,

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def load_plots() -> "ModuleType":
+def load_plots(way_out: str = "pass --no-plots") -> "ModuleType":
     """Return the module that draws.
+
+    Args:
+        way_out: How a user does without, for the message.
 
     Raises:
         PathwaysError: matplotlib is not installed.
@@ -25,7 +28,7 @@ def load_plots() -> "ModuleType":
     except ImportError as error:
         raise PathwaysError(
             "Plots need matplotlib. Install it with `pip install hf-sparse-pathways[plots]`, or "
-            f"pass --no-plots. ({error})"
+            f"{way_out}. ({error})"
         ) from error
     return plots
 

@@ -53,24 +53,22 @@ class Search:
         """Return the next sparsity to try."""
         if not self.rises:
             return FIRST_SPARSITY
+        low = self.best
         too_far = min((s for s, rise in self.rises.items() if rise > self.limit), default=None)
-        low = self.best or None
-        if low is None and too_far is not None:
-            return self._scaled(too_far, USUAL_POWER)
-        if too_far is None and low is not None:
-            return min(MOST_SPARSITY, max(self._scaled(low, USUAL_POWER), low + 0.01))
-        if low is None or too_far is None:
-            return FIRST_SPARSITY
+        if too_far is None:
+            return min(MOST_SPARSITY, max(self._scaled(low), low + 0.01))
+        if not low:
+            return self._scaled(too_far)
         rises = (max(self.rises[low], 1e-6), max(self.rises[too_far], 1e-6))
         share = math.log(self.limit / rises[0]) / max(math.log(rises[1] / rises[0]), 1e-9)
         middle = math.exp(math.log(low) + share * math.log(too_far / low))
         margin = 0.1 * (too_far - low)
         return min(max(middle, low + margin), too_far - margin)
 
-    def _scaled(self, sparsity: float, power: float) -> float:
-        """Return where the limit would be met if the rise were a power of the sparsity."""
+    def _scaled(self, sparsity: float) -> float:
+        """Return where the limit would be met if the rise were the usual power of the sparsity."""
         rise = max(self.rises[sparsity], 1e-6)
-        scaled = sparsity * (0.97 * self.limit / rise) ** (1.0 / power)
+        scaled = sparsity * (0.97 * self.limit / rise) ** (1.0 / USUAL_POWER)
         return min(max(scaled, 0.25 * sparsity), MOST_SPARSITY)
 
 

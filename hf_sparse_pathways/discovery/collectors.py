@@ -57,6 +57,7 @@ class BlockCollector:
         self.block = block
         self.statistics = BlockStatistics.empty(block.d_ff)
         width = block.d_in if inputs else 0
+        self._inputs = inputs
         self.accumulator = GramAccumulator(width, block.d_ff) if gram else None
         self.batches = 0
         self._spaces = spaces
@@ -73,7 +74,7 @@ class BlockCollector:
     def attach(self) -> list[Any]:
         """Hook the block; return the handles."""
         handles = [self.block.outgoing.register_forward_pre_hook(self._see_activation)]
-        if self.accumulator is not None:
+        if self.accumulator is not None and self._inputs:
             handles.append(self.block.incoming[0].register_forward_pre_hook(self._see_input))
         return handles
 
@@ -85,7 +86,7 @@ class BlockCollector:
         space = self._spaces.sums(activation.shape[1], activation.device)
         for chunk in torch.split(activation, space.shape[1]):
             self.statistics = self.statistics.merged(_statistics(chunk, space))
-        if self.accumulator is not None and self._input is not None:
+        if self.accumulator is not None:
             width = len(self.accumulator.upper)
             workspace = self._spaces.gram(width, activation.device)
             self.accumulator.add(activation, self._input, workspace)

@@ -39,6 +39,12 @@ class Gram:
     total: Tensor
     d_ff: int
 
+    @classmethod
+    def of_upper(cls, upper: Tensor, d_ff: int) -> "Gram":
+        """Build from the upper triangle; what lies below it is not read. Pure."""
+        upper = upper.triu()
+        return cls(upper + upper.triu(1).T, d_ff)
+
     @property
     def has_input(self) -> bool:
         """Whether the block's input is part of z."""
@@ -133,7 +139,7 @@ class GramAccumulator:
     def add(
         self,
         activation: Tensor,
-        block_input: Tensor,
+        block_input: Tensor | None,
         workspace: Tensor,
         *,
         target: Tensor | None = None,
@@ -143,7 +149,7 @@ class GramAccumulator:
 
         Args:
             activation: ``(tokens, d_ff)``.
-            block_input: ``(tokens, d_in)``.
+            block_input: ``(tokens, d_in)``; None where it is left out.
             workspace: float32, at least ``d_ff + d_in + 1`` wide, overwritten.
             target: ``(tokens, targets)``, whose products with z add to ``cross``.
             weights: Square roots of the tokens' weights, ``(tokens, 1)``.
@@ -156,7 +162,7 @@ class GramAccumulator:
             part = slice(start, start + rows)
             z = workspace[: len(activation[part]), :size]
             z[:, : self.d_ff] = activation[part]
-            if size > self.d_ff + 1:
+            if block_input is not None:
                 z[:, self.d_ff : -1] = block_input[part]
             z[:, -1] = 1.0
             if weights is not None:
@@ -170,8 +176,7 @@ class GramAccumulator:
 
     def gram(self) -> Gram:
         """Return the symmetric matrix on the CPU."""
-        upper = self.upper.cpu().triu()
-        return Gram(upper + upper.triu(1).T, self.d_ff)
+        return Gram.of_upper(self.upper.cpu(), self.d_ff)
 
 
 @dataclass(frozen=True)

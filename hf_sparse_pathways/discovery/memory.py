@@ -4,6 +4,9 @@ import re
 
 from hf_sparse_pathways.errors import PathwaysError
 
+MAX_MEMORY = "4GB"
+"""Default bound of the Gram matrices that are in memory at a time."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
 from hf_sparse_pathways.discovery.grams import GramSource
-from hf_sparse_pathways.discovery.memory import format_memory, parse_memory
+from hf_sparse_pathways.discovery.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.discovery.passes import (
     Finished,
     calibration_precision,
@@ -54,9 +54,6 @@ from hf_sparse_pathways.pathways.base import BaseModel
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
-
-MAX_MEMORY = "4GB"
-"""Default bound of the Gram matrices that are in memory at a time."""
 
 
 @dataclass(frozen=True)

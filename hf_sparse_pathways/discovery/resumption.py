@@ -8,7 +8,6 @@ that other settings never pick them up.
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,12 @@ from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.errors import ArtefactError
 
 STORE_SECONDS = 60.0
-"""How often the sums of a running pass are stored."""
+"""How often unfinished work is stored."""
+
+
+def digest_plan(plan: Mapping[str, Any]) -> str:
+    """Return sixteen hexadecimal digits that identify everything that decides a result."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,13 @@ class StoredGram:
         """
         try:
             with safe_open(self.path, "pt") as file:
-                upper = file.get_tensor("upper").triu()
+                upper = file.get_tensor("upper")
         except (OSError, SafetensorError) as error:
             raise ArtefactError(
                 f"{self.path} cannot be read ({error}). Keep the work folder while its profile is "
                 "in use, or save the profile first."
             ) from error
-        return Gram(upper + upper.triu(1).T, self.d_ff)
+        return Gram.of_upper(upper, self.d_ff)
 
 
 class Resumption:
@@ -59,8 +63,7 @@ class Resumption:
     """
 
     def __init__(self, folder: "str | os.PathLike[str] | None", plan: Mapping[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = None if folder is None else Path(folder, f"pass-{digest}")
+        self.folder = None if folder is None else Path(folder, f"pass-{digest_plan(plan)}")
         self._stored = time.monotonic()
 
     def resume(self, name: str, collectors: Sequence[BlockCollector]) -> int:
@@ -102,11 +105,6 @@ class Resumption:
         """Return a finished pass's Gram matrix as it lies on disk; None without a folder."""
         path = self._path(name, index)
         return None if path is None else StoredGram(path, d_ff)
-
-    def discard(self) -> None:
-        """Delete what this plan has stored."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}-{index}.safetensors"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,19 +180,6 @@ SCORES: Mapping[str, ScoreFunction] = MappingProxyType({score.__name__: score fo
 
 NEED_SALIENCY = frozenset({taylor, taylor_signed})
 """Scores for which the model is run backwards over a sample of the text."""
-
-
-def resolve_score(score: str | ScoreFunction) -> tuple[str, ScoreFunction]:
-    """Return a score's name and function.
-
-    Raises:
-        UnknownNameError: No score of that name.
-    """
-    if callable(score):
-        return getattr(score, "__name__", "a user's function"), score
-    if score not in SCORES:
-        raise UnknownNameError("score", score, SCORES)
-    return score, SCORES[score]
 
 
 def check_scores(name: str, scores: object, d_ff: int) -> Tensor:

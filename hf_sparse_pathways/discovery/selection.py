@@ -139,7 +139,7 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
             blocks = prune_sequentially(model, _arms(drafts))
         except UnsupportedModelError as error:
             if recipe.order == "sequential":
-                raise
+                raise UnsupportedModelError(f"{error} Choose order='one-shot'.") from error
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"
     if order == "one-shot":

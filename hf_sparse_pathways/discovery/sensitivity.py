@@ -29,7 +29,7 @@ from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 
 SAMPLE_TOKENS = 4096
-"""Tokens on which sensitivity is measured: enough for the directions that matter."""
+"""Tokens on which sensitivity is measured: a compromise with the cost of backward passes."""
 
 BATCH_SIZE = 2
 """Windows per backward pass, which keeps every layer's intermediate results."""

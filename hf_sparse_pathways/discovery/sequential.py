@@ -34,6 +34,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
+from hf_sparse_pathways.ffn.state import needed_input
 
 PruneBlock = Callable[[int, BlockTask], BlockPathway]
 """From a block's number and its task to its pathway."""
@@ -149,7 +150,7 @@ class _Layer:
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = [_Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
-        kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         if probes:
             for number in numbers:
                 batch = streams.batches[number]
@@ -260,11 +261,11 @@ class _Change:
         self.bias = None if pathway.bias is None else (gain * pathway.bias.float()).to(device)
         self.bypass = None if pathway.bypass is None else gain * pathway.bypass.product().to(device)
 
-    def apply(self, behind: Tensor, activation: Tensor, block_input: Tensor) -> Tensor:
+    def apply(self, behind: Tensor, activation: Tensor, block_input: Tensor | None) -> Tensor:
         """Return the layer's new result, from its old one and what its FFN saw."""
         change = _linear(activation, self.weight)
         if self.bypass is not None:
-            change = change + _linear(block_input, self.bypass)
+            change = change + _linear(needed_input(block_input), self.bypass)
         if self.bias is not None:
             change = change + self.bias
         return behind + change.view_as(behind).to(behind.dtype)
@@ -281,11 +282,13 @@ class _Probe:
         self.block, self.spaces = block, spaces
         width = block.d_in if inputs else 0
         self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
-        self._input = self._activation = torch.empty(0)
+        self._inputs = inputs
+        self._activation = torch.empty(0)
+        self._input: Tensor | None = None
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """The activation and the input of the last batch, padding included, flattened."""
+    def seen(self) -> tuple[Tensor, Tensor | None]:
+        """The last batch's activation, and its input if wanted, padding included, flattened."""
         return self._activation, self._input
 
     def attach(self) -> list[Any]:
@@ -297,16 +300,16 @@ class _Probe:
         def see_activation(module: nn.Module, args: Any) -> None:  # noqa: ARG001
             self._activation = args[0].flatten(0, -2)
 
-        return [
-            self.block.incoming[0].register_forward_pre_hook(see_input),
-            self.block.outgoing.register_forward_pre_hook(see_activation),
-        ]
+        handles = [self.block.outgoing.register_forward_pre_hook(see_activation)]
+        if self._inputs:
+            handles.append(self.block.incoming[0].register_forward_pre_hook(see_input))
+        return handles
 
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""
         space = self.spaces.gram(len(self.accumulator.upper), rows.device)
         activation = self._activation.index_select(0, rows)
-        block_input = self._input.index_select(0, rows)
+        block_input = None if self._input is None else self._input.index_select(0, rows)
         self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
 
     def task(self) -> BlockTask:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
@@ -90,6 +90,28 @@ class Documents:
             and not (document.whole is None and document.digest in parts)
         )
         return Documents(items=kept, source=self.source)
+
+    def unseen(self, provenances: Iterable[Mapping[str, Any]]) -> "tuple[Documents, int]":
+        """Return the documents that were neither calibrated nor validated on. Pure.
+
+        Args:
+            provenances: What profiles and pathways say of the text that they have seen.
+
+        Returns:
+            The documents, and how many others there were.
+        """
+        listed = list(provenances)
+        seen, cut = (
+            [
+                digest
+                for text in listed
+                for kind in ("", "validation_")
+                for digest in text.get(f"{kind}{name}", ())
+            ]
+            for name in ("digests", "cut_digests")
+        )
+        fresh = self.without(seen, cut)
+        return fresh, len(self.items) - len(fresh.items)
 
     def split(self, held_out: float, seed: int = 0) -> "tuple[Documents, Documents]":
         """Return ``(calibration, held-out)`` documents, disjoint. Pure.

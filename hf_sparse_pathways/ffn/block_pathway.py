@@ -46,6 +46,11 @@ class LowRank:
         return LowRank(self.outer.to(like), self.inner.to(like))
 
 
+def as_matrix(matrix: Tensor | LowRank) -> Tensor:
+    """Return a matrix whole, float32."""
+    return matrix.product() if isinstance(matrix, LowRank) else matrix.float()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockPathway:
     """What a pathway keeps of one FFN block.
@@ -79,7 +84,7 @@ class BlockPathway:
     @property
     def full_delta(self) -> Tensor | None:
         """The refit as one matrix ``(d_out, kept)``, or None."""
-        return self.delta.product() if isinstance(self.delta, LowRank) else self.delta
+        return None if self.delta is None else as_matrix(self.delta)
 
     def parts(self) -> dict[str, Tensor]:
         """Return all tensors by name, as they are stored."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnknownNameError, UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import needed_input
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
 
 def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
-        weight = leaf.weight.T if isinstance(leaf, Conv1D) else leaf.weight
+        weight = linear_weight(leaf)
         index = leaf.kept_index(pathway)
         if weight.shape[leaf.neuron_dim] != leaf.state.d_ff * leaf.rows_per_neuron:
             raise UnsupportedModelError(
@@ -159,8 +159,7 @@ def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:
     """Add a change to weights, in float32."""
     if delta is None:
         return weight
-    full = delta.product() if isinstance(delta, LowRank) else delta
-    return (weight.float() + full.to(weight.device).float()).to(weight.dtype)
+    return (weight.float() + as_matrix(delta).to(weight.device)).to(weight.dtype)
 
 
 def _compensated(

@@ -61,16 +61,20 @@ def linear_widths(leaf: nn.Module | None) -> tuple[int, int] | None:
     return None
 
 
+def linear_weight(leaf: Any) -> Tensor:
+    """Return a linear leaf's weight in ``nn.Linear``'s order, ``(outputs, inputs)``."""
+    weight: Tensor = leaf.weight
+    return weight.T if isinstance(leaf, Conv1D) else weight
+
+
 def outgoing_weight(leaf: Any) -> Tensor:
     """Return an outgoing leaf's weight, float32 ``(d_out, d_ff)``, on the CPU."""
-    weight: Tensor = leaf.weight.T if isinstance(leaf, Conv1D) else leaf.weight
-    return weight.detach().float().cpu()
+    return linear_weight(leaf).detach().float().cpu()
 
 
 def incoming_weights(leaves: Sequence[Any], d_ff: int) -> Tensor:
     """Return the incoming leaves' weights, float32 ``(branches, d_ff, d_in)``, on the CPU."""
-    rows = [leaf.weight if not isinstance(leaf, Conv1D) else leaf.weight.T for leaf in leaves]
-    together = torch.cat([weight.detach().float().cpu() for weight in rows])
+    together = torch.cat([linear_weight(leaf).detach().float().cpu() for leaf in leaves])
     return together.view(-1, d_ff, together.shape[1])
 
 

@@ -5,7 +5,6 @@ decides the run, so that other settings never pick it up. A run that goes on fro
 it would have computed without the interruption, bit for bit.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -17,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-STORE_SECONDS = 60.0
-"""How often a running run is stored."""
+from hf_sparse_pathways.discovery.resumption import STORE_SECONDS, digest_plan
 
 Groups = dict[str, dict[str, Tensor]]
 """Tensors by what they are (``parameters``, ``best``, ...) and by name."""
@@ -33,8 +31,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: "str | os.PathLike[str] | None", plan: Mapping[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-        self._path = None if folder is None else Path(folder, f"run-{digest}.safetensors")
+        name = f"run-{digest_plan(plan)}.safetensors"
+        self._path = None if folder is None else Path(folder, name)
         self._stored = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], Groups] | None:

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
+from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.modeling.structure import copy_structure
 
 _TOLERANCE = 1e-2
@@ -239,15 +240,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _kept(leaf: Any, index: Tensor | None, *, incoming: bool) -> Tensor:
     """Return a leaf's weight in ``nn.Linear``'s order, or some of its rows or columns."""
-    weight: Tensor = leaf.weight.detach()
-    if isinstance(leaf, Conv1D):
-        weight = weight.T
-    weight = weight.float()
+    weight = linear_weight(leaf).detach().float()
     if index is None:
         return weight
     return weight.index_select(0 if incoming else 1, index.to(weight.device))
-
-
-def as_matrix(matrix: Tensor | LowRank) -> Tensor:
-    """Return a change as one float32 matrix."""
-    return matrix.product() if isinstance(matrix, LowRank) else matrix.float()

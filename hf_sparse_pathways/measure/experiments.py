@@ -8,13 +8,14 @@ whose text was dealt at random, which is what chance alone makes.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.profiles import Profile
@@ -22,18 +23,16 @@ from hf_sparse_pathways.discovery.profiling import profile as take_profile
 from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import Document, Documents, TextSource, read_documents
-from hf_sparse_pathways.discovery.trials import computing, run_model
-from hf_sparse_pathways.discovery.windows import Batch, draw_windows, resolve_length
+from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
 from hf_sparse_pathways.errors import TextError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
-from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.ffn.choices import all_dense
-from hf_sparse_pathways.measure.arms import Forward, MeasuredArm, ScoredText, measure_arms
+from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.paper import PRESERVED_SPARSITIES
-from hf_sparse_pathways.measure.quality import SPLITS, random_partner
+from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.measure.quality_report import QualityRow
 from hf_sparse_pathways.measure.specialisation import activation_ratios
-from hf_sparse_pathways.pathways.pathway import Pathway
+from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 RULES = ("mean_abs", "wanda", OBS)
 """Methods whose output preservation is measured, the paper's first."""
@@ -87,7 +86,7 @@ class Experiments:
 
 
 def run_experiments(  # noqa: PLR0913
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     profile: Profile,
     texts: Mapping[str, TextSource],
@@ -153,18 +152,7 @@ def unseen(profile: Profile, domain: str, documents: Documents) -> tuple[Documen
         TextError: None is left.
     """
     profile[domain]
-    provenances = [known.provenance for known in profile.by_domain.values()]
-    digests, cut = (
-        [
-            digest
-            for provenance in provenances
-            for split in SPLITS
-            for digest in provenance.get(f"{split}{name}", ())
-        ]
-        for name in ("digests", "cut_digests")
-    )
-    fresh = documents.without(digests, cut)
-    excluded = len(documents.items) - len(fresh.items)
+    fresh, excluded = documents.unseen(known.provenance for known in profile.by_domain.values())
     if not any(len(document.text.split()) > 1 for document in fresh.items):
         raise TextError(
             f"Domain {domain!r}: no text of {documents.source} is left to measure on; the profile "
@@ -174,7 +162,7 @@ def unseen(profile: Profile, domain: str, documents: Documents) -> tuple[Documen
 
 
 def _select(
-    model: nn.Module, own: Profile, rule: str, sparsity: float, precision: str = "model"
+    model: PreTrainedModel, own: Profile, rule: str, sparsity: float, precision: str = "model"
 ) -> Pathway:
     """Return a domain's pathway with equally wide blocks, all chosen from the dense model."""
     pathways = select(
@@ -191,7 +179,7 @@ def _select(
 
 
 def _opposites(
-    model: nn.Module, profile: Profile, domain: str, sparsity: float, seed: int
+    model: PreTrainedModel, profile: Profile, domain: str, sparsity: float, seed: int
 ) -> dict[str, Pathway]:
     """Return pathways that skip the least active, keep the most specialised, and chance."""
     negative = _select(model, profile.subset([domain]), "mean_abs", sparsity)
@@ -210,7 +198,7 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
 
 
 def _measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     text: ScoredText,
     sparsity: float,
     pathways: Mapping[str, Pathway],
@@ -219,23 +207,12 @@ def _measure(
     seed: int,
 ) -> list[MeasuredRule]:
     """Measure pathways of one sparsity on one domain's text."""
-    blocks = find_blocks(model)
-    dense = MeasuredArm("dense", None, 1.0, run_model)
-    arms = [
-        MeasuredArm("pathway", rule, 1.0 - sparsity, _forward(blocks, pathway.blocks))
-        for rule, pathway in pathways.items()
-    ]
-    with all_dense(), evaluation_mode(model):
-        rows = measure_arms(model, text, [dense, *arms], batch_size=batch_size, seed=seed)
+    made = Pathways(base=BaseModel.of(model), by_domain=pathways)
+    sparse = SparsePathwaysForCausalLM.from_dense(model, made)
+    arms = [DENSE, *(pathway_arm("pathway", rule, made) for rule in pathways)]
+    with evaluation_mode(sparse):
+        rows = measure_arms(sparse, text, arms, batch_size=batch_size, seed=seed)
     return [_measured(row, sparsity) for row in rows[1:]]
-
-
-def _forward(blocks: Sequence[FfnBlock], pathway: Sequence[BlockPathway]) -> Forward:
-    def forward(model: Any, batch: Batch) -> Tensor:
-        with computing(blocks, pathway):
-            return run_model(model, batch)
-
-    return forward
 
 
 def _measured(row: QualityRow, sparsity: float) -> MeasuredRule:
@@ -254,7 +231,7 @@ def _measured(row: QualityRow, sparsity: float) -> MeasuredRule:
 
 
 def shuffled_profile(  # noqa: PLR0913
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     profile: Profile,
     *,

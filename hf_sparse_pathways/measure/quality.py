@@ -29,7 +29,6 @@ from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon
 SEEN = ("exclude", "include", "refuse")
-SPLITS = ("", "validation_")  # prefixes of the digests in a pathway's provenance
 
 
 def evaluate(  # noqa: PLR0913
@@ -97,13 +96,8 @@ def _held_out(
     pathways: Pathways, domain: str, documents: Documents, seen: str
 ) -> tuple[Documents, int]:
     """Leave out documents that any pathway was calibrated on; return how many those were."""
-    texts = [pathway.provenance.get("text", {}) for pathway in pathways.by_domain.values()]
-    digests, cut = (
-        [digest for text in texts for split in SPLITS for digest in text.get(f"{split}{name}", ())]
-        for name in ("digests", "cut_digests")
-    )
-    fresh = documents.without(digests, cut)
-    excluded = len(documents.items) - len(fresh.items)
+    known = (pathway.provenance.get("text", {}) for pathway in pathways.by_domain.values())
+    fresh, excluded = documents.unseen(known)
     if seen == "include":
         return documents, 0
     if seen == "refuse" and excluded:

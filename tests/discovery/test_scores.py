@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_sparse_pathways.discovery.recipe import resolve_method
 from hf_sparse_pathways.discovery.scores import (
     NEED_SALIENCY,
     SCORES,
     Saliency,
     ScoreInput,
     check_scores,
-    resolve_score,
 )
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from tests.discovery.profiles import statistics_of
@@ -184,9 +184,9 @@ def test_names_and_functions_resolve():
     def mine(given):
         return given.statistics.mean
 
-    assert resolve_score("wanda") == ("wanda", SCORES["wanda"])
-    assert resolve_score(mine) == ("mine", mine)
-    assert resolve_score(_Callable())[0]
+    assert resolve_method("wanda") == ("wanda", SCORES["wanda"])
+    assert resolve_method(mine) == ("mine", mine)
+    assert resolve_method(_Callable())[0]
 
 
 class _Callable:
@@ -197,13 +197,13 @@ class _Callable:
 @pytest.mark.parametrize(("name", "hint"), [("wand", "wanda"), ("meanabs", "mean_abs")])
 def test_a_typo_is_refused_with_a_hint(name, hint):
     with pytest.raises(UnknownNameError, match=rf"Did you mean '{hint}'\?"):
-        resolve_score(name)
+        resolve_method(name)
 
 
 @pytest.mark.parametrize("name", ["zzz", "", 5, None])
 def test_an_unknown_score_is_refused_with_those_that_exist(name):
     with pytest.raises(UnknownNameError, match=", ".join(f"'{known}'" for known in SCORES)):
-        resolve_score(name)
+        resolve_method(name)
 
 
 @pytest.mark.parametrize(

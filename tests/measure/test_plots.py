@@ -10,6 +10,7 @@ from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.measure import paper, plots
 from hf_sparse_pathways.measure.analysis import analyse
 from hf_sparse_pathways.measure.experiments import Experiments, MeasuredRule
+from hf_sparse_pathways.measure.plots import drawing
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
 from hf_sparse_pathways.measure.scale import ComparedModel, compare_models
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion
@@ -86,7 +87,7 @@ def _panels(figure):
 
 @pytest.mark.parametrize("domains", [("code",), ("code", "law")])
 def test_every_picture_is_written_as_a_picture(tmp_path, domains, monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 50)
+    monkeypatch.setattr(drawing, "DPI", 50)
     analysis = _analysis(domains)
     figures = plots.plot_analysis(analysis) | plots.plot_quality(_quality(domains))
     names = {"skippable", "preservation", "selection", "ratios", "cosines"}
@@ -243,7 +244,7 @@ def test_many_domains_still_have_their_own_lines():
     ("low", "high"), [(0.95, 1.3), (0.9, 4.0), (1.0, 80.0), (0.8, 2.6e4), (1.0, 1.01e9)]
 )
 def test_log_axes_have_a_few_round_ticks(low, high):
-    ticks = plots._log_ticks(low, high)
+    ticks = drawing.log_ticks(low, high)
     assert 2 <= len(ticks) <= 15
     assert ticks == sorted(ticks)
     assert 1.0 in ticks
