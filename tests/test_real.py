@@ -63,7 +63,7 @@ def test_own_pathways_beat_their_partners_on_held_out_text(folder):
         assert figures["dense"] < own < 2 * figures["dense"]
         assert own < min(others)
         assert own < 1.1 * figures["pooled"]
-        assert figures["random"] > 2 * own
+        assert figures["random"] > 5 * own
 
 
 def test_generation_in_a_fresh_process(folder):
