@@ -19,7 +19,7 @@ from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 OBS = "obs"
 MEASURED = ("auto", "sensitivity")
-"""Allocations that run the model on validation text: ``drafts.py``."""
+"""Allocations that run the model on validation text: ``planning.py``."""
 
 ORDERS = ("auto", "sequential", "one-shot")
 PARTS = ("none", "bias", "refit", "patch:RANK", "bypass:RANK")
@@ -35,6 +35,8 @@ class Recipe:
         allocation: ``"auto"``, or what divides the budget.
         compensation: As ``parse_compensation`` takes it.
         repair: What that means.
+        ridge: Of the least squares, in units of the mean second moment; None if validation text
+            decides.
         order: ``"sequential"`` or ``"one-shot"``, or ``"auto"`` for sequential where it can be.
         multiple: Widths are multiples of this.
         precision: Of the model's products while it runs over calibration text.
@@ -46,6 +48,7 @@ class Recipe:
     allocation: str | Callable[..., list[int]]
     compensation: str
     repair: Repair
+    ridge: float | None
     order: str
     multiple: int
     precision: str
@@ -71,7 +74,7 @@ def make_recipe(  # noqa: PLR0913
     *,
     allocation: str | Callable[..., list[int]] | None = None,
     compensation: str | None = None,
-    ridge: float = Repair.ridge,
+    ridge: str | float = "auto",
     order: str = "auto",
     multiple: int = 1,
     precision: str = "model",
@@ -97,6 +100,9 @@ def make_recipe(  # noqa: PLR0913
         raise UnknownNameError("precision", precision, PRECISIONS)
     if type(multiple) is not int or multiple < 1:
         raise PathwaysError(f"multiple has to be a whole number of at least 1, got {multiple!r}.")
+    if isinstance(ridge, str) and ridge != "auto":
+        raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
+    fixed = None if isinstance(ridge, str) else ridge
     if order == "auto" and name != OBS:
         order = "one-shot"
     return Recipe(
@@ -104,7 +110,8 @@ def make_recipe(  # noqa: PLR0913
         score=score,
         allocation=allocation,
         compensation=compensation,
-        repair=parse_compensation(compensation, ridge),
+        repair=parse_compensation(compensation, Repair.ridge if fixed is None else fixed),
+        ridge=fixed,
         order=order,
         multiple=multiple,
         precision=precision,

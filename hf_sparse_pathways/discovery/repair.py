@@ -50,9 +50,14 @@ class Repair:
     patch_rank: int | None = None
 
     @property
+    def solves(self) -> bool:
+        """Whether there is a least-squares problem that the ridge enters."""
+        return self.refit or self.bypass_rank > 0
+
+    @property
     def needs_grams(self) -> bool:
         """Whether anything has to be computed from second moments."""
-        return self.refit or self.bias or self.bypass_rank > 0
+        return self.solves or self.bias
 
 
 NO_REPAIR = Repair(refit=False, bias=False)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse_pathways.discovery.drafts import Draft, make_draft
+from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.planning import make_draft
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
@@ -46,6 +47,7 @@ def select(  # noqa: PLR0913
     score: str | ScoreFunction | None = None,
     allocation: str | Callable[..., list[int]] | None = None,
     compensation: str | None = None,
+    ridge: str | float = "auto",
     order: str = "auto",
     multiple: int = 1,
     precision: str = "model",
@@ -75,6 +77,8 @@ def select(  # noqa: PLR0913
         compensation: Parts of ``none``, ``bias``, ``refit``, ``patch:RANK``, ``bypass:RANK``,
             joined by ``+``. By default ``"refit+bias"`` for ``"obs"``, ``"bias"`` for ``"flap"``,
             else ``"none"``.
+        ridge: Of the least squares, in units of the mean second moment; ``"auto"``: what has the
+            least loss on validation text.
         order: ``"sequential"``, ``"one-shot"``, or ``"auto"``: sequential for ``"obs"`` where the
             model's layers can be run one at a time.
         multiple: Widths are rounded down to multiples of this.
@@ -98,6 +102,7 @@ def select(  # noqa: PLR0913
         method or score or usual,
         allocation=allocation,
         compensation=compensation,
+        ridge=ridge,
         order=order,
         multiple=multiple,
         precision=precision,
@@ -143,11 +148,7 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"
     if order == "one-shot":
-        count = len(drafts[0].evidence.blocks)
-        blocks = {
-            draft.evidence.name: [draft.block(index, None) for index in range(count)]
-            for draft in drafts
-        }
+        blocks = {draft.evidence.name: draft.one_shot() for draft in drafts}
     return {
         draft.evidence.name: Pathway(
             blocks=tuple(blocks[draft.evidence.name]),

@@ -83,6 +83,12 @@ def test_what_is_given_comes_before_the_defaults():
     assert make_recipe("wanda", **given).described() == {"method": "wanda", **given}
 
 
+@pytest.mark.parametrize("ridge", ["automatic", "", 0, -0.1])
+def test_a_ridge_that_does_not_fit_is_refused(ridge):
+    with pytest.raises(PathwaysError, match="ridge"):
+        make_recipe("obs", ridge=ridge)
+
+
 def test_functions_are_described_by_name():
     def mine(block):
         return block.statistics.mean

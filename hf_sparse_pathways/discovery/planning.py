@@ -1,0 +1,187 @@
+"""What is decided before any block is repaired: the blocks' widths, and the ridge.
+
+``allocation="auto"``, ``allocation="sensitivity"`` and ``ridge="auto"`` are decided on validation
+text, by the loss of one-shot pathways: documents that no statistic was taken from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from hf_sparse_pathways.discovery.allocation import (
+    ALLOCATIONS,
+    BlockCosts,
+    Budget,
+    check_widths,
+    resolve_allocation,
+)
+from hf_sparse_pathways.discovery.drafts import Draft
+from hf_sparse_pathways.discovery.evidence import Evidence
+from hf_sparse_pathways.discovery.goal import Goal
+from hf_sparse_pathways.discovery.percentile import keep_above
+from hf_sparse_pathways.discovery.removal import Removal
+from hf_sparse_pathways.discovery.repair import NO_REPAIR, Repair
+from hf_sparse_pathways.discovery.trials import mean_loss
+from hf_sparse_pathways.discovery.windows import Window, count_tokens
+from hf_sparse_pathways.errors import PathwaysError
+
+RIDGES = (0.01, 0.001, 0.1)
+"""What ``ridge="auto"`` compares, in units of the mean second moment; the usual one first."""
+
+TRIAL_TOKENS = 2048
+"""Validation tokens on which candidates are compared."""
+
+LEAST_RISE = 1e-5
+"""Of the loss, in nats per token: smaller ones are noise."""
+
+
+def make_draft(evidence: Evidence, goal: Goal) -> Draft:
+    """Decide how many neurons of each block stay, or which, and how the rest is made good."""
+    plan = _Plan(evidence)
+    recipe = evidence.recipe
+    text = dict(evidence.domain.provenance)
+    provenance = {**recipe.described(), **goal.described(), "text": text}
+    if goal.percentile is not None:
+        scores = [evidence.scores(index) for index in range(len(evidence.blocks))]
+        masks: list[Tensor] | None = keep_above(scores, goal.percentile, goal.pool)
+        widths: list[int] = []
+        whole = all(bool(keep.all()) for keep in masks or ())
+        provenance["allocation"] = "percentile"
+    else:
+        widths, provenance["allocation"] = plan.divide(goal.sparsity)
+        whole = all(w == cost.d_ff for w, cost in zip(widths, plan.costs, strict=True))
+        settled = whole or recipe.score is not None or recipe.order == "one-shot"
+        masks = plan.keep(widths) if settled else None
+    repairs = NO_REPAIR if whole else recipe.repair
+    if repairs.solves and recipe.ridge is None:
+        ridge = plan.choose_ridge(plan.keep(widths) if masks is None else masks)
+        repairs = replace(repairs, ridge=ridge)
+        provenance["ridge"] = ridge
+    return Draft(evidence, widths, masks, repairs, provenance)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One pathway's decisions, and what they are taken from."""
+
+    evidence: Evidence
+
+    @cached_property
+    def removals(self) -> list[Removal]:
+        """In which order each block's neurons go, on the dense model's activations."""
+        return [self.evidence.removal(index) for index in range(len(self.evidence.blocks))]
+
+    @cached_property
+    def costs(self) -> list[BlockCosts]:
+        """The blocks' sizes and error curves."""
+        shapes = self.evidence.profile.base.blocks
+        return [
+            BlockCosts(d_ff=shape.d_ff, flops_per_neuron=shape.flops_per_neuron, error=r.error)
+            for shape, r in zip(shapes, self.removals, strict=True)
+        ]
+
+    @cached_property
+    def trial(self) -> list[Window]:
+        """Validation text; empty if there is none."""
+        return _sample(self.evidence.domain.validation, TRIAL_TOKENS)
+
+    def keep(self, widths: Sequence[int]) -> list[Tensor]:
+        """Return the keep masks of some widths."""
+        return [removal.keep(w) for removal, w in zip(self.removals, widths, strict=True)]
+
+    def divide(self, sparsity: float | tuple[float, ...] | None) -> tuple[list[int], str]:
+        """Return the blocks' widths, and by which allocation."""
+        if not isinstance(sparsity, tuple):
+            return self._allocate(float(sparsity or 0.0))
+        parts = enumerate(zip(self.costs, sparsity, strict=True))
+        widths = [
+            ALLOCATIONS["uniform"]([cost], self._budget([index], fraction))[0]
+            for index, (cost, fraction) in parts
+        ]
+        return widths, "given"
+
+    def choose_ridge(self, masks: Sequence[Tensor]) -> float:
+        """Return the ridge of least loss on validation text; the usual one without such text."""
+        if not self.trial:
+            return RIDGES[0]
+        losses = {ridge: self._loss(masks, ridge) for ridge in RIDGES}
+        return min(losses, key=lambda ridge: losses[ridge])
+
+    def _allocate(self, sparsity: float) -> tuple[list[int], str]:
+        recipe = self.evidence.recipe
+        budget = self._budget(range(len(self.costs)), sparsity)
+        if recipe.allocation == "sensitivity":
+            return ALLOCATIONS["water_filling"](self._measured_costs(), budget), "sensitivity"
+        if recipe.allocation != "auto":
+            name, function = resolve_allocation(recipe.allocation)
+            return check_widths(name, function(self.costs, budget), self.costs), name
+        if not self.evidence.metrics or sparsity == 0.0:
+            return ALLOCATIONS["uniform"](self.costs, budget), "uniform"
+        names = ("water_filling", "uniform")
+        candidates = {name: ALLOCATIONS[name](self.costs, budget) for name in names}
+        if not self.trial:
+            return candidates[names[0]], names[0]
+        losses = {name: self._loss(self.keep(widths)) for name, widths in candidates.items()}
+        best = min(losses, key=lambda name: losses[name])
+        return candidates[best], best
+
+    def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
+        rank = self.evidence.recipe.repair.bypass_rank
+        shapes = [self.evidence.profile.base.blocks[index] for index in blocks]
+        if sparsity == 0.0:
+            rank = 0
+        overhead = tuple(rank * (s.d_in + s.d_out) / s.flops_per_neuron for s in shapes)
+        for shape, neurons in zip(shapes, overhead, strict=True):
+            if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1:
+                raise PathwaysError(
+                    f"A bypass of rank {rank} costs as much as {neurons:.1f} neurons of "
+                    f"{shape.name}; at sparsity {sparsity:.3g} only "
+                    f"{(1.0 - sparsity) * shape.d_ff:.1f} are left. Choose a smaller rank or "
+                    "sparsity."
+                )
+        return Budget(
+            kept=1.0 - sparsity, multiple=self.evidence.recipe.multiple, overhead=overhead
+        )
+
+    def _measured_costs(self) -> list[BlockCosts]:
+        """Return costs whose curves meet what halving each block alone does to the loss.
+
+        Raises:
+            PathwaysError: There is no validation text.
+        """
+        evidence = self.evidence
+        if not self.trial:
+            raise PathwaysError(
+                f"Domain {evidence.name!r}: allocation='sensitivity' needs validation text, and "
+                "every document was used for calibration. Give more documents, or fewer "
+                "max_tokens."
+            )
+        dense = mean_loss(evidence.model, self.trial, None, evidence.blocks)
+        halves = [max(1, cost.d_ff // 2) for cost in self.costs]
+        draft = self._draft(self.keep(halves), evidence.recipe.repair)
+        measured = []
+        for index, cost in enumerate(self.costs):
+            pathway, block = draft.block(index, None), evidence.blocks[index]
+            rise = max(
+                mean_loss(evidence.model, self.trial, [pathway], [block]) - dense, LEAST_RISE
+            )
+            half = float(cost.error[cost.d_ff - halves[index]])
+            measured.append(replace(cost, error=cost.error * (rise / max(half, 1e-30))))
+        return measured
+
+    def _loss(self, masks: Sequence[Tensor], ridge: float | None = None) -> float:
+        repairs = self.evidence.recipe.repair
+        repairs = repairs if ridge is None else replace(repairs, ridge=ridge)
+        return self._draft(masks, repairs).loss(self.trial)
+
+    def _draft(self, masks: Sequence[Tensor], repairs: Repair) -> Draft:
+        """Return a draft for trials, without the bypass, which not every profile allows."""
+        return Draft(self.evidence, [], masks, replace(repairs, bypass_rank=0), {})
+
+
+def _sample(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """Return windows from all over a list, of about a number of tokens together."""
+    stride = max(1, count_tokens(windows) // tokens)
+    return list(windows[::stride])
