@@ -18,7 +18,7 @@ from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.measure.report import summarise
 from hf_sparse_pathways.measure.speed import benchmark
 from hf_sparse_pathways.measure.speed_report import SpeedReport, describe_switch
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 
 Speeds = Sequence[SpeedReport]
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.quality import evaluate
+    from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
-    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 __all__ = [
@@ -52,7 +52,7 @@ _HOMES = {
     "Pathways": "pathways.pathway",
     "Profile": "discovery.profiles",
     "SparsePathwaysConfig": "modeling.configuration",
-    "SparsePathwaysForCausalLM": "modeling.model",
+    "SparsePathwaysForCausalLM": "modeling.causal_lm",
     "Healed": "healing.healing",
     "HealingSettings": "healing.settings",
     "evaluate": "measure.quality",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.measure.analysis import Analysis
-    from hf_sparse_pathways.measure.analysis_report import Section
+    from hf_sparse_pathways.measure.figures import Section
 
 PERCENTILE = 50.0
 TOKENS = 8192

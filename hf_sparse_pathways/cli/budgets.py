@@ -129,7 +129,7 @@ def _measure(
 ) -> dict[str, float]:
     """Return each domain's increase of perplexity on held-out text, as a fraction."""
     from hf_sparse_pathways.measure.quality import evaluate
-    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+    from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 
     if not held_out:
         return {}

@@ -64,6 +64,9 @@ def run(  # noqa: PLR0913
         str | None,
         typer.Option(help="none, bias, refit, patch:RANK, bypass:RANK, joined by +."),
     ] = None,
+    ridge: Annotated[
+        str, typer.Option(help="Of the least squares: a number, or auto, by validation text.")
+    ] = "auto",
     order: Annotated[str, typer.Option(help="auto, sequential or one-shot.")] = "auto",
     multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
     quick: Annotated[
@@ -101,6 +104,7 @@ def run(  # noqa: PLR0913
         "method": method,
         "allocation": allocation,
         "compensation": compensation,
+        "ridge": _parse_ridge(ridge),
         "order": "one-shot" if quick and order == "auto" else order,
         "multiple": multiple,
         "precision": precision,
@@ -156,7 +160,7 @@ class _Job:
 
     def _write(self, dense: Any, tokenizer: Any, pathways: "Pathways") -> None:
         """Write the checkpoint, whole or not at all."""
-        from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+        from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 
         sparse = SparsePathwaysForCausalLM.from_dense(
             dense, pathways, default_domain=self.default_domain
@@ -192,6 +196,14 @@ def parse_sparsity(text: str | None) -> float | list[float] | None:
             f"--sparsity {text!r} does not fit; write 0.3, or 0.1,0.2,... with one per block."
         ) from None
     return values[0] if len(values) == 1 else values
+
+
+def _parse_ridge(text: str) -> str | float:
+    """Return ``0.01`` as a number and ``auto`` as it is."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise PathwaysError(f"--ridge {text!r} does not fit; write auto or 0.01.") from None
 
 
 def _check_model(dense: Any, limits: Limits) -> None:

@@ -29,7 +29,7 @@ def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any
     """Load a model with pathways and its tokenizer."""
     from transformers import AutoTokenizer
 
-    from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+    from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 
     _check_dtype(dtype)
     model = SparsePathwaysForCausalLM.from_pretrained(name, dtype=dtype, executor=executor)

@@ -44,7 +44,7 @@ from hf_sparse_pathways.healing.students import (
     reduce_frozen,
 )
 from hf_sparse_pathways.healing.training import CurvePoint, describe_plan, train
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
 
 

@@ -33,7 +33,7 @@ from hf_sparse_pathways.measure.arms import (
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.peers import PEERS
 from hf_sparse_pathways.measure.quality import random_partner
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 
 CONTEXT = 0.5

@@ -30,7 +30,7 @@ from hf_sparse_pathways.measure.paper import PRESERVED_SPARSITIES
 from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.measure.quality_report import QualityRow
 from hf_sparse_pathways.measure.specialisation import activation_ratios
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 

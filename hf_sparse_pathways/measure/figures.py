@@ -1,6 +1,7 @@
 """Figures and tables as text."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -22,3 +23,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     lines.extend("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One table of a report.
+
+    Attributes:
+        title: What it shows.
+        note: How to read it; may be empty.
+        header: Column names.
+        rows: Cells.
+    """
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """Render title, note and table."""
+        parts = [f"## {self.title}", self.note, markdown_table(self.header, self.rows)]
+        return "\n\n".join(part for part in parts if part)

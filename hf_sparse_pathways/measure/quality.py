@@ -24,7 +24,7 @@ from hf_sparse_pathways.measure.arms import (
     pathway_arm,
 )
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon

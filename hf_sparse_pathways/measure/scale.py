@@ -10,8 +10,8 @@ from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.files import read_json
 from hf_sparse_pathways.measure import paper
 from hf_sparse_pathways.measure.analysis import FORMAT
-from hf_sparse_pathways.measure.analysis_report import Section
 from hf_sparse_pathways.measure.correlation import Correlation, correlate
+from hf_sparse_pathways.measure.figures import Section
 from hf_sparse_pathways.measure.specialisation import NORMALISED, PAPER, Criterion
 
 ANALYSIS_NAME = "analysis.json"

@@ -18,7 +18,7 @@ from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.measure.figures import quantile
 from hf_sparse_pathways.measure.speed_report import SpeedReport
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 

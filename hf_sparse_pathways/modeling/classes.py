@@ -24,9 +24,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_sparse_pathways.ffn.choices import remove_choice
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
-from hf_sparse_pathways.modeling.model import SparsePathwaysForCausalLM, SparsePathwaysModel
+from hf_sparse_pathways.modeling.model import SparsePathwaysModel
 from hf_sparse_pathways.modeling.structure import first_class
 
 CLASS_PREFIX = "SparsePathways"

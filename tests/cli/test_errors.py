@@ -50,6 +50,8 @@ BUILDS = {
     "sparsity words": (("{dense}", "{texts}", "--sparsity", "much"), "--sparsity"),
     "sparsity list": (("{dense}", "{texts}", "--sparsity", "0.1,0.2"), "3 FFN blocks"),
     "sparsity comma": (("{dense}", "{texts}", "--sparsity", "0.1,"), "--sparsity"),
+    "ridge words": (("{dense}", "{texts}", "--ridge", "some"), "--ridge"),
+    "ridge 0": (("{dense}", "{texts}", "--ridge", "0"), "ridge"),
     "two rules": (("{dense}", "{texts}", "--sparsity", "0.1", "--percentile", "5"), "not both"),
     "percentile 100": (("{dense}", "{texts}", "--percentile", "100"), "percentile"),
     "unknown pool": (("{dense}", "{texts}", "--percentile", "5", "--pool", "x"), "pool"),

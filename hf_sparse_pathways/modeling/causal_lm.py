@@ -1,0 +1,175 @@
+"""Causal LMs with pathways: made from dense models, loaded, and generating in a domain."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.attachment import Attachment
+from hf_sparse_pathways.ffn.choices import push_choice, remove_choice
+from hf_sparse_pathways.ffn.executors import resolve_executor
+from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+from hf_sparse_pathways.modeling.domains import UNSET, Unset, fit_rows
+from hf_sparse_pathways.modeling.model import (
+    HUB_ARGUMENTS,
+    Domain,
+    SparsePathwaysModel,
+    batch_size,
+    made_class,
+)
+from hf_sparse_pathways.modeling.structure import (
+    check_convertible,
+    check_undispatched,
+    copy_structure,
+)
+from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.pathway import Pathways
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+
+class SparsePathwaysForCausalLM(SparsePathwaysModel):
+    """A causal LM of any architecture with pathways.
+
+    Called on this class itself, ``from_dense`` and ``from_pretrained`` return an instance of the
+    class made for the model's architecture.
+    """
+
+    @classmethod
+    def from_dense(
+        cls,
+        model: PreTrainedModel,
+        pathways: Pathways,
+        *,
+        executor: str = "auto",
+        default_domain: str | None = None,
+    ) -> Any:
+        """Return a model with pathways that shares a dense model's parameters. Pure.
+
+        Args:
+            model: A causal LM; it stays dense. Later changes of the weights, of their dtype or
+                device too, are changes of both.
+            pathways: Pathways that were made for it.
+            executor: How kept neurons are computed.
+            default_domain: The domain when ``domain`` is omitted; None for dense.
+
+        Raises:
+            MismatchError: The pathways were made for another model.
+            UnsupportedModelError: It is no causal LM of Transformers, or already dispatched.
+            UnknownNameError: Unknown executor or default domain.
+        """
+        resolve_executor(executor)
+        pathways.check_fits(model)
+        check_convertible(model)
+        config = SparsePathwaysConfig.from_base(
+            model.config,
+            domains=pathways.domains,
+            default_domain=default_domain,
+            executor=executor,
+        )
+        sparse = copy_structure(model, {id(model.config): config})
+        sparse.__class__ = made_class(type(model), type(config))
+        sparse._shape = BaseModel.of(sparse)
+        sparse._attachment = Attachment(sparse)
+        sparse.set_pathways(pathways)
+        return sparse
+
+    def to_dense(self) -> PreTrainedModel:
+        """Return a plain model of the base's class that shares this one's parameters. Pure.
+
+        Raises:
+            UnsupportedModelError: An adapter wraps a leaf, or the model is dispatched.
+        """
+        check_undispatched(self)
+        base_config = self.config.base_config
+        dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
+        dense._attachment.detach()
+        del dense._attachment, dense._pathways, dense._shape
+        dense.__class__ = type(self).__bases__[1]
+        return dense
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | PathLike[str]",
+        *args: Any,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved model with pathways, or a base model with ``pathways=`` from elsewhere.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id that holds the weights.
+            args: As the base's.
+            config: Configuration to use instead of the saved one.
+            kwargs: ``pathways`` (Pathways, a folder or a Hub id; needed when the weights are those
+                of a plain base), ``executor``, ``default_domain``, and everything that
+                Transformers takes.
+
+        Raises:
+            ArtefactError: There are no pathways, or they are corrupt or of a newer format.
+            MismatchError: They were made for another model.
+        """
+        if cls is not SparsePathwaysForCausalLM:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *args, config=config, **kwargs
+            )
+        if config is None:
+            names = (*HUB_ARGUMENTS, "gguf_file")
+            chosen = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **chosen)
+        if not isinstance(config, SparsePathwaysConfig):
+            config = SparsePathwaysConfig.from_base(config)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UnsupportedModelError(
+                f"{pretrained_model_name_or_path} is a {type(config).model_type!r} model, which "
+                "has no causal LM in Transformers."
+            )
+        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def generate(self, *args: Any, domain: Domain | Unset = UNSET, **kwargs: Any) -> Any:
+        """Generate as the base does, with only a domain's neurons.
+
+        Args:
+            args: As the base's.
+            domain: A domain's name, a list with a name or None per prompt, or None for dense;
+                omitted: the ambient ``pathway``, else the default domain. A sparse assistant
+                model uses the same domain if it has one of that name.
+            kwargs: As the base's.
+
+        Raises:
+            UnknownNameError: An unknown domain.
+            PathwaysError: A list whose length is not the number of prompts.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._generating(domain, args, kwargs))
+            signature = inspect.signature(super().generate)
+            assistant = signature.bind_partial(*args, **kwargs).arguments.get("assistant_model")
+            if isinstance(assistant, SparsePathwaysForCausalLM) and domain in assistant.domains:
+                stack.enter_context(assistant.pathway(domain))
+            return super().generate(*args, **kwargs)
+
+    @contextmanager
+    def _generating(
+        self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Make the choice for a whole generation; rows are repeated for beams."""
+        chosen, _ = self._chosen(domain)
+        if isinstance(chosen, Tensor):
+            fit_rows(chosen, batch_size(args, kwargs), expand=False)
+        if chosen is not None:
+            self._look_at_weights()
+        choice = push_choice(self._attachment.key, chosen, expand=True)
+        try:
+            yield
+        finally:
+            remove_choice(choice)
