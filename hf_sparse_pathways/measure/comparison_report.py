@@ -96,17 +96,35 @@ class ComparisonReport:
             f"domain; dense perplexity: {perplexities}"
         )
 
+    def verdict(self, method: str, sparsity: float) -> str:
+        """Say where another method does as well as one, or better; empty without that one."""
+        own = self.find(method, sparsity)
+        others = [
+            row for row in self.rows if row.sparsity == sparsity and row.quality.domain in own
+        ]
+        better = [
+            f"{row.method} on {row.quality.domain}"
+            for row in others
+            if row.method not in (method, "dense")
+            and row.quality.ratio <= own[row.quality.domain].ratio
+        ]
+        if not own or len({row.method for row in others}) < 3:
+            return ""
+        if not better:
+            return f"No other method is as good as {method} on any domain."
+        return f"As good as {method}, or better: {', '.join(better)}."
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Render one Markdown table per sparsity."""
-        parts = [
-            f"{self.caption(sparsity)}\n\n{markdown_table(*self.table(sparsity))}"
-            for sparsity in self.sparsities
-        ]
-        return "\n\n".join(parts)
+        """Render one Markdown table per sparsity, with a verdict on the pathways."""
+        parts = []
+        for sparsity in self.sparsities:
+            parts += [self.caption(sparsity), markdown_table(*self.table(sparsity))]
+            parts.append(self.verdict("pathway", sparsity))
+        return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -166,7 +166,17 @@ UNIFORM = ("--allocation", "uniform")
         ((*UNIFORM, "--multiple", 16, "--sparsity", 0.5), [1 / 3 * 2] * 3, {"multiple": 16}),
         ((*UNIFORM, "--ridge", 0.2, "--sparsity", 0.5), [0.5] * 3, {"ridge": 0.2}),
     ],
-    ids="list one quick percentile random nothing_held_out flap multiple ridge".split(),
+    ids=[
+        "list",
+        "one",
+        "quick",
+        "percentile",
+        "random",
+        "nothing_held_out",
+        "flap",
+        "multiple",
+        "ridge",
+    ],
 )
 def test_build_takes_any_rule(places, tmp_path, options, per_block, recipe):
     run_well("build", places.dense, *places.texts[:2], *options, "--output", tmp_path / "built")

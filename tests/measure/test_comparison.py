@@ -111,6 +111,31 @@ def test_a_table_shows_the_best_first_and_the_json_is_plain(report):
     assert report.to_markdown().count("geometric mean") == 2
 
 
+def _with_ratios(report, **ratios):
+    """Return the rows at 50 % with other ratios: per method, of code and of law."""
+    rows = [row for row in report.rows if row.sparsity == 0.5 and row.method in (*ratios, "dense")]
+    place = {"code": 0, "law": 1}
+    return ComparisonReport(
+        base=report.base,
+        rows=tuple(
+            replace(row, quality=replace(row.quality, ratio=own[place[row.quality.domain]]))
+            for row in rows
+            for own in [ratios.get(row.method, (1.0, 1.0))]
+        ),
+    )
+
+
+def test_the_verdict_names_every_method_that_is_as_good(report):
+    best = _with_ratios(report, pathway=(1.1, 1.2), wanda=(1.11, 1.3), random=(9.0, 1.21))
+    assert best.verdict("pathway", 0.5) == "No other method is as good as pathway on any domain."
+    beaten = _with_ratios(report, pathway=(1.1, 1.2), wanda=(1.05, 1.3), random=(9.0, 1.2))
+    expected = "As good as pathway, or better: random on law, wanda on code."
+    assert beaten.verdict("pathway", 0.5) == expected
+    assert beaten.to_markdown().endswith(expected)
+    assert not _with_ratios(report, pathway=(1.1, 1.2)).verdict("pathway", 0.5)
+    assert not _with_ratios(report, wanda=(1.1, 1.2)).verdict("pathway", 0.5)
+
+
 def test_unknown_methods_are_refused_with_a_hint():
     with pytest.raises(UnknownNameError, match="Did you mean 'wanda'"):
         _compare(replace(WHAT, methods=("wand",)))
