@@ -5,7 +5,7 @@ text, by the loss of one-shot pathways: documents that no statistic was taken fr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -67,6 +67,7 @@ class _Plan:
     """One pathway's decisions, and what they are taken from."""
 
     evidence: Evidence
+    losses: dict[tuple[float, ...], float] = field(default_factory=dict)
 
     @cached_property
     def removals(self) -> list[Removal]:
@@ -106,8 +107,7 @@ class _Plan:
         """Return the ridge of least loss on validation text; the usual one without such text."""
         if not self.trial:
             return RIDGES[0]
-        losses = {ridge: self._loss(masks, ridge) for ridge in RIDGES}
-        return min(losses, key=lambda ridge: losses[ridge])
+        return min(RIDGES, key=lambda ridge: self._loss(masks, ridge))
 
     def _allocate(self, sparsity: float) -> tuple[list[int], str]:
         recipe = self.evidence.recipe
@@ -123,8 +123,8 @@ class _Plan:
         candidates = {name: ALLOCATIONS[name](self.costs, budget) for name in names}
         if not self.trial:
             return candidates[names[0]], names[0]
-        losses = {name: self._loss(self.keep(widths)) for name, widths in candidates.items()}
-        best = min(losses, key=lambda name: losses[name])
+        ridge = recipe.repair.ridge
+        best = min(names, key=lambda name: self._loss(self.keep(candidates[name]), ridge))
         return candidates[best], best
 
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
@@ -171,10 +171,13 @@ class _Plan:
             measured.append(replace(cost, error=cost.error * (rise / max(half, 1e-30))))
         return measured
 
-    def _loss(self, masks: Sequence[Tensor], ridge: float | None = None) -> float:
-        repairs = self.evidence.recipe.repair
-        repairs = repairs if ridge is None else replace(repairs, ridge=ridge)
-        return self._draft(masks, repairs).loss(self.trial)
+    def _loss(self, masks: Sequence[Tensor], ridge: float) -> float:
+        """Return the loss on validation text; of the plan's masks each width has one."""
+        key = (ridge, *(int(keep.sum()) for keep in masks))
+        if key not in self.losses:
+            repairs = replace(self.evidence.recipe.repair, ridge=ridge)
+            self.losses[key] = self._draft(masks, repairs).loss(self.trial)
+        return self.losses[key]
 
     def _draft(self, masks: Sequence[Tensor], repairs: Repair) -> Draft:
         """Return a draft for trials, without the bypass, which not every profile allows."""

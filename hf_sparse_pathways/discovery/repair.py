@@ -80,12 +80,6 @@ class BlockTask:
     missing: Tensor | None = None
     metric: Tensor | None = None
 
-    def target(self) -> Tensor:
-        """Return E[y* z^T], float64 ``(d_out, d_ff + d_in + 1)``."""
-        rows = self.gram.total[: self.gram.d_ff].double() / self.gram.tokens
-        target = self.weight.double() @ rows
-        return target if self.missing is None else target + self.missing.double()
-
 
 def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     """Return a block's pathway with its compensation. Pure.
@@ -102,7 +96,7 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     if not own and not one and not how.bypass_rank:
         return BlockPathway(keep=keep)
     index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
-    system = _System.of(task, kept, index, how.ridge)
+    system = _System.of(task, keep, index, how.ridge)
     bypass = None
     target = system.remaining
     if how.bypass_rank and not bool(keep.all()):
@@ -145,10 +139,13 @@ class _System:
     ridge: float
 
     @classmethod
-    def of(cls, task: BlockTask, kept: Tensor, index: Tensor, ridge: float) -> "_System":
+    def of(cls, task: BlockTask, keep: Tensor, index: Tensor, ridge: float) -> "_System":
         d_ff = task.gram.d_ff
         moments = task.gram.total.double() / task.gram.tokens
-        remaining = task.target() - task.weight[:, kept].double() @ moments[kept]
+        removed = (~keep).nonzero().flatten()
+        remaining = task.weight[:, removed].double() @ moments[removed]
+        if task.missing is not None:
+            remaining += task.missing.double()
         diagonal = moments.diagonal()[:d_ff].mean() * ridge
         own = moments[index][:, index]
         own.diagonal().add_(torch.where(index < d_ff, diagonal.clamp_min(LEAST_RIDGE), 1e-9))

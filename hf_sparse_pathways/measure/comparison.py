@@ -35,6 +35,7 @@ from hf_sparse_pathways.measure.peers import PEERS
 from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.pathways.storage import JSON_NAME
 
 CONTEXT = 0.5
 """Part of each window that is context only: the prompt of prompt-adaptive methods."""
@@ -127,8 +128,8 @@ def compare(
         profile: Its profile on other documents.
         held_out: Domain -> documents.
         what: The methods and sparsities.
-        work: Folder for finished steps; a comparison with the same profile, texts and settings
-            goes on from there.
+        work: Folder for finished steps, and for the pathways that were compared; a comparison
+            with the same profile, texts and settings goes on from there.
 
     Raises:
         UnknownNameError: An unknown method.
@@ -174,13 +175,15 @@ class _Step:
 
     def measure(self, work: Path | None) -> list[ComparisonRow]:
         """Return the step's rows, from the work folder if they are there."""
-        path = None if work is None else work / f"{self._digest()}.json"
-        if path is not None and path.is_file():
+        if work is None:
+            return self._measure(None)
+        name = f"{self.method}-{self.sparsity:g}-{self._digest()}"
+        path = work / f"{name}.json"
+        if path.is_file():
             return [ComparisonRow.from_dict(row) for row in read_json(path)["rows"]]
-        rows = self._measure()
-        if path is not None:
-            record = {"rows": [asdict(row) for row in rows]}
-            write_atomically(path, json.dumps(record, indent=1).encode())
+        rows = self._measure(work / name)
+        record = {"rows": [asdict(row) for row in rows]}
+        write_atomically(path, json.dumps(record, indent=1).encode())
         return rows
 
     def _digest(self) -> str:
@@ -198,13 +201,22 @@ class _Step:
         ]
         return hashlib.sha256(json.dumps(job, default=repr).encode()).hexdigest()[:24]
 
-    def _measure(self) -> list[ComparisonRow]:
+    def _measure(self, folder: Path | None) -> list[ComparisonRow]:
+        """Measure the method; what is selected is kept in a folder, or found there."""
         if self.method in PEERS:
             return self._measure_peer()
+        if folder is not None and (folder / JSON_NAME).is_file():
+            return self._measure_pathways(Pathways.from_pretrained(folder))
+        pathways = self._select()
+        if folder is not None:
+            pathways.save_pretrained(folder)
+        return self._measure_pathways(pathways)
+
+    def _select(self) -> Pathways:
         options = dict(CONTENDERS[self.method].options)
         if options["method"] == OBS:
             options = {**self.what.options, **options}
-        pathways = select(
+        return select(
             self.model,
             self.profile,
             sparsity=self.sparsity,
@@ -213,7 +225,6 @@ class _Step:
             controls=self.method == "pathway",
             **options,
         )
-        return self._measure_pathways(pathways)
 
     def _measure_pathways(self, pathways: Pathways) -> list[ComparisonRow]:
         first = self.method == "pathway"

@@ -91,6 +91,25 @@ def test_finished_steps_are_used_again(report, tmp_path, monkeypatch):
     assert [row for row in first.rows if row.method == "pathway"] == same
 
 
+def test_pathways_that_were_selected_are_measured_again(report, tmp_path, monkeypatch):
+    what = replace(WHAT, methods=("pathway", "wanda"))
+    measure = comparison.measure_arms
+    monkeypatch.setattr(comparison, "measure_arms", None)
+    with pytest.raises(TypeError):
+        _compare(what, work=tmp_path)
+    monkeypatch.setattr(comparison, "measure_arms", measure)
+    kept = [path.parent for path in tmp_path.glob("pathway-*/pathways.json")]
+    assert [folder.name.startswith(f"pathway-{WHAT.sparsities[0]:g}-") for folder in kept] == [True]
+    assert sp.Pathways.from_pretrained(kept[0]).domains == ["code", "law"]
+    monkeypatch.setattr(comparison, "select", None)
+    with pytest.raises(TypeError):
+        _compare(what, work=tmp_path)
+    first = [row for row in report.rows if (row.method, row.sparsity) == ("pathway", 0.3)]
+    monkeypatch.setattr(comparison, "select", sp.select)
+    again = _compare(replace(what, methods=("pathway",)), work=tmp_path).rows
+    assert [row for row in again if (row.method, row.sparsity) == ("pathway", 0.3)] == first
+
+
 @pytest.mark.usefixtures("report")
 def test_the_model_is_left_as_it_was():
     fresh = build("llama")
