@@ -7,8 +7,9 @@ their prompt. Every finished step is stored, so that an interrupted comparison g
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import Documents
 from hf_sparse_pathways.discovery.trials import run_model
+from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.files import read_json, write_atomically
@@ -36,6 +38,10 @@ from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME
+from hf_sparse_pathways.version import __version__
+
+PATHWAY = "pathway"
+"""The method whose pooled and random partners are measured too."""
 
 CONTEXT = 0.5
 """Part of each window that is context only: the prompt of prompt-adaptive methods."""
@@ -53,11 +59,16 @@ class Contender:
     label: str
     options: Mapping[str, Any]
 
+    @property
+    def repaired(self) -> bool:
+        """Whether selecting takes long, since the kept neurons are repaired."""
+        return self.options["method"] == OBS or "compensation" in self.options
+
 
 CONTENDERS: Mapping[str, Contender] = {
     contender.label: contender
     for contender in (
-        Contender(label="pathway", options={"method": OBS}),
+        Contender(label=PATHWAY, options={"method": OBS}),
         Contender(label="one-shot", options={"method": OBS, "order": "one-shot"}),
         Contender(
             label="random+repair",
@@ -71,9 +82,8 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(label="lape", options={"method": "lape"}),
     )
 }
-"""The first has its pooled control measured too."""
 
-DEFAULT_METHODS = ("pathway", "one-shot", "random+repair", "wanda", "flap", "taylor", *PEERS)
+DEFAULT_METHODS = (PATHWAY, "one-shot", "random+repair", "wanda", "flap", "taylor", *PEERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,118 +166,144 @@ def compare(
     }
     rows: list[ComparisonRow] = []
     for sparsity in what.sparsities:
-        for method in what.methods:
-            step = _Step(model, profile, texts, what, sparsity, method)
-            rows.extend(step.measure(work))
+        steps = _Steps(model, profile, texts, what, sparsity, work)
+        for methods in _groups(what.methods):
+            rows.extend(steps.measure(methods))
     return ComparisonReport(base=profile.base.name, rows=tuple(rows))
 
 
+def _groups(methods: Sequence[str]) -> list[list[str]]:
+    """Return methods that are measured in the same passes: those that cost little to select."""
+    repaired = [[name] for name in methods if name in CONTENDERS and CONTENDERS[name].repaired]
+    plain = [name for name in methods if name in CONTENDERS and not CONTENDERS[name].repaired]
+    peers = [name for name in methods if name in PEERS]
+    return [group for group in (*repaired, plain, peers) if group]
+
+
 @dataclass(frozen=True)
-class _Step:
-    """One method at one sparsity."""
+class _Steps:
+    """All methods at one sparsity; what each gave is a file of the work folder."""
 
     model: Any
     profile: Profile
     texts: Mapping[str, ScoredText]
     what: Comparison
     sparsity: float
-    method: str
+    work: Path | None
 
-    def measure(self, work: Path | None) -> list[ComparisonRow]:
-        """Return the step's rows, from the work folder if they are there."""
-        if work is None:
-            return self._measure(None)
-        name = f"{self.method}-{self.sparsity:g}-{self._digest()}"
-        path = work / f"{name}.json"
-        if path.is_file():
-            return [ComparisonRow.from_dict(row) for row in read_json(path)["rows"]]
-        rows = self._measure(work / name)
-        record = {"rows": [asdict(row) for row in rows]}
-        write_atomically(path, json.dumps(record, indent=1).encode())
-        return rows
+    def measure(self, methods: Sequence[str]) -> list[ComparisonRow]:
+        """Return some methods' rows, from the work folder if they are there."""
+        if self.work is None:
+            return [row for rows in self._measure(methods).values() for row in rows]
+        paths = {method: self.work / f"{self._name(method)}.json" for method in methods}
+        missing = [method for method, path in paths.items() if not path.is_file()]
+        for method, rows in self._measure(missing).items():
+            record = {"rows": [asdict(row) for row in rows]}
+            write_atomically(paths[method], json.dumps(record, indent=1).encode())
+        return [
+            ComparisonRow.from_dict(row)
+            for path in paths.values()
+            for row in read_json(path)["rows"]
+        ]
 
-    def _digest(self) -> str:
-        """Return what identifies the step."""
-        named = {name: [w.ids for w in text.windows] for name, text in self.texts.items()}
+    def _name(self, method: str) -> str:
+        """Return a name that tells everything apart that a method's rows depend on."""
+        job = [self._shared, self.sparsity, method]
+        digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:24]
+        return f"{method}-{self.sparsity:g}-{digest}"
+
+    @cached_property
+    def _shared(self) -> str:
+        """A digest of the weights, texts and settings."""
+        scored = {name: [w.ids for w in text.windows] for name, text in self.texts.items()}
         calibrated = {name: domain.windows for name, domain in self.profile.by_domain.items()}
         settings = {**asdict(self.what), "sparsities": None, "methods": None}
-        job = [
-            named,
-            repr(calibrated),
-            settings,
-            self.sparsity,
-            self.method,
-            self.profile.base.name,
-        ]
-        return hashlib.sha256(json.dumps(job, default=repr).encode()).hexdigest()[:24]
+        job = [__version__, weight_digest(self.model), scored, repr(calibrated), settings]
+        return hashlib.sha256(json.dumps(job, default=repr).encode()).hexdigest()
 
-    def _measure(self, folder: Path | None) -> list[ComparisonRow]:
-        """Measure the method; what is selected is kept in a folder, or found there."""
-        if self.method in PEERS:
-            return self._measure_peer()
+    def _measure(self, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
+        """Measure methods of one group, in the same passes."""
+        rows: dict[str, list[ComparisonRow]] = {method: [] for method in methods}
+        selected = {name: self._selected(name) for name in methods if name in CONTENDERS}
+        for name, text in self.texts.items() if methods else ():
+            if selected:
+                model, arms = self._static(name, selected)
+            else:
+                model, arms = self.model, self._adaptive(name, methods)
+            for method, found in self._rows(model, text, arms).items():
+                rows[method].extend(found)
+        return rows
+
+    def _selected(self, method: str) -> Pathways:
+        """Return a method's pathways, from the work folder if they are there."""
+        folder = None if self.work is None else self.work / self._name(method)
         if folder is not None and (folder / JSON_NAME).is_file():
-            return self._measure_pathways(Pathways.from_pretrained(folder))
-        pathways = self._select()
-        if folder is not None:
-            pathways.save_pretrained(folder)
-        return self._measure_pathways(pathways)
-
-    def _select(self) -> Pathways:
-        options = dict(CONTENDERS[self.method].options)
+            return Pathways.from_pretrained(folder)
+        options = dict(CONTENDERS[method].options)
         if options["method"] == OBS:
             options = {**self.what.options, **options}
-        return select(
+        pathways = select(
             self.model,
             self.profile,
             sparsity=self.sparsity,
             precision=self.what.precision,
             seed=self.what.seed,
-            controls=self.method == "pathway",
+            controls=method == PATHWAY,
             **options,
         )
+        if folder is not None:
+            pathways.save_pretrained(folder)
+        return pathways
 
-    def _measure_pathways(self, pathways: Pathways) -> list[ComparisonRow]:
-        first = self.method == "pathway"
-        random: dict[str, Pathway] = {}
-        if first:
-            random = {
-                f"random {name}": random_partner(pathway, self.what.seed)
-                for name, pathway in pathways.by_domain.items()
+    def _static(
+        self, domain: str, selected: Mapping[str, Pathways]
+    ) -> tuple[Any, dict[str, dict[str, MeasuredArm]]]:
+        """Return a model with several methods' pathways of a domain, and their arms."""
+        arms: dict[str, dict[str, Pathway]] = {}
+        for method, pathways in selected.items():
+            arms[method] = {method: pathways[domain]}
+            if method == PATHWAY:
+                if POOLED in pathways.controls:
+                    arms[method][POOLED] = pathways[POOLED]
+                arms[method]["random"] = random_partner(pathways[domain], self.what.seed)
+        named = {label: pathway for own in arms.values() for label, pathway in own.items()}
+        together = Pathways(base=self.profile.base, by_domain={}, controls=named)
+        sparse = SparsePathwaysForCausalLM.from_dense(self.model, together)
+        return sparse, {
+            method: {
+                label: pathway_arm("pathway" if label == method else label, label, together)
+                for label in own
             }
-        pathways = pathways.with_controls(random)
-        sparse = SparsePathwaysForCausalLM.from_dense(self.model, pathways)
-        rows = []
-        for name, text in self.texts.items():
-            arms = {self.method: pathway_arm("pathway", name, pathways)}
-            if first and POOLED in pathways.controls:
-                arms[POOLED] = pathway_arm("pooled", POOLED, pathways)
-            if first:
-                arms["random"] = pathway_arm("random", f"random {name}", pathways)
-            rows.extend(self._rows(sparse, text, arms))
-        return rows
+            for method, own in arms.items()
+        }
 
-    def _measure_peer(self) -> list[ComparisonRow]:
-        rows = []
-        for name, text in self.texts.items():
-            calibration = self.profile[name].windows
-            arm = PEERS[self.method](self.model, calibration, self.sparsity, CONTEXT)
-            if arm is not None:
-                rows.extend(self._rows(self.model, text, {self.method: arm}))
-        return rows
+    def _adaptive(self, domain: str, methods: Sequence[str]) -> dict[str, dict[str, MeasuredArm]]:
+        """Return the arms of peers that choose while the model runs, where they fit it."""
+        calibration = self.profile[domain].windows
+        arms = {
+            method: PEERS[method](self.model, calibration, self.sparsity, CONTEXT)
+            for method in methods
+        }
+        return {method: {method: arm} for method, arm in arms.items() if arm is not None}
 
     def _rows(
-        self, model: Any, text: ScoredText, arms: Mapping[str, MeasuredArm]
-    ) -> list[ComparisonRow]:
+        self, model: Any, text: ScoredText, arms: Mapping[str, Mapping[str, MeasuredArm]]
+    ) -> dict[str, list[ComparisonRow]]:
+        """Return every method's rows on one text: dense, and its arms."""
         dense = replace(DENSE, forward=run_model) if model is self.model else DENSE
+        labelled = {label: arm for own in arms.values() for label, arm in own.items()}
+        if not labelled:
+            return {}
         with evaluation_mode(model), calibration_precision(model, self.what.precision):
             measured = measure_arms(
                 model,
                 text,
-                [dense, *arms.values()],
+                [dense, *labelled.values()],
                 batch_size=self.what.batch_size,
                 seed=self.what.seed,
             )
-        return [
-            ComparisonRow(method=label, sparsity=self.sparsity, quality=row)
-            for label, row in zip(["dense", *arms], measured, strict=True)
-        ]
+        rows = {
+            label: ComparisonRow(method=label, sparsity=self.sparsity, quality=row)
+            for label, row in zip(["dense", *labelled], measured, strict=True)
+        }
+        return {method: [rows[label] for label in ("dense", *own)] for method, own in arms.items()}

@@ -87,8 +87,30 @@ def test_finished_steps_are_used_again(report, tmp_path, monkeypatch):
         _compare(replace(what, seed=1), work=tmp_path)
     with pytest.raises(TypeError):
         _compare(replace(what, sparsities=(0.4,)), work=tmp_path)
-    same = [row for row in report.rows if row.method == "pathway"]
-    assert [row for row in first.rows if row.method == "pathway"] == same
+    for method in what.methods:
+        rows = [row for row in report.rows if row.method == method]
+        assert [row for row in first.rows if row.method == method] == rows
+
+
+def test_a_step_of_other_weights_is_no_finished_step(tmp_path, monkeypatch):
+    what = replace(WHAT, methods=("wanda",), sparsities=(0.5,))
+    _compare(what, work=tmp_path)
+    monkeypatch.setattr(comparison, "measure_arms", None)
+    _compare(what, work=tmp_path)
+    other = build("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(TypeError):
+        compare(other, TOKENIZER, PROFILE, HELD_OUT, what, work=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["wanda", "flap", "griffin"])
+def test_a_method_gives_the_same_alone_and_beside_others(method):
+    what = replace(WHAT, methods=("wanda", "flap", "griffin", "cats"), sparsities=(0.5,))
+    beside, alone = (
+        _compare(w).find(method, 0.5) for w in (what, replace(what, methods=(method,)))
+    )
+    assert beside == alone
 
 
 def test_pathways_that_were_selected_are_measured_again(report, tmp_path, monkeypatch):
