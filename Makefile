@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing clean
 
 install: .venv/installed
 
@@ -24,6 +24,9 @@ results: install
 
 benchmark: install
 	$(BIN)/python benchmarks/quality.py --cache "$(CACHE)" --readme README.md
+
+benchmark-healing: install
+	$(BIN)/python benchmarks/healing.py --cache "$(CACHE)" --readme README.md
 
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 
 FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--sparsity", default="0.2,0.3,0.5")
-    parser.add_argument("--max-tokens", default="65536", help="calibration tokens per domain")
+    parser.add_argument("--max-tokens", default="32768", help="calibration tokens per domain")
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
     arguments = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
         report = read_report(output / "comparison.json")
         parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
     if arguments.readme is not None:
-        write_between(arguments.readme, "\n\n".join(parts))
+        write_between(arguments.readme, START, END, "\n\n".join(parts))
 
 
 def read_report(path: Path) -> ComparisonReport:
@@ -52,13 +52,6 @@ def read_report(path: Path) -> ComparisonReport:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(ComparisonRow.from_dict(row) for row in data["rows"])
     return ComparisonReport(base=data["base"], rows=rows)
-
-
-def write_between(path: Path, content: str) -> None:
-    """Put text between the markers of a Markdown file."""
-    before, rest = path.read_text(encoding="utf-8").split(START)
-    after = rest.split(END)[1]
-    write_atomically(path, f"{before}{START}\n{content}\n{END}{after}".encode())
 
 
 def run(command: list[str]) -> None:

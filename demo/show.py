@@ -12,7 +12,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.text import Documents, read_documents
-from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.measure.report import summarise
@@ -73,12 +73,8 @@ def write_results(
         f"domain; speed is the ratio to dense `generate()` at batch 1, the median (quartiles) of "
         f"{len(first.dense)} alternating rounds."
     )
-    text = readme.read_text(encoding="utf-8")
     start, end = "<!-- results: written by `make results` -->", "<!-- /results -->"
-    before, rest = text.split(start)
-    after = rest.split(end)[1]
-    content = f"{start}\n{caption}\n\n{summarise(quality, speeds)}\n{end}"
-    write_atomically(readme, f"{before}{content}{after}".encode())
+    write_between(readme, start, end, f"{caption}\n\n{summarise(quality, speeds)}")
 
 
 def held_out_prompt(

@@ -24,6 +24,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     _write_together({path: content})
 
 
+def write_between(path: Path, start: str, end: str, content: str) -> None:
+    """Put text between two markers of a text file, in place of what stood there.
+
+    Raises:
+        ArtefactError: The file cannot be read, or does not have each marker once, in this order.
+    """
+    text = _read(path).decode()
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    if [text.count(start), rest.count(end), text.count(end)] != [1, 1, 1]:
+        raise ArtefactError(f"{path} has to have {start!r} and then {end!r}, once each.")
+    write_atomically(path, f"{before}{start}\n{content}\n{end}{after}".encode())
+
+
 def _write_together(contents: dict[Path, bytes]) -> None:
     """Write every file beside its place before the first is renamed there."""
     staged: dict[Path, str] = {}

@@ -14,6 +14,7 @@ from hf_sparse_pathways.files import (
     read_json,
     read_pair,
     write_atomically,
+    write_between,
     write_pair,
 )
 
@@ -31,6 +32,25 @@ def test_a_file_is_written_whole(tmp_path, content, earlier):
     write_atomically(path, content)
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("earlier", ["", "\n", "old\nlines\n"])
+def test_text_goes_between_the_markers_and_nowhere_else(tmp_path, earlier):
+    path = tmp_path / "README.md"
+    path.write_text(f"one\n<!-- a -->{earlier}<!-- /a -->\ntwo é\n", encoding="utf-8")
+    for content in ("| new |", "newer"):
+        write_between(path, "<!-- a -->", "<!-- /a -->", content)
+        expected = f"one\n<!-- a -->\n{content}\n<!-- /a -->\ntwo é\n"
+        assert path.read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize("text", ["", "<a>", "</a>", "</a><a>", "<a><a></a>", "<a></a></a>"])
+def test_without_its_markers_a_file_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ArtefactError, match="once each"):
+        write_between(path, "<a>", "</a>", "new")
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

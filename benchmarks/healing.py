@@ -1,0 +1,171 @@
+"""Healing on a real model: pathway, healed, and the dense model tuned equally, on held-out text.
+
+``make benchmark-healing`` runs it. A domain takes hours on two cores; pathways, training and
+measurements are kept in the cache folder, so it can be interrupted. ``sparse-pathways heal``
+does the same for a model of yours.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.text import Documents, read_documents
+from hf_sparse_pathways.files import read_json, write_atomically, write_between
+from hf_sparse_pathways.measure.figures import markdown_table
+
+FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
+HELD_OUT = 0.2
+START, END = "<!-- healing: written by `make benchmark-healing` -->", "<!-- /healing -->"
+
+
+def main() -> None:
+    """Heal, measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--domains", nargs="+", default=["code", "fiction"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--max-tokens", type=int, default=32768, help="calibration, per domain")
+    parser.add_argument("--tokens", type=int, default=409_600, help="training tokens per domain")
+    parser.add_argument("--scored-tokens", type=int, default=16384, help="held out, per domain")
+    parser.add_argument("--train", default="lora", help="lora or weights")
+    parser.add_argument("--loss", default="lm", help="terms joined by +")
+    parser.add_argument("--teacher", default="dense", help="dense or tuned")
+    parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
+    arguments = parser.parse_args()
+    fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
+    fetch += ["--model", arguments.model, "--texts", *arguments.domains]
+    if subprocess.run(fetch).returncode:
+        sys.exit(1)
+    table = to_markdown(arguments, Benchmark(arguments).measure())
+    print(table)
+    if arguments.readme is not None:
+        write_between(arguments.readme, START, END, table)
+
+
+class Benchmark:
+    """The model, its texts, and where finished work lies."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
+        base = arguments.cache / arguments.model
+        self.work: Path = arguments.cache / "benchmarks" / arguments.model / "healing"
+        self.dense = AutoModelForCausalLM.from_pretrained(base)
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.texts: dict[str, tuple[Documents, Documents]] = {
+            name: read_documents(arguments.cache / "texts" / name, seed=0).split(HELD_OUT, 0)
+            for name in arguments.domains
+        }
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Return one row per sparsity and domain, healing what was not healed before."""
+        rows = []
+        for domain in self.texts:
+            for sparsity in self.arguments.sparsity:
+                path = self.work / f"{self._name(domain, sparsity)}.json"
+                if not path.is_file():
+                    row = self._heal(domain, sparsity)
+                    write_atomically(path, json.dumps(row, indent=1).encode())
+                rows.append(read_json(path))
+        return rows
+
+    def _name(self, domain: str, sparsity: float) -> str:
+        given = self.arguments
+        how = f"{given.train}-{given.loss}-{given.teacher}".replace(":", "")
+        tokens = f"{given.max_tokens}-{given.tokens}-{given.scored_tokens}"
+        return f"{domain}-{sparsity:g}-{how}-{tokens}"
+
+    def _heal(self, domain: str, sparsity: float) -> dict[str, Any]:
+        """Heal one pathway; the dense partner's run is shared by all sparsities."""
+        model = sp.SparsePathwaysForCausalLM.from_dense(self.dense, self._pathways(sparsity))
+        settings = sp.HealingSettings(
+            tokens=self.arguments.tokens,
+            train=self.arguments.train,
+            loss=self.arguments.loss,
+            teacher=self.arguments.teacher,
+            dense_partner=True,
+        )
+        training, held_out = self.texts[domain]
+        before = self._evaluate(model, domain, held_out)
+        healed = sp.heal(
+            model,
+            self.tokenizer,
+            {domain: training},
+            settings=settings,
+            work_folder=self.work / "unfinished",
+        )
+        healed.pathways.save_pretrained(self.work / self._name(domain, sparsity))
+        model.set_pathways(healed.pathways)
+        after = self._evaluate(model, domain, held_out)
+        return {
+            "domain": domain,
+            "sparsity": sparsity,
+            "before": before["pathway"],
+            "healed": after["pathway"],
+            "tuned": after["tuned"],
+            "report": healed.reports[domain].to_dict(),
+        }
+
+    def _pathways(self, sparsity: float) -> sp.Pathways:
+        """Return the pathways that are healed, from the cache if they are there."""
+        folder = self.work / f"pathways-{sparsity:g}-{self.arguments.max_tokens}"
+        if not (folder / "pathways.json").is_file():
+            profile = sp.profile(
+                self.dense,
+                self.tokenizer,
+                {name: split[0] for name, split in self.texts.items()},
+                max_tokens=self.arguments.max_tokens,
+                grams=True,
+                precision="fastest",
+                work_folder=self.work / "unfinished",
+            )
+            options: dict[str, Any] = {"precision": "fastest", "controls": False}
+            sp.select(self.dense, profile, sparsity=sparsity, **options).save_pretrained(folder)
+        return sp.Pathways.from_pretrained(folder)
+
+    def _evaluate(self, model: Any, domain: str, held_out: Documents) -> dict[str, dict[str, Any]]:
+        report = sp.evaluate(
+            model,
+            self.tokenizer,
+            {domain: held_out},
+            controls=False,
+            max_tokens=self.arguments.scored_tokens,
+        )
+        return {row.role: asdict(row) for row in report.rows}
+
+
+def to_markdown(arguments: Any, rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table with its caption."""
+    tokens = min(row["report"]["tokens"] for row in rows)
+    scored = min(row["healed"]["tokens"] for row in rows)
+    caption = (
+        f"{arguments.model}, healed with `{arguments.train}` and the loss `{arguments.loss}` on at "
+        f"least {tokens} tokens per domain. Perplexity ratios on at least {scored} held-out tokens "
+        "per domain; the last column is what counts: what is adaptation to the text, the dense "
+        "model gains too."
+    )
+    header = ["domain", "sparsity", "pathway / dense", "healed / dense", "dense tuned / dense"]
+    cells = [
+        [
+            row["domain"],
+            f"{row['sparsity']:.0%}",
+            f"{row['before']['ratio']:.3f}",
+            f"{row['healed']['ratio']:.3f}",
+            f"{row['tuned']['ratio']:.3f}",
+            f"{row['healed']['perplexity'] / row['tuned']['perplexity']:.3f}",
+        ]
+        for row in rows
+    ]
+    return f"{caption}\n\n{markdown_table([*header, 'healed / dense tuned'], cells)}"
+
+
+if __name__ == "__main__":
+    main()
