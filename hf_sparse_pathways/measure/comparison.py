@@ -10,9 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from functools import cached_property
-from functools import cached_property
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,6 @@ from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import Documents
 from hf_sparse_pathways.discovery.trials import run_model
-from hf_sparse_pathways.discovery.weights import weight_digest
-from hf_sparse_pathways.discovery.weights import weight_digest
-from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
 from hf_sparse_pathways.errors import UnknownNameError
@@ -45,18 +39,6 @@ from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME
 from hf_sparse_pathways.version import __version__
-from hf_sparse_pathways.version import __version__
-from hf_sparse_pathways.version import __version__
-from hf_sparse_pathways.version import __version__
-
-PATHWAY = "pathway"
-"""The method whose pooled and random partners are measured too."""
-
-PATHWAY = "pathway"
-"""The method whose pooled and random partners are measured too."""
-
-PATHWAY = "pathway"
-"""The method whose pooled and random partners are measured too."""
 
 PATHWAY = "pathway"
 """The method whose pooled and random partners are measured too."""
@@ -76,21 +58,6 @@ class Contender:
 
     label: str
     options: Mapping[str, Any]
-
-    @property
-    def repaired(self) -> bool:
-        """Whether selecting takes long, since the kept neurons are repaired."""
-        return self.options["method"] == OBS or "compensation" in self.options
-
-    @property
-    def repaired(self) -> bool:
-        """Whether selecting takes long, since the kept neurons are repaired."""
-        return self.options["method"] == OBS or "compensation" in self.options
-
-    @property
-    def repaired(self) -> bool:
-        """Whether selecting takes long, since the kept neurons are repaired."""
-        return self.options["method"] == OBS or "compensation" in self.options
 
     @property
     def repaired(self) -> bool:
