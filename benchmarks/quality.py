@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.2,0.3,0.5")
     parser.add_argument("--max-tokens", default="32768", help="calibration tokens per domain")
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
+    parser.add_argument("--methods", nargs="+", default=[], help="as compare's --method")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
     arguments = parser.parse_args()
     cache: Path = arguments.cache
@@ -38,6 +39,7 @@ def main() -> None:
         pairs = [f"{domain}={cache / 'texts' / domain}" for domain in DOMAINS]
         command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "compare"]
         command += [str(cache / model), *(part for pair in pairs for part in ("--domain", pair))]
+        command += [part for method in arguments.methods for part in ("--method", method)]
         command += ["--sparsity", arguments.sparsity, "--max-tokens", arguments.max_tokens]
         command += ["--scored-tokens", arguments.scored_tokens, "--output", str(output)]
         run(command)

@@ -215,10 +215,13 @@ class _Steps:
     @cached_property
     def _shared(self) -> str:
         """A digest of the weights, texts and settings."""
-        scored = {name: [w.ids for w in text.windows] for name, text in self.texts.items()}
-        calibrated = {name: domain.windows for name, domain in self.profile.by_domain.items()}
+        read = {name: [w.ids for w in text.windows] for name, text in self.texts.items()}
+        known = {
+            name: [[w.ids for w in part] for part in (domain.windows, domain.validation)]
+            for name, domain in self.profile.by_domain.items()
+        }
         settings = {**asdict(self.what), "sparsities": None, "methods": None}
-        job = [__version__, weight_digest(self.model), scored, repr(calibrated), settings]
+        job = [__version__, weight_digest(self.model), read, known, settings]
         return hashlib.sha256(json.dumps(job, default=repr).encode()).hexdigest()
 
     def _measure(self, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
