@@ -27,8 +27,8 @@ from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens
 from hf_sparse_pathways.errors import PathwaysError
 
-RIDGES = (0.01, 0.001, 0.1)
-"""What ``ridge="auto"`` compares, in units of the mean second moment; the usual one first."""
+RIDGES = (0.01, 0.1, 0.001)
+"""What ``ridge="auto"`` compares, in units of the mean second moment: usual, larger, smaller."""
 
 TRIAL_TOKENS = 2048
 """Validation tokens on which candidates are compared."""
@@ -105,9 +105,12 @@ class _Plan:
 
     def choose_ridge(self, masks: Sequence[Tensor]) -> float:
         """Return the ridge of least loss on validation text; the usual one without such text."""
+        usual, larger, smaller = RIDGES
         if not self.trial:
-            return RIDGES[0]
-        return min(RIDGES, key=lambda ridge: self._loss(masks, ridge))
+            return usual
+        if self._loss(masks, larger) < self._loss(masks, usual):
+            return larger  # over the ridge the loss has one minimum: the smaller is worse still
+        return smaller if self._loss(masks, smaller) < self._loss(masks, usual) else usual
 
     def _allocate(self, sparsity: float) -> tuple[list[int], str]:
         recipe = self.evidence.recipe
