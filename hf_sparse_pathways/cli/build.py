@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.pathways.pathway import Pathways
 
 QUICK_TOKENS = 8192
+QUICK_RIDGE = "0.01"
 
 VALIDATION_SHARE = 0.1
 """Of the documents that are not held out: set aside where a limit of quality is searched."""
@@ -65,8 +66,9 @@ def run(  # noqa: PLR0913
         typer.Option(help="none, bias, refit, patch:RANK, bypass:RANK, joined by +."),
     ] = None,
     ridge: Annotated[
-        str, typer.Option(help="Of the least squares: a number, or auto, by validation text.")
-    ] = "auto",
+        str | None,
+        typer.Option(help=f"Of the least squares, or auto. [auto; quick {QUICK_RIDGE}]"),
+    ] = None,
     order: Annotated[str, typer.Option(help="auto, sequential or one-shot.")] = "auto",
     multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
     quick: Annotated[
@@ -104,7 +106,7 @@ def run(  # noqa: PLR0913
         "method": method,
         "allocation": allocation,
         "compensation": compensation,
-        "ridge": _parse_ridge(ridge),
+        "ridge": _parse_ridge(ridge or (QUICK_RIDGE if quick else "auto")),
         "order": "one-shot" if quick and order == "auto" else order,
         "multiple": multiple,
         "precision": precision,

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.scores import Saliency
 from hf_sparse_pathways.discovery.trials import run_model
-from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
+from hf_sparse_pathways.discovery.windows import Batch, Window, count_tokens, make_batches
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 
-SAMPLE_TOKENS = 4096
-"""Tokens on which sensitivity is measured: a compromise with the cost of backward passes."""
+SAMPLE_TOKENS = (2048, 4096)
+"""Least and most tokens on which sensitivity is measured; in between, a quarter of the text."""
 
 BATCH_SIZE = 2
 """Windows per backward pass, which keeps every layer's intermediate results."""
@@ -48,7 +48,7 @@ def measure_metrics(
 
     Args:
         model: A causal LM, run densely.
-        windows: Text; its first ``SAMPLE_TOKENS`` tokens are used.
+        windows: Text; it is measured on a part of it.
         seed: Of the drawn labels.
         label: The domain, for the progress bar.
     """
@@ -75,7 +75,7 @@ def measure_saliency(
 
     Args:
         model: A causal LM, run densely.
-        windows: Text; its first ``SAMPLE_TOKENS`` tokens are used.
+        windows: Text; it is measured on a part of it.
         label: The domain, for the progress bar.
     """
     sums = [torch.zeros(2, block.d_ff, dtype=torch.float64) for block in find_blocks(model)]
@@ -104,7 +104,9 @@ def _gradients(
     """
     values: dict[int, Tensor] = {}
     blocks = find_blocks(model)
-    batches = list(make_batches(_first(windows, SAMPLE_TOKENS), BATCH_SIZE))
+    least, most = SAMPLE_TOKENS
+    sample = min(most, max(least, count_tokens(windows) // 4))
+    batches = list(make_batches(_first(windows, sample), BATCH_SIZE))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(all_dense())
