@@ -111,7 +111,7 @@ class ComparisonReport:
         if not own or len({row.method for row in others}) < 3:
             return ""
         if not better:
-            return f"No other method is as good as {method} on any domain."
+            return f"No other method of the table is as good as {method} on any domain."
         return f"As good as {method}, or better: {', '.join(better)}."
 
     def to_dict(self) -> dict[str, Any]:

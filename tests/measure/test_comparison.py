@@ -168,7 +168,8 @@ def _with_ratios(report, **ratios):
 
 def test_the_verdict_names_every_method_that_is_as_good(report):
     best = _with_ratios(report, pathway=(1.1, 1.2), wanda=(1.11, 1.3), random=(9.0, 1.21))
-    assert best.verdict("pathway", 0.5) == "No other method is as good as pathway on any domain."
+    expected = "No other method of the table is as good as pathway on any domain."
+    assert best.verdict("pathway", 0.5) == expected
     beaten = _with_ratios(report, pathway=(1.1, 1.2), wanda=(1.05, 1.3), random=(9.0, 1.2))
     expected = "As good as pathway, or better: random on law, wanda on code."
     assert beaten.verdict("pathway", 0.5) == expected
