@@ -17,12 +17,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.cli.profile import HELD_OUT
 from hf_sparse_pathways.discovery.text import Documents, read_documents
 from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.figures import markdown_table
+from hf_sparse_pathways.pathways.storage import JSON_NAME
 
 FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
-HELD_OUT = 0.2
 START, END = "<!-- healing: written by `make benchmark-healing` -->", "<!-- /healing -->"
 
 
@@ -116,8 +117,9 @@ class Benchmark:
 
     def _pathways(self, sparsity: float) -> sp.Pathways:
         """Return the pathways that are healed, from the cache if they are there."""
-        folder = self.work / f"pathways-{sparsity:g}-{self.arguments.max_tokens}"
-        if not (folder / "pathways.json").is_file():
+        named = "-".join((*self.texts, f"{sparsity:g}", str(self.arguments.max_tokens)))
+        folder = self.work / f"pathways-{named}"
+        if not (folder / JSON_NAME).is_file():
             profile = sp.profile(
                 self.dense,
                 self.tokenizer,

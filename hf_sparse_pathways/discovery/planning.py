@@ -27,7 +27,7 @@ from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens
 from hf_sparse_pathways.errors import PathwaysError
 
-RIDGES = (0.01, 0.1, 0.001)
+RIDGES = (Repair.ridge, 0.1, 0.001)
 """What ``ridge="auto"`` compares, in units of the mean second moment: usual, larger, smaller."""
 
 TRIAL_TOKENS = 2048

@@ -5,7 +5,6 @@ All arms are scored on the second part of each window, since prompt-adaptive one
 their prompt. Every finished step is stored, so that an interrupted comparison goes on.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from torch import nn
 from hf_sparse_pathways.discovery.passes import calibration_precision, evaluation_mode
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS
+from hf_sparse_pathways.discovery.resumption import digest_plan
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import Documents
 from hf_sparse_pathways.discovery.trials import run_model
@@ -208,21 +208,27 @@ class _Steps:
 
     def _name(self, method: str) -> str:
         """Return a name that tells everything apart that a method's rows depend on."""
-        job = [self._shared, self.sparsity, method]
-        digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:24]
-        return f"{method}-{self.sparsity:g}-{digest}"
+        job = {"shared": self._shared, "sparsity": self.sparsity, "method": method}
+        return f"{method}-{self.sparsity:g}-{digest_plan(job)}"
 
     @cached_property
     def _shared(self) -> str:
         """A digest of the weights, texts and settings."""
-        read = {name: [w.ids for w in text.windows] for name, text in self.texts.items()}
-        known = {
-            name: [[w.ids for w in part] for part in (domain.windows, domain.validation)]
-            for name, domain in self.profile.by_domain.items()
-        }
-        settings = {**asdict(self.what), "sparsities": None, "methods": None}
-        job = [__version__, weight_digest(self.model), read, known, settings]
-        return hashlib.sha256(json.dumps(job, default=repr).encode()).hexdigest()
+        return digest_plan(
+            {
+                "version": __version__,
+                "weights": weight_digest(self.model),
+                "scored": {
+                    name: [window.ids for window in text.windows]
+                    for name, text in self.texts.items()
+                },
+                "calibrated": {
+                    name: [window.ids for window in (*domain.windows, *domain.validation)]
+                    for name, domain in self.profile.by_domain.items()
+                },
+                "settings": repr(replace(self.what, sparsities=(), methods=())),
+            }
+        )
 
     def _measure(self, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
         """Measure methods of one group, in the same passes."""
@@ -273,7 +279,10 @@ class _Steps:
         together = Pathways(base=self.profile.base, by_domain={}, controls=named)
         sparse = SparsePathwaysForCausalLM.from_dense(self.model, together)
         return sparse, {
-            method: {label: pathway_arm(label, label, together) for label in own}
+            method: {
+                label: pathway_arm("pathway" if label == method else label, label, together)
+                for label in own
+            }
             for method, own in arms.items()
         }
 

@@ -13,6 +13,7 @@ from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.measure import comparison
 from hf_sparse_pathways.measure.comparison import Comparison, compare
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
+from hf_sparse_pathways.measure.peers import PEERS
 from tests.architectures import build
 from tests.texts import documents, tiny_tokenizer
 
@@ -176,6 +177,21 @@ def test_the_verdict_names_every_method_that_is_as_good(report):
     assert beaten.to_markdown().endswith(expected)
     assert not _with_ratios(report, pathway=(1.1, 1.2)).verdict("pathway", 0.5)
     assert not _with_ratios(report, wanda=(1.1, 1.2)).verdict("pathway", 0.5)
+
+
+def test_static_methods_and_their_partners_have_their_roles(report):
+    roles = {row.method: row.quality.role for row in report.rows if row.method not in PEERS}
+    own = {"pathway": "pathway", "wanda": "pathway"}
+    assert roles == {**own, "pooled": "pooled", "random": "random", "dense": "dense"}
+
+
+def test_options_may_be_functions(tmp_path):
+    def halves(costs, _):
+        return [cost.d_ff // 2 for cost in costs]
+
+    options = {**WHAT.options, "allocation": halves}
+    what = replace(WHAT, methods=("pathway",), sparsities=(0.5,), options=options)
+    assert _compare(what, work=tmp_path) == _compare(what, work=tmp_path)
 
 
 def test_unknown_methods_are_refused_with_a_hint():
