@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.profile import HELD_OUT
-from hf_sparse_pathways.discovery.text import Documents, read_documents
+from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.pathways.storage import JSON_NAME

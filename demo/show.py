@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.tables import print_table
-from hf_sparse_pathways.discovery.text import Documents, read_documents
+from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport

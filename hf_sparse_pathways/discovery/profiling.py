@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
+from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
 from hf_sparse_pathways.discovery.grams import GramSource
 from hf_sparse_pathways.discovery.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.discovery.passes import (
@@ -32,12 +33,7 @@ from hf_sparse_pathways.discovery.passes import (
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.resumption import Resumption
 from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
-from hf_sparse_pathways.discovery.text import (
-    FEW_DOCUMENTS,
-    Documents,
-    TextSource,
-    read_documents,
-)
+from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import (
     Window,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.text import Document, Documents, spans
+from hf_sparse_pathways.discovery.documents import Document, Documents, spans
 from hf_sparse_pathways.errors import PathwaysError
 
 CHARACTERS_PER_TOKEN = 3

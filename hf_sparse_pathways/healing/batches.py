@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_sparse_pathways.discovery.text import Documents
+from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.windows import Window, count_tokens, draw_windows, list_digests
 from hf_sparse_pathways.errors import TextError
 from hf_sparse_pathways.healing.settings import HealingSettings

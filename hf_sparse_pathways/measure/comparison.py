@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import calibration_precision, evaluation_mode
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.resumption import digest_plan
 from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.discovery.text import Documents
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse_pathways.discovery.documents import Document, Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile as take_profile
 from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.discovery.text import Document, Documents, TextSource, read_documents
+from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
 from hf_sparse_pathways.errors import TextError
 from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
-from hf_sparse_pathways.discovery.text import Documents, TextSource, read_documents
+from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import Window, draw_windows, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.arms import (

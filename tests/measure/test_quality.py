@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.documents import Document
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.discovery.text import Document, read_documents
+from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.quality import evaluate, random_partner
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
