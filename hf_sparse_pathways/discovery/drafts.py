@@ -52,9 +52,10 @@ class Draft:
     def _choose(self, index: int, task: BlockTask | None) -> Tensor:
         """Rank one block's neurons; with a bypass once more, knowing what it does."""
         width = self.widths[index]
-        keep = self.evidence.removal(index, task).keep(width)
+        most = self.evidence.blocks[index].d_ff - width
+        keep = self.evidence.removal(index, task, most=most).keep(width)
         if task is None or not self.repairs.bypass_rank or bool(keep.all()):
             return keep
         bypass = repair(task, keep, self.repairs).bypass
         known = None if bypass is None else bypass.inner
-        return rank_by_obs(task, self.repairs, known).keep(width)
+        return rank_by_obs(task, self.repairs, known, most=most).keep(width)

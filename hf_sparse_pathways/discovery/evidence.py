@@ -104,17 +104,20 @@ class Evidence:
         )
 
     @full_precision()
-    def removal(self, index: int, task: BlockTask | None = None) -> Removal:
+    def removal(
+        self, index: int, task: BlockTask | None = None, *, most: int | None = None
+    ) -> Removal:
         """Return in which order a block's neurons are removed.
 
         Args:
             index: The block.
             task: For ``obs``: other second moments than the profile's.
+            most: How many of those are removed at most, which is quicker; all by default.
         """
         if self.recipe.score is not None:
             return Removal.by_scores(self.scores(index))
         if task is not None:
-            return rank_by_obs(task, self.recipe.repair)
+            return rank_by_obs(task, self.recipe.repair, most=most)
         key = ("removal", index, self.recipe.repair.ridge, self.recipe.repair.bias)
         return self.memory.recall(key, lambda: rank_by_obs(self.task(index), self.recipe.repair))
 

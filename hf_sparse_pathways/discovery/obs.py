@@ -23,14 +23,17 @@ STEPS = 48
 """Number of batches in which the neurons are removed; more follow OBS closer and cost more."""
 
 
-def remove_by_obs(weight: Tensor, second_moment: Tensor) -> Removal:
+def remove_by_obs(weight: Tensor, second_moment: Tensor, most: int | None = None) -> Removal:
     """Return the order in which a block's neurons are removed. Pure.
 
     Args:
         weight: Columns of the outgoing leaf, ``(rows, d_ff)``; premultiplied by the metric's root.
         second_moment: H, symmetric and positive definite (with its ridge), ``(d_ff, d_ff)``.
+        most: How many are removed at most: the order of the others is not asked for, and they
+            stand last, as if they cost nothing more. All by default.
     """
     d_ff = weight.shape[1]
+    most = d_ff if most is None else most
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second_moment.float()))
     columns = weight.float().clone()
     names = torch.arange(d_ff, device=columns.device)  # of the columns that are left
@@ -38,10 +41,11 @@ def remove_by_obs(weight: Tensor, second_moment: Tensor) -> Removal:
     batch = max(1, -(-d_ff // STEPS))
     order: list[int] = []
     error = [0.0]
-    while len(order) < d_ff:
-        if int(alive.sum()) <= 0.7 * len(alive):  # work on what is left only
-            columns, names = columns[:, alive].contiguous(), names[alive]
-            inverse, alive = inverse[alive][:, alive].contiguous(), alive[alive]
+    while len(order) < most:
+        if int(alive.sum()) <= 0.8 * len(alive):  # work on what is left only
+            left = alive.nonzero().flatten()
+            columns, names, alive = columns.index_select(1, left), names[left], alive[left]
+            inverse = inverse.index_select(0, left).index_select(1, left)
         cost = columns.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
         cost[~alive] = torch.inf
         chosen = cost.topk(min(batch, d_ff - len(order)), largest=False).indices
@@ -49,16 +53,20 @@ def remove_by_obs(weight: Tensor, second_moment: Tensor) -> Removal:
         share = inner @ inverse[chosen]
         removed = columns[:, chosen]
         rise = float(((removed @ inner) * removed).sum())
-        columns -= removed @ share
-        inverse -= inverse[:, chosen] @ share
+        columns.addmm_(removed, share, alpha=-1)
+        inverse.addmm_(inverse[:, chosen], share, alpha=-1)
         alive[chosen] = False
         steps = torch.linspace(0, max(rise, 0.0), len(chosen) + 1)[1:]
         error.extend((error[-1] + steps.double()).tolist())
         order.extend(names[chosen].tolist())
+    order.extend(names[alive].tolist())
+    error.extend([error[-1]] * (d_ff + 1 - len(error)))
     return Removal(torch.tensor(order), torch.tensor(error, dtype=torch.float64))
 
 
-def rank_by_obs(task: BlockTask, how: Repair, bypass: Tensor | None = None) -> Removal:
+def rank_by_obs(
+    task: BlockTask, how: Repair, bypass: Tensor | None = None, *, most: int | None = None
+) -> Removal:
     """Rank a block's neurons by OBS, towards its target and under its metric.
 
     The weights that fit the target best with all neurons take the place of W. What the bias, and a
@@ -68,6 +76,7 @@ def rank_by_obs(task: BlockTask, how: Repair, bypass: Tensor | None = None) -> R
         task: The block.
         how: Which compensation there will be.
         bypass: The inner matrix of the bypass, ``(rank, d_in)``.
+        most: How many are removed at most; all by default.
     """
     d_ff = task.gram.d_ff
     moments = task.gram.total.double() / task.gram.tokens
@@ -90,7 +99,7 @@ def rank_by_obs(task: BlockTask, how: Repair, bypass: Tensor | None = None) -> R
         weight = weight + torch.linalg.solve(own, missing[:, :d_ff].T).T
     if task.metric is not None:
         weight = metric_root(task.metric) @ weight
-    return remove_by_obs(weight.float(), own.float())
+    return remove_by_obs(weight.float(), own.float(), most)
 
 
 def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,17 @@ def test_one_of_two_equal_neurons_costs_nothing():
     assert float(removal.error[1]) < 1e-3
 
 
+@pytest.mark.parametrize("most", [0, 1, 13, 14, 53])
+def test_fewer_are_removed_as_if_all_were(most):
+    weight, moment = (part.float() for part in _block(53, 3, seed=8))
+    whole, part = remove_by_obs(weight, moment), remove_by_obs(weight, moment, most)
+    for count in range(most + 1):
+        assert torch.equal(part.keep(53 - count), whole.keep(53 - count))
+        assert part.error[count] == whole.error[count]
+    assert sorted(part.order.tolist()) == list(range(53))
+    assert len(part.error) == 54
+
+
 def test_removing_is_pure():
     parts = [part.float() for part in _block(17, 4)]
     copies = [part.clone() for part in parts]
