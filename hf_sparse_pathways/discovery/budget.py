@@ -15,7 +15,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.blocks import find_blocks
-from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 FIRST_SPARSITY = 0.3
 MOST_SPARSITY = 0.9
@@ -33,10 +33,12 @@ class Search:
     Attributes:
         limit: Largest rise of the loss, in nats per token.
         rises: Sparsity -> measured rise.
+        pathway: That of the best guess; None if there is none.
     """
 
     limit: float
     rises: dict[float, float] = field(default_factory=dict)
+    pathway: Pathway | None = None
 
     @property
     def best(self) -> float:
@@ -48,6 +50,12 @@ class Search:
         """Whether the best guess is close to the limit, or cannot be raised."""
         rise = self.rises.get(self.best, -math.inf)
         return rise >= (1.0 - CLOSE) * self.limit or self.best >= MOST_SPARSITY
+
+    def measured(self, sparsity: float, pathway: Pathway, rise: float) -> None:
+        """Take down what a guess gave."""
+        self.rises[sparsity] = rise
+        if sparsity == self.best:
+            self.pathway = pathway
 
     def guess(self) -> float:
         """Return the next sparsity to try."""
@@ -90,8 +98,8 @@ def fit_sparsities(
         rounds: Most times that pathways are made.
 
     Returns:
-        Per domain its search; ``best`` is the sparsity, 0.0 if even the smallest tried was too
-        much.
+        Per domain its search, with the best guess and its pathway; 0.0 and None if even the
+        smallest tried was too much.
 
     Raises:
         PathwaysError: The limit is not positive, or there is no validation text.
@@ -118,7 +126,7 @@ def fit_sparsities(
             break
         pathways = choose(guesses)
         for name, sparsity in guesses.items():
-            validation = profile[name].validation
-            loss = mean_loss(model, validation, pathways[name].blocks, blocks)
-            searches[name].rises[sparsity] = loss - dense[name]
+            made, validation = pathways[name], profile[name].validation
+            rise = mean_loss(model, validation, made.blocks, blocks) - dense[name]
+            searches[name].measured(sparsity, made, rise)
     return searches

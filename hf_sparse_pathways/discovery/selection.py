@@ -53,6 +53,7 @@ def select(  # noqa: PLR0913
     precision: str = "model",
     seed: int = 0,
     controls: bool = True,
+    made: Mapping[str, Pathway] | None = None,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -86,6 +87,7 @@ def select(  # noqa: PLR0913
             ``"bfloat16"``, or ``"fastest"``, which is bfloat16 where the processor is built for it.
         seed: For scores that draw numbers, and labels that are drawn.
         controls: Whether to make the ``pooled`` control.
+        made: Pathways of some domains that are there already; they are taken as they are.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -115,10 +117,13 @@ def select(  # noqa: PLR0913
     dense = _dense(model)
     pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
     goals[POOLED] = mean_goal(list(goals.values()))
-    with torch.inference_mode(False), calibration_precision(dense, recipe.precision):
-        evidence = gather_evidence(dense, profile, pooled, recipe)
-        drafts = [make_draft(known, goals[name]) for name, known in evidence.items()]
-        pathways = _carry_out(dense, drafts, recipe)
+    pathways = dict(made or {})
+    if not pathways.keys() >= {*profile.domains, *pooled}:
+        with torch.inference_mode(False), calibration_precision(dense, recipe.precision):
+            evidence = gather_evidence(dense, profile, pooled, recipe)
+            missing = {name: known for name, known in evidence.items() if name not in pathways}
+            drafts = [make_draft(known, goals[name]) for name, known in missing.items()]
+            pathways |= _carry_out(dense, drafts, recipe)
     return Pathways(
         base=profile.base,
         by_domain={name: pathways[name] for name in profile.by_domain},
@@ -161,15 +166,13 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
 def _arms(drafts: Sequence[Draft]) -> list[Arm]:
     """Return the pathways to be made in sequence; the pooled one shares the domains' batches."""
     own: dict[str, list[Batch]] = {}
-    for draft in drafts:
-        if draft.evidence.name != POOLED:
-            windows = draft.evidence.domain.windows
-            if not windows:
-                raise PathwaysError(
-                    f"Domain {draft.evidence.name!r}: order='sequential' needs the text's tokens, "
-                    "and the profile holds none. Take it again, or choose order='one-shot'."
-                )
-            own[draft.evidence.name] = list(make_batches(windows, BATCH_SIZE))
+    for name, domain in drafts[0].evidence.profile.by_domain.items():
+        if not domain.windows:
+            raise PathwaysError(
+                f"Domain {name!r}: order='sequential' needs the text's tokens, and the profile "
+                "holds none. Take it again, or choose order='one-shot'."
+            )
+        own[name] = list(make_batches(domain.windows, BATCH_SIZE))
     arms = []
     for draft in drafts:
         name = draft.evidence.name

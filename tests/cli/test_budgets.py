@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from hf_sparse_pathways.discovery import selection
 from hf_sparse_pathways.discovery.budget import Search
+from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.measure import speed
 from hf_sparse_pathways.measure.speed import SpeedupPlan, sparsity_for_speedup
 from hf_sparse_pathways.pathways.pathway import Pathways
@@ -23,6 +25,21 @@ def test_a_limit_of_perplexity_is_met_and_said(places, tmp_path):
     assert pathways.domains == ["code", "law"]
     assert all(0 < pathways.sparsity(name) <= 0.92 for name in pathways.domains)
     assert "pooled" in pathways.controls
+
+
+def test_what_the_search_has_made_is_not_made_again(places, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(select(*args, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(selection, "select", counted)
+    limit = ("--max-perplexity-increase", "30%", *SMALL, "--order", "one-shot")
+    run_well("build", places.dense, *places.texts, *limit, "--output", tmp_path / "out")
+    *tried, final = calls
+    for name in final.domains:
+        assert any(final[name] is made[name] for made in tried if name in made.domains)
 
 
 @pytest.mark.parametrize("given", ["5", "0%", "-3%", "x", "nan", "inf%"])

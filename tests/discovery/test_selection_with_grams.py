@@ -60,6 +60,18 @@ def _assert_equal(mine, theirs):
 
 
 @pytest.mark.parametrize("order", ["sequential", "one-shot"])
+@pytest.mark.parametrize("there", [["law"], ["code", "law"]])
+def test_pathways_that_are_there_are_taken_and_the_others_are_as_ever(case, order, there):
+    model, taken = case
+    options = {"order": order, "sparsity": 0.5, "allocation": "uniform"}
+    whole = select(model, taken, **options)
+    made = {name: whole[name] for name in there}
+    rest = select(model, taken, made=made, **options)
+    _assert_equal(whole, rest)
+    assert all(rest[name] is whole[name] for name in there)
+
+
+@pytest.mark.parametrize("order", ["sequential", "one-shot"])
 def test_selecting_twice_gives_the_same_and_leaves_the_model_as_it_was(case, order):
     model, taken = case
     check, state = remember(model), torch.get_rng_state()
