@@ -59,7 +59,7 @@ def run(  # noqa: PLR0913
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option(help="auto, uniform, depth, water_filling, sensitivity. [auto for obs]"),
+        typer.Option(help="auto, uniform, depth, water_filling, balanced, sensitivity. [auto]"),
     ] = None,
     compensation: Annotated[
         str | None,

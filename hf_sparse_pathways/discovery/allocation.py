@@ -4,7 +4,8 @@ Every allocation returns, per block, how many neurons stay. ``uniform`` and ``de
 the blocks; ``water_filling`` removes neurons where the error curves say that it costs least, until
 the budget is met. The curves have to be comparable between blocks: with a metric from the loss
 (``sensitivity.py``) they are in nats; as plain output errors they are not, and then water-filling
-can be far worse than uniform.
+can be far worse than uniform. Even in nats each curve is that of one block alone, which misleads
+where a budget makes much of it: ``balanced`` goes half the way.
 """
 
 import math
@@ -126,8 +127,17 @@ def water_filling(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
     return kept
 
 
+def balanced(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
+    """Return widths half-way between ``uniform`` and ``water_filling``."""
+    pairs = zip(uniform(blocks, budget), water_filling(blocks, budget), strict=True)
+    return [
+        _rounded(sum(pair) / 2, block.d_ff, budget.multiple)
+        for pair, block in zip(pairs, blocks, strict=True)
+    ]
+
+
 ALLOCATIONS: Mapping[str, AllocationFunction] = MappingProxyType(
-    {"uniform": uniform, "depth": depth, "water_filling": water_filling}
+    {"uniform": uniform, "depth": depth, "water_filling": water_filling, "balanced": balanced}
 )
 
 

@@ -4,9 +4,10 @@
 text, by the loss of one-shot pathways: documents that no statistic was taken from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -30,8 +31,14 @@ from hf_sparse_pathways.errors import PathwaysError
 RIDGES = (Repair.ridge, 0.1, 0.001)
 """What ``ridge="auto"`` compares, in units of the mean second moment: usual, larger, smaller."""
 
-TRIAL_TOKENS = 2048
-"""Validation tokens on which candidates are compared."""
+AUTO = ("balanced", "water_filling", "uniform")
+"""What ``allocation="auto"`` compares: the middle, and the ends."""
+
+TRIAL_TOKENS = (2048, 8192)
+"""Least and most validation tokens on which candidates are compared: in between, a quarter of the
+calibration text. On few tokens the noise between documents decides."""
+
+T = TypeVar("T")
 
 LEAST_RISE = 1e-5
 """Of the loss, in nats per token: smaller ones are noise."""
@@ -86,7 +93,9 @@ class _Plan:
     @cached_property
     def trial(self) -> list[Window]:
         """Validation text; empty if there is none."""
-        return _sample(self.evidence.domain.validation, TRIAL_TOKENS)
+        least, most = TRIAL_TOKENS
+        calibrated = count_tokens(self.evidence.domain.windows)
+        return _sample(self.evidence.domain.validation, min(most, max(least, calibrated // 4)))
 
     def keep(self, widths: Sequence[int]) -> list[Tensor]:
         """Return the keep masks of some widths."""
@@ -105,12 +114,9 @@ class _Plan:
 
     def choose_ridge(self, masks: Sequence[Tensor]) -> float:
         """Return the ridge of least loss on validation text; the usual one without such text."""
-        usual, larger, smaller = RIDGES
         if not self.trial:
-            return usual
-        if self._loss(masks, larger) < self._loss(masks, usual):
-            return larger  # over the ridge the loss has one minimum: the smaller is worse still
-        return smaller if self._loss(masks, smaller) < self._loss(masks, usual) else usual
+            return RIDGES[0]
+        return _least(RIDGES, partial(self._loss, masks))
 
     def _allocate(self, sparsity: float) -> tuple[list[int], str]:
         recipe = self.evidence.recipe
@@ -122,12 +128,11 @@ class _Plan:
             return check_widths(name, function(self.costs, budget), self.costs), name
         if not self.evidence.metrics or sparsity == 0.0:
             return ALLOCATIONS["uniform"](self.costs, budget), "uniform"
-        names = ("water_filling", "uniform")
-        candidates = {name: ALLOCATIONS[name](self.costs, budget) for name in names}
+        candidates = {name: ALLOCATIONS[name](self.costs, budget) for name in AUTO}
         if not self.trial:
-            return candidates[names[0]], names[0]
-        ridge = recipe.repair.ridge
-        best = min(names, key=lambda name: self._loss(self.keep(candidates[name]), ridge))
+            return candidates[AUTO[0]], AUTO[0]
+        masks = {name: self.keep(widths) for name, widths in candidates.items()}
+        best = _least(AUTO, lambda name: self._loss(masks[name], recipe.repair.ridge))
         return candidates[best], best
 
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
@@ -185,6 +190,18 @@ class _Plan:
     def _draft(self, masks: Sequence[Tensor], repairs: Repair) -> Draft:
         """Return a draft for trials, without the bypass, which not every profile allows."""
         return Draft(self.evidence, [], masks, replace(repairs, bypass_rank=0), {})
+
+
+def _least(candidates: tuple[T, T, T], loss: Callable[[T], float]) -> T:
+    """Return the candidate of least loss: of three on a line, the middle one first.
+
+    Along the line the loss has one minimum: if one end is better than the middle, the other end is
+    not tried.
+    """
+    middle, one, other = candidates
+    if loss(one) < loss(middle):
+        return one
+    return other if loss(other) < loss(middle) else middle
 
 
 def _sample(windows: Sequence[Window], tokens: int) -> list[Window]:

@@ -1,12 +1,17 @@
 """However neurons are chosen, a pathway computes no more than was asked for."""
 
+import itertools
+
 import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import obs
+from hf_sparse_pathways.discovery import obs, planning
+from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.recipe import make_recipe
 from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.windows import count_tokens
 from hf_sparse_pathways.errors import PathwaysError
 from tests.architectures import ARCHITECTURES, build, prompt, tiny_llama
 from tests.texts import documents, tiny_tokenizer
@@ -156,15 +161,34 @@ def test_auto_takes_what_has_the_least_loss_and_says_which(llama):
     pathways = select(model, taken, sparsity=0.5, order="one-shot")
     chosen = pathways["code"].provenance["allocation"]
     again = select(model, taken, sparsity=0.5, order="one-shot", allocation=chosen)
-    assert chosen in ("water_filling", "uniform")
+    assert chosen in planning.AUTO
     for mine, theirs in zip(pathways["code"].keep, again["code"].keep, strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_without_validation_text_auto_is_water_filling():
+@pytest.mark.parametrize("losses", list(itertools.permutations([1.0, 2.0, 3.0])))
+def test_of_three_on_a_line_the_least_is_found(losses):
+    """The middle comes first; with it the worst, there are two minima, and one of them is found."""
+    tried = dict(zip("mab", losses, strict=True))
+    found = planning._least(("m", "a", "b"), tried.__getitem__)
+    assert tried[found] == min(losses) or (losses[0] == 3.0 and found == "a")
+
+
+@pytest.mark.parametrize(("calibrated", "trial"), [(120, 40), (320, 80), (1280, 160)])
+def test_a_trial_grows_with_the_text_up_to_a_limit(monkeypatch, calibrated, trial):
+    monkeypatch.setattr(planning, "TRIAL_TOKENS", (40, 160))
+    model = tiny_llama()
+    texts = {"code": documents("code", 99, 60)}
+    taken = _take(model, texts, max_tokens=calibrated, validation_tokens=600)
+    evidence = gather_evidence(model, taken, {}, make_recipe("obs"))["code"]
+    tokens = count_tokens(planning._Plan(evidence).trial)
+    assert trial <= tokens < 1.7 * trial  # whole windows, from all over the text
+
+
+def test_without_validation_text_auto_is_balanced():
     taken = _take(tiny_llama(), validation_tokens=0)
     pathways = select(tiny_llama(), taken, sparsity=0.5, order="one-shot")
-    assert pathways["code"].provenance["allocation"] == "water_filling"
+    assert pathways["code"].provenance["allocation"] == "balanced"
 
 
 def test_rankings_and_repairs_are_not_rounded_with_the_passes(monkeypatch):
