@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--sparsity", default="0.2,0.3,0.5")
-    parser.add_argument("--max-tokens", default="32768", help="calibration tokens per domain")
+    parser.add_argument("--max-tokens", default="65536", help="calibration tokens per domain")
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
     parser.add_argument("--methods", nargs="+", default=[], help="as compare's --method")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")

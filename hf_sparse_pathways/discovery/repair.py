@@ -7,20 +7,26 @@ A pathway computes ``W_K a_K`` and leaves ``y* - W_K a_K``, which is regressed o
     [delta, B, bias] = E[(y* - W_K a_K) r^T] (E[r r^T] + ridge)^-1,   r = [a_K, x, 1]
 
 ``y* = W a + e``: by itself a block should compute what it did; ``e`` is what blocks before it have
-left wrong (``sequential.py``). The bypass is then cut to its rank by the reduced-rank regression
-that is optimal under the metric on the output, and delta and bias are solved for anew.
+left wrong (``sequential.py``). Of that the activation says little, so that its regression mostly
+fits noise, which every later block would carry on: e is regressed by itself, on a_K and one, with a
+ridge of its own that is cross-validated over two halves of the text. The bypass is cut to its rank
+by the reduced-rank regression that is optimal under the metric on the output, and delta and bias
+are solved for anew.
 
 Source: least squares on calibration activations after structured removal as in Kurtic et al. 2023,
 "ZipLM", arXiv:2302.04089; reduced-rank regression: Izenman 1975. Using both together, and
 the target of the residual stream, are ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
+from hf_sparse_pathways.discovery.halves import Moments, cross_validated_ridge
+from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
@@ -73,12 +79,14 @@ class BlockTask:
         missing: E[e z^T], what earlier blocks have left wrong, ``(d_out, d_ff + d_in + 1)``; None
             if the block shall compute what it did.
         metric: Sensitivity of the loss to the block's output, ``(d_out, d_out)``; None for I.
+        half: Sums over half of the tokens, for cross-validation; None without it.
     """
 
     weight: Tensor
     gram: Gram
     missing: Tensor | None = None
     metric: Tensor | None = None
+    half: Moments | None = None
 
 
 def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
@@ -96,18 +104,22 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     if not own and not one and not how.bypass_rank:
         return BlockPathway(keep=keep)
     index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
-    system = _System.of(task, keep, index, how.ridge)
+    system = _System.of(task.gram, index, how.ridge)
+    removed = (~keep).nonzero().flatten()
+    target = task.weight[:, removed].double() @ system.moments[removed]
     bypass = None
-    target = system.remaining
-    if how.bypass_rank and not bool(keep.all()):
+    if how.bypass_rank and len(removed):
         if not task.gram.has_input:
             raise PathwaysError(
                 "A bypass is regressed on the block's input, which the Gram matrices do not hold. "
                 "Take the profile with inputs=True, or use order='sequential'."
             )
-        bypass = system.bypass(how.bypass_rank, task.metric, slice(d_ff, -1))
+        bypass = system.bypass(target, how.bypass_rank, task.metric)
         target = target - bypass.product().double() @ system.moments[d_ff:-1]
-    solution = system.solve(target[:, index])
+    solution = system.solve(target)
+    if task.missing is not None and len(index):
+        correcting = system.with_ridge(_ridge_of_missing(task, task.missing, index, how))
+        solution = solution + correcting.solve(task.missing.double())
     delta: Tensor | LowRank | None = None
     bias = solution[:, -1] if how.bias else None
     if how.refit:
@@ -120,61 +132,67 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)
 
 
+def _ridge_of_missing(task: BlockTask, missing: Tensor, index: Tensor, how: Repair) -> float:
+    """Return the ridge with which e is regressed."""
+    if task.half is None:
+        return how.ridge
+    whole = Moments(task.gram.total, missing * task.gram.tokens)
+    return cross_validated_ridge(whole, task.half, index, task.gram.d_ff, task.metric)
+
+
 @dataclass(frozen=True)
 class _System:
     """The normal equations of one block.
 
     Attributes:
         moments: G, float64.
-        remaining: E[(y* - W_K a_K) z^T], float64 ``(d_out, len(G))``.
+        d_ff: Number of neurons.
         index: The regressors besides the bypass, entries of z.
-        factor: Cholesky factor of their ridged second moments.
-        ridge: In absolute units, for activations and for inputs.
+        ridge: In units of the mean second moment, for activations and for inputs.
     """
 
     moments: Tensor
-    remaining: Tensor
+    d_ff: int
     index: Tensor
-    factor: Tensor
     ridge: float
 
     @classmethod
-    def of(cls, task: BlockTask, keep: Tensor, index: Tensor, ridge: float) -> "_System":
-        d_ff = task.gram.d_ff
-        moments = task.gram.total.double() / task.gram.tokens
-        removed = (~keep).nonzero().flatten()
-        remaining = task.weight[:, removed].double() @ moments[removed]
-        if task.missing is not None:
-            remaining += task.missing.double()
-        diagonal = moments.diagonal()[:d_ff].mean() * ridge
-        own = moments[index][:, index]
-        own.diagonal().add_(torch.where(index < d_ff, diagonal.clamp_min(LEAST_RIDGE), 1e-9))
-        return cls(moments, remaining, index, torch.linalg.cholesky(own), ridge)
+    def of(cls, gram: Gram, index: Tensor, ridge: float) -> "_System":
+        return cls(gram.total.double() / gram.tokens, gram.d_ff, index, ridge)
+
+    def with_ridge(self, ridge: float) -> "_System":
+        """Return the same equations with another ridge."""
+        return replace(self, ridge=ridge)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Cholesky factor of the regressors' ridged second moments."""
+        diagonal = self.moments.diagonal()[: self.d_ff].mean() * self.ridge
+        own = self.moments[self.index][:, self.index]
+        own.diagonal().add_(
+            torch.where(self.index < self.d_ff, diagonal.clamp_min(LEAST_RIDGE), 1e-9)
+        )
+        return torch.linalg.cholesky(own)
 
     def solve(self, target: Tensor) -> Tensor:
-        """Return the coefficients ``(d_out, regressors)`` for E[target r^T]."""
-        return torch.cholesky_solve(target.T, self.factor).T
+        """Return the coefficients ``(d_out, regressors)`` for E[target z^T]."""
+        return torch.cholesky_solve(target[:, self.index].T, self.factor).T
 
-    def bypass(self, rank: int, metric: Tensor | None, inputs: slice) -> LowRank:
+    def bypass(self, target: Tensor, rank: int, metric: Tensor | None) -> LowRank:
         """Return the best map of a rank from the block's input, given the other regressors."""
+        inputs = slice(self.d_ff, -1)
         own_inputs = self.moments[self.index, inputs]
         explained = torch.cholesky_solve(own_inputs, self.factor)
         rest = self.moments[inputs, inputs] - own_inputs.T @ explained
         mean = self.moments[inputs, inputs].diagonal().mean()
         rest.diagonal().add_((mean * self.ridge).clamp_min(LEAST_RIDGE))
-        cross = self.remaining[:, inputs] - self.remaining[:, self.index] @ explained
+        cross = target[:, inputs] - target[:, self.index] @ explained
         full = torch.linalg.solve(rest, cross.T).T
         root, inverse_root = _roots(metric, len(full))
         weighted = root @ full
         vectors = torch.linalg.eigh(weighted @ rest @ weighted.T).eigenvectors[:, -rank:]
         outer, inner = inverse_root @ vectors, vectors.T @ weighted
         return LowRank(outer.to(STORED_DTYPE), inner.to(STORED_DTYPE))
-
-
-def metric_root(metric: Tensor) -> Tensor:
-    """Return the symmetric square root of a metric, float64."""
-    values, vectors = torch.linalg.eigh(metric.double())
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def _roots(metric: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

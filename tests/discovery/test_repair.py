@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from hf_sparse_pathways.discovery import repair as module
+from hf_sparse_pathways.discovery.halves import Moments
+from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.discovery.obs import rank_by_obs
-from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root, repair
+from hf_sparse_pathways.discovery.repair import BlockTask, Repair, repair
 from tests.discovery.moments import draw_keep, draw_samples
 
 TINY = 1e-9
 KINDS = {"alone": {}, "target": {"earlier": True}, "metric": {"metric": True}}
 KINDS |= {"both": {"earlier": True, "metric": True}}
+OWN = ["alone", "metric"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +65,18 @@ def _regressors(samples, keep, *, refit=False, bias=False, bypass=False):
 
 
 def _expected(samples, keep, **parts):
-    """Return the best output: kept neurons as they are, and least squares of what is missing."""
+    """Return the best output: kept neurons as they are, and least squares of what is missing.
+
+    What earlier blocks have left wrong is regressed by itself, and not on the block's input.
+    """
     kept = samples.activation[:, keep] @ samples.weight[:, keep].T
-    return kept + _lstsq(_regressors(samples, keep, **parts), samples.target - kept)
+    own = samples.activation @ samples.weight.T - kept
+    output = kept + _lstsq(_regressors(samples, keep, **parts), own)
+    if samples.earlier is None or not {"refit", "bias"} & parts.keys():
+        return output
+    return output + _lstsq(
+        _regressors(samples, keep, **{**parts, "bypass": False}), samples.earlier
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +138,7 @@ def _alternate(samples, keep, outer, steps=60):
     return float((rest - x @ (outer @ inner).T).square().sum(1).mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN)
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_bypass_of_a_lower_rank_is_the_best_of_its_rank(rank, kind):
     samples, keep = draw_samples(**KINDS[kind]), draw_keep(13, 5)
@@ -144,8 +156,36 @@ def test_a_bypass_of_a_lower_rank_is_the_best_of_its_rank(rank, kind):
         assert _error(samples, _with_bypass(samples, keep, guess, inner)) > mine
 
 
+@pytest.mark.parametrize("metric", [False, True])
+def test_what_earlier_blocks_have_left_changes_neither_bypass_nor_ranking(metric):
+    samples, keep = draw_samples(earlier=True, metric=metric), draw_keep(13, 5)
+    alone = replace(samples, earlier=None)
+    how = _how(refit=True, bias=True, bypass_rank=2, ridge=0.01)
+    mine, theirs = (repair(each.task, keep, how).bypass for each in (samples, alone))
+    assert torch.equal(mine.outer, theirs.outer)
+    assert torch.equal(mine.inner, theirs.inner)
+    for inner in (None, mine.inner):
+        orders = [rank_by_obs(each.task, how, inner).order for each in (samples, alone)]
+        assert torch.equal(*orders)
+
+
+def test_what_earlier_blocks_have_left_has_a_ridge_of_its_own(monkeypatch):
+    samples, keep = draw_samples(earlier=True), draw_keep(13, 6)
+    z = samples.z
+    half = Moments((z[::2].T @ z[::2]).float(), (samples.earlier[::2].T @ z[::2]).float())
+    monkeypatch.setattr(module, "cross_validated_ridge", lambda *_: 3.0)
+    how = _how(refit=True, ridge=0.2)
+    delta = repair(replace(samples.task, half=half), keep, how).delta
+    own = repair(replace(samples, earlier=None).task, keep, how).delta
+    kept = samples.activation[:, keep]
+    scale = 3.0 * samples.activation.square().mean() * len(kept)
+    normal = kept.T @ kept + scale * torch.eye(6).double()
+    earlier = torch.linalg.solve(normal, kept.T @ samples.earlier).T
+    torch.testing.assert_close(delta, own + earlier, rtol=1e-6, atol=1e-8)
+
+
 def test_more_rank_never_hurts():
-    samples, keep = draw_samples(earlier=True), draw_keep(13, 4)
+    samples, keep = draw_samples(), draw_keep(13, 4)
     errors = [
         _error(samples, _output(samples, repair(samples.task, keep, _how(refit=True, **parts))))
         for parts in ({}, *({"bypass_rank": rank} for rank in range(1, 7)))
@@ -247,7 +287,7 @@ def test_rounding_of_what_is_stored_hardly_matters():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN)
 def test_the_removals_error_is_that_of_the_repair(kind, bias):
     samples = draw_samples(**KINDS[kind])
     removal = rank_by_obs(samples.task, _how(refit=True, bias=bias, ridge=1e-6))
@@ -261,7 +301,7 @@ def test_the_removals_error_is_that_of_the_repair(kind, bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OWN)
 def test_with_a_known_bypass_the_removals_error_is_what_that_leaves(kind, bias):
     samples = draw_samples(**KINDS[kind])
     inner = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double()
