@@ -68,10 +68,10 @@ def remove_by_obs(weight: Tensor, second_moment: Tensor, most: int | None = None
 def rank_by_obs(
     task: BlockTask, how: Repair, bypass: Tensor | None = None, *, most: int | None = None
 ) -> Removal:
-    """Rank a block's neurons by OBS, under its metric.
+    """Rank a block's neurons by OBS, towards its target and under its metric.
 
-    What the bias, and a bypass that is known, can say of the activation is taken out of its second
-    moments.
+    The weights that fit the target best with all neurons take the place of W. What the bias, and a
+    bypass that is known, can say of the activation is taken out of its second moments.
 
     Args:
         task: The block.
@@ -81,32 +81,40 @@ def rank_by_obs(
     """
     d_ff = task.gram.d_ff
     moments = task.gram.total.double() / task.gram.tokens
+    missing = moments.new_zeros(len(task.weight), len(moments))
+    if task.missing is not None:
+        missing = task.missing.double()
     if how.bias:
         one = moments.new_zeros(1, len(moments))
         one[0, -1] = 1.0
-        moments = _without(moments, one, 0.0)
+        moments, missing = _without(moments, missing, one, 0.0)
     if bypass is not None:
         known = moments.new_zeros(len(bypass), len(moments))
         known[:, d_ff:-1] = bypass.double()
-        moments = _without(moments, known, how.ridge)
+        moments, missing = _without(moments, missing, known, how.ridge)
     own = moments[:d_ff, :d_ff].clone()
-    ridge = how.ridge * task.gram.activation.diagonal().mean()
-    own.diagonal().add_(ridge.clamp_min(LEAST_RIDGE))
+    unit = task.gram.activation.diagonal().mean()
     weight = task.weight.double()
+    if task.missing is not None:
+        ridged = own + torch.diag((how.target_ridge * unit).clamp_min(LEAST_RIDGE).expand(d_ff))
+        weight = weight + torch.linalg.solve(ridged, missing[:, :d_ff].T).T
+    own.diagonal().add_((how.ridge * unit).clamp_min(LEAST_RIDGE))
     if task.metric is not None:
         weight = metric_root(task.metric) @ weight
     return remove_by_obs(weight.float(), own.float(), most)
 
 
-def _without(moments: Tensor, known: Tensor, ridge: float) -> Tensor:
-    """Regress linear functions of z out of E[z z^T]. Pure.
+def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Regress linear functions of z out of E[z z^T] and out of E[e z^T]. Pure.
 
     Args:
         moments: E[z z^T].
+        cross: E[e z^T].
         known: The functions, ``(count, len(z))``.
         ridge: Of their second moments, in units of the mean.
     """
     theirs = known @ moments
     inner = theirs @ known.T
     inner.diagonal().add_(ridge * inner.diagonal().mean() + 1e-12)
-    return moments - theirs.T @ torch.linalg.solve(inner, theirs)
+    shares = torch.linalg.solve(inner, theirs)
+    return moments - theirs.T @ shares, cross - cross @ known.T @ shares

@@ -7,11 +7,10 @@ A pathway computes ``W_K a_K`` and leaves ``y* - W_K a_K``, which is regressed o
     [delta, B, bias] = E[(y* - W_K a_K) r^T] (E[r r^T] + ridge)^-1,   r = [a_K, x, 1]
 
 ``y* = W a + e``: by itself a block should compute what it did; ``e`` is what blocks before it have
-left wrong (``sequential.py``). Of that the activation says little, so that its regression mostly
-fits noise, which every later block would carry on: e is regressed by itself, on a_K and one, with a
-ridge of its own that is cross-validated over two halves of the text. The bypass is cut to its rank
-by the reduced-rank regression that is optimal under the metric on the output, and delta and bias
-are solved for anew.
+left wrong (``sequential.py``). Of that the activation says little, so that with a small ridge its
+regression fits much noise, which every later block would carry on: e is regressed by itself, on a_K
+and one, with a larger ridge. The bypass is cut to its rank by the reduced-rank regression that is
+optimal under the metric on the output, and delta and bias are solved for anew.
 
 Source: least squares on calibration activations after structured removal as in Kurtic et al. 2023,
 "ZipLM", arXiv:2302.04089; reduced-rank regression: Izenman 1975. Using both together, and
@@ -25,13 +24,15 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
-from hf_sparse_pathways.discovery.halves import Moments, cross_validated_ridge
 from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
 LEAST_RIDGE = 1e-9
 """Absolute: keeps blocks whose neurons never fire solvable."""
+
+TARGET_RIDGE = 0.1
+"""The least with which e is regressed, in units of the mean second moment."""
 
 STORED_DTYPE = torch.bfloat16
 """Of all compensation: its rounding is far below the sampling error of its estimate."""
@@ -54,6 +55,11 @@ class Repair:
     bias: bool = True
     bypass_rank: int = 0
     patch_rank: int | None = None
+
+    @property
+    def target_ridge(self) -> float:
+        """The ridge with which e is regressed."""
+        return max(self.ridge, TARGET_RIDGE)
 
     @property
     def solves(self) -> bool:
@@ -79,14 +85,12 @@ class BlockTask:
         missing: E[e z^T], what earlier blocks have left wrong, ``(d_out, d_ff + d_in + 1)``; None
             if the block shall compute what it did.
         metric: Sensitivity of the loss to the block's output, ``(d_out, d_out)``; None for I.
-        half: Sums over half of the tokens, for cross-validation; None without it.
     """
 
     weight: Tensor
     gram: Gram
     missing: Tensor | None = None
     metric: Tensor | None = None
-    half: Moments | None = None
 
 
 def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
@@ -118,8 +122,7 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         target = target - bypass.product().double() @ system.moments[d_ff:-1]
     solution = system.solve(target)
     if task.missing is not None and len(index):
-        correcting = system.with_ridge(_ridge_of_missing(task, task.missing, index, how))
-        solution = solution + correcting.solve(task.missing.double())
+        solution = solution + system.with_ridge(how.target_ridge).solve(task.missing.double())
     delta: Tensor | LowRank | None = None
     bias = solution[:, -1] if how.bias else None
     if how.refit:
@@ -130,14 +133,6 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
     stored = None if bias is None else bias.to(STORED_DTYPE)
     return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)
-
-
-def _ridge_of_missing(task: BlockTask, missing: Tensor, index: Tensor, how: Repair) -> float:
-    """Return the ridge with which e is regressed."""
-    if task.half is None:
-        return how.ridge
-    whole = Moments(task.gram.total, missing * task.gram.tokens)
-    return cross_validated_ridge(whole, task.half, index, task.gram.d_ff, task.metric)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.collectors import Workspaces
-from hf_sparse_pathways.discovery.grams import Gram, GramAccumulator
-from hf_sparse_pathways.discovery.halves import Moments
+from hf_sparse_pathways.discovery.grams import GramAccumulator
 from hf_sparse_pathways.discovery.layerwise import LayerRunner
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.repair import BlockTask
@@ -153,9 +152,7 @@ class _Layer:
         shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
         kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         if probes:
-            for turn, number in enumerate(numbers):
-                for probe in probes:
-                    probe.half = turn % 2
+            for number in numbers:
                 batch = streams.batches[number]
                 behind = self._collect(batch, stream[number], dense[number], probes)
                 if shortcut:
@@ -284,8 +281,7 @@ class _Probe:
     def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
         self.block, self.spaces = block, spaces
         width = block.d_in if inputs else 0
-        self.half = 0  # of the text, to which the next tokens belong
-        self._halves = [GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in "ab"]
+        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
         self._inputs = inputs
         self._activation = torch.empty(0)
         self._input: Tensor | None = None
@@ -311,22 +307,18 @@ class _Probe:
 
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""
-        accumulator = self._halves[self.half]
-        space = self.spaces.gram(len(accumulator.upper), rows.device)
+        space = self.spaces.gram(len(self.accumulator.upper), rows.device)
         activation = self._activation.index_select(0, rows)
         block_input = None if self._input is None else self._input.index_select(0, rows)
-        accumulator.add(activation, block_input, space, target=missing, weights=weights)
+        self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
 
     def task(self) -> BlockTask:
         """Return the block as it is to be repaired."""
-        one, other = (Moments(part.gram().total, part.cross.cpu()) for part in self._halves)
-        gram = Gram(one.total + other.total, self.block.d_ff)
-        both = bool(one.total[-1, -1]) and bool(other.total[-1, -1])
+        gram = self.accumulator.gram()
         return BlockTask(
             weight=outgoing_weight(self.block.outgoing),
             gram=gram,
-            missing=(one.cross + other.cross) / gram.tokens,
-            half=one if both else None,
+            missing=self.accumulator.cross.cpu() / gram.tokens,
         )
 
 
