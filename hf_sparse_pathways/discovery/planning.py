@@ -4,10 +4,9 @@
 text, by the loss of one-shot pathways: documents that no statistic was taken from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import TypeVar
+from functools import cached_property
 
 from torch import Tensor
 
@@ -31,14 +30,13 @@ from hf_sparse_pathways.errors import PathwaysError
 RIDGES = (Repair.ridge, 0.1, 0.001)
 """What ``ridge="auto"`` compares, in units of the mean second moment: usual, larger, smaller."""
 
-AUTO = ("balanced", "water_filling", "uniform")
-"""What ``allocation="auto"`` compares: the middle, and the ends."""
+AUTO = ("balanced", "uniform")
+"""What ``allocation="auto"`` compares. Water-filling is not among them: one-shot pathways overrate
+it, and in sequence it can be far behind both."""
 
 TRIAL_TOKENS = (2048, 8192)
 """Least and most validation tokens on which candidates are compared: in between, a quarter of the
 calibration text. On few tokens the noise between documents decides."""
-
-T = TypeVar("T")
 
 LEAST_RISE = 1e-5
 """Of the loss, in nats per token: smaller ones are noise."""
@@ -114,9 +112,12 @@ class _Plan:
 
     def choose_ridge(self, masks: Sequence[Tensor]) -> float:
         """Return the ridge of least loss on validation text; the usual one without such text."""
+        usual, larger, smaller = RIDGES
         if not self.trial:
-            return RIDGES[0]
-        return _least(RIDGES, partial(self._loss, masks))
+            return usual
+        if self._loss(masks, larger) < self._loss(masks, usual):
+            return larger  # over the ridge the loss has one minimum: the smaller is worse still
+        return smaller if self._loss(masks, smaller) < self._loss(masks, usual) else usual
 
     def _allocate(self, sparsity: float) -> tuple[list[int], str]:
         recipe = self.evidence.recipe
@@ -132,7 +133,7 @@ class _Plan:
         if not self.trial:
             return candidates[AUTO[0]], AUTO[0]
         masks = {name: self.keep(widths) for name, widths in candidates.items()}
-        best = _least(AUTO, lambda name: self._loss(masks[name], recipe.repair.ridge))
+        best = min(AUTO, key=lambda name: self._loss(masks[name], recipe.repair.ridge))
         return candidates[best], best
 
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
@@ -190,18 +191,6 @@ class _Plan:
     def _draft(self, masks: Sequence[Tensor], repairs: Repair) -> Draft:
         """Return a draft for trials, without the bypass, which not every profile allows."""
         return Draft(self.evidence, [], masks, replace(repairs, bypass_rank=0), {})
-
-
-def _least(candidates: tuple[T, T, T], loss: Callable[[T], float]) -> T:
-    """Return the candidate of least loss: of three on a line, the middle one first.
-
-    Along the line the loss has one minimum: if one end is better than the middle, the other end is
-    not tried.
-    """
-    middle, one, other = candidates
-    if loss(one) < loss(middle):
-        return one
-    return other if loss(other) < loss(middle) else middle
 
 
 def _sample(windows: Sequence[Window], tokens: int) -> list[Window]:

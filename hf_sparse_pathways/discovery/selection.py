@@ -73,9 +73,9 @@ def select(  # noqa: PLR0913
             ``"mean_abs"``, as in the paper.
         score: The same, for a score.
         allocation: ``"uniform"``, ``"depth"``, ``"water_filling"``, ``"balanced"``,
-            ``"sensitivity"``, ``"auto"`` (of uniform, balanced and water-filling what has the
-            least loss on validation text), or a function from ``BlockCosts`` and a ``Budget`` to
-            widths. By default ``"auto"`` for ``"obs"``, else ``"uniform"``.
+            ``"sensitivity"``, ``"auto"`` (balanced or uniform, whichever has the least loss on
+            validation text), or a function from ``BlockCosts`` and a ``Budget`` to widths. By
+            default ``"auto"`` for ``"obs"``, else ``"uniform"``.
         compensation: Parts of ``none``, ``bias``, ``refit``, ``patch:RANK``, ``bypass:RANK``,
             joined by ``+``. By default ``"refit+bias"`` for ``"obs"``, ``"bias"`` for ``"flap"``,
             else ``"none"``.

@@ -91,4 +91,4 @@ def test_the_pooled_control_has_the_same_choices_as_the_domains():
         patch.setattr(Draft, "loss", watch)
         select(model, _take(model))
     for name in ("code", "law", POOLED):  # the usual ridge was tried with the allocations
-        assert 2 + 1 <= seen.count(name) <= 3 + 2
+        assert seen.count(name) in (2 + 1, 2 + 2)
