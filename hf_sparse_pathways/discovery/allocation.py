@@ -105,35 +105,48 @@ def water_filling(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
         start = block.d_ff - _rounded(block.d_ff - 1e-9, block.d_ff, budget.multiple)
         most = min(block.d_ff - 1, int(deepest * block.d_ff) + math.ceil(overhead))
         stops = list(range(start, most + 1, _step(block.d_ff, budget.multiple)))
-        for left, right in _hull(block.error, stops):
-            slope = float(block.error[right] - block.error[left]) / (right - left)
-            segments.append((slope / block.flops_per_neuron, index, right - left))
+        curve = block.error.tolist()
+        for left, right in _hull(curve, stops):
+            slope = _slope(curve, left, right) / block.flops_per_neuron
+            segments.append((slope, index, right - left))
     kept = [_rounded(block.d_ff - 1e-9, block.d_ff, budget.multiple) for block in blocks]
-    total = sum(block.d_ff * block.flops_per_neuron for block in blocks)
-    extra = sum(
-        overhead * block.flops_per_neuron
-        for overhead, block in zip(budget.overhead, blocks, strict=True)
-    )
-    spare = sum(k * b.flops_per_neuron for k, b in zip(kept, blocks, strict=True)) + extra
-    spare -= budget.kept * total
+    excess = _excess(blocks, kept, budget)
     for _, index, width in sorted(segments):
-        if spare <= 1e-6:
+        if excess <= 1e-6:
             break
         step = _step(blocks[index].d_ff, budget.multiple)
         cost = blocks[index].flops_per_neuron
-        taken = min(width, -(-int(-(-spare // cost)) // step) * step)
+        taken = min(width, -(-int(-(-excess // cost)) // step) * step)
         kept[index] -= taken
-        spare -= taken * cost
+        excess -= taken * cost
     return kept
 
 
 def balanced(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
-    """Return widths half-way between ``uniform`` and ``water_filling``."""
+    """Return widths half-way between ``uniform`` and ``water_filling``.
+
+    What rounding down leaves of the budget goes to the first blocks that were rounded.
+    """
     pairs = zip(uniform(blocks, budget), water_filling(blocks, budget), strict=True)
-    return [
-        _rounded(sum(pair) / 2, block.d_ff, budget.multiple)
-        for pair, block in zip(pairs, blocks, strict=True)
+    halves = [sum(pair) / 2 for pair in pairs]
+    widths = [
+        _rounded(half, block.d_ff, budget.multiple)
+        for half, block in zip(halves, blocks, strict=True)
     ]
+    spare = -_excess(blocks, widths, budget)
+    for index, (half, block) in enumerate(zip(halves, blocks, strict=True)):
+        step = _step(block.d_ff, budget.multiple)
+        if widths[index] < half and step * block.flops_per_neuron <= spare + 1e-6:
+            widths[index] += step
+            spare -= step * block.flops_per_neuron
+    return widths
+
+
+def _excess(blocks: Sequence[BlockCosts], widths: Sequence[int], budget: Budget) -> float:
+    """Return by how many FLOPs some widths, with the overhead, are above the budget."""
+    parts = zip(blocks, widths, budget.overhead, strict=True)
+    used = sum((width + extra) * block.flops_per_neuron for block, width, extra in parts)
+    return used - budget.kept * sum(block.d_ff * block.flops_per_neuron for block in blocks)
 
 
 ALLOCATIONS: Mapping[str, AllocationFunction] = MappingProxyType(
@@ -184,7 +197,7 @@ def _step(d_ff: int, multiple: int) -> int:
     return multiple if 1 <= multiple < d_ff else 1
 
 
-def _hull(curve: Tensor, stops: Sequence[int]) -> list[tuple[int, int]]:
+def _hull(curve: Sequence[float], stops: Sequence[int]) -> list[tuple[int, int]]:
     """Return the segments ``(left, right)`` of a curve's lower convex hull over given places."""
     hull: list[int] = []
     for stop in stops:
@@ -194,5 +207,5 @@ def _hull(curve: Tensor, stops: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(hull))
 
 
-def _slope(curve: Tensor, left: int, right: int) -> float:
-    return float(curve[right] - curve[left]) / (right - left)
+def _slope(curve: Sequence[float], left: int, right: int) -> float:
+    return (curve[right] - curve[left]) / (right - left)

@@ -104,7 +104,7 @@ def test_a_whole_budget_keeps_everything(name, kind):
 
 
 @pytest.mark.parametrize("kept", [0.1 * tenths for tenths in range(1, 10)])
-@pytest.mark.parametrize("name", ["uniform", "water_filling"])
+@pytest.mark.parametrize("name", ["uniform", "water_filling", "balanced"])
 def test_a_budget_of_whole_neurons_is_met_exactly(name, kept):
     blocks = _blocks([(100, 96)] * 10)
     assert sum(ALLOCATIONS[name](blocks, _budget(blocks, kept))) == round(1000 * kept)
@@ -180,6 +180,18 @@ def test_water_filling_is_not_caught_behind_a_step():
     steady = torch.arange(11).double()
     blocks = [BlockCosts(d_ff=10, flops_per_neuron=1, error=error) for error in (step, steady)]
     assert ALLOCATIONS["water_filling"](blocks, _budget(blocks, 0.6)) == [2, 10]
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("kept", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_balanced_is_half_way(kind, kept, multiple):
+    blocks = _blocks(SHAPES[kind])
+    budget = _budget(blocks, kept, multiple)
+    ends = [ALLOCATIONS[name](blocks, budget) for name in ("uniform", "water_filling")]
+    widths = ALLOCATIONS["balanced"](blocks, budget)
+    for width, pair in zip(widths, zip(*ends, strict=True), strict=True):
+        assert abs(width - sum(pair) / 2) < multiple
 
 
 def test_water_filling_takes_from_the_cheapest_per_flop():
