@@ -118,7 +118,7 @@ def _within_increase(
     increase = limits.max_perplexity_increase or 0.0
     searches = fit_sparsities(dense, profile, max_perplexity_increase=increase, choose=choose)
     chosen = {name: search.best for name, search in searches.items()}
-    made = {name: search.pathway for name, search in searches.items() if search.pathway}
+    made = {name: search.pathway for name, search in searches.items() if search.pathway is not None}
     pathways = select(dense, profile, sparsity=chosen, made=made, **rule)
     test = _measure(dense, tokenizer, pathways, held_out)
     _report(increase, searches, test)

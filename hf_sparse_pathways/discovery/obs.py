@@ -16,9 +16,8 @@ applied to columns as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089; batches 
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.discovery.removal import Removal
-from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, BlockTask, Repair
+from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, BlockTask, Repair, metric_root
 
 STEPS = 48
 """Number of batches in which the neurons are removed; more follow OBS closer and cost more."""
@@ -93,12 +92,15 @@ def rank_by_obs(
         known[:, d_ff:-1] = bypass.double()
         moments, missing = _without(moments, missing, known, how.ridge)
     own = moments[:d_ff, :d_ff].clone()
-    unit = task.gram.activation.diagonal().mean()
+    unit = task.gram.activation.diagonal().mean().double()
+    ridge = (how.ridge * unit).clamp_min(LEAST_RIDGE)
     weight = task.weight.double()
     if task.missing is not None:
-        ridged = own + torch.diag((how.target_ridge * unit).clamp_min(LEAST_RIDGE).expand(d_ff))
-        weight = weight + torch.linalg.solve(ridged, missing[:, :d_ff].T).T
-    own.diagonal().add_((how.ridge * unit).clamp_min(LEAST_RIDGE))
+        more = (how.target_ridge * unit).clamp_min(LEAST_RIDGE)
+        own.diagonal().add_(more)
+        weight = weight + torch.linalg.solve(own, missing[:, :d_ff].T).T
+        ridge = ridge - more
+    own.diagonal().add_(ridge)
     if task.metric is not None:
         weight = metric_root(task.metric) @ weight
     return remove_by_obs(weight.float(), own.float(), most)

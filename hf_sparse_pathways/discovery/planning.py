@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.percentile import keep_above
 from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import NO_REPAIR, Repair
 from hf_sparse_pathways.discovery.trials import mean_loss
-from hf_sparse_pathways.discovery.windows import Window, count_tokens
+from hf_sparse_pathways.discovery.windows import Window, count_tokens, quarter
 from hf_sparse_pathways.errors import PathwaysError
 
 RIDGES = (Repair.ridge, 0.1, 0.001)
@@ -91,9 +91,8 @@ class _Plan:
     @cached_property
     def trial(self) -> list[Window]:
         """Validation text; empty if there is none."""
-        least, most = TRIAL_TOKENS
-        calibrated = count_tokens(self.evidence.domain.windows)
-        return _sample(self.evidence.domain.validation, min(most, max(least, calibrated // 4)))
+        domain = self.evidence.domain
+        return _sample(domain.validation, quarter(domain.windows, TRIAL_TOKENS))
 
     def keep(self, widths: Sequence[int]) -> list[Tensor]:
         """Return the keep masks of some widths."""

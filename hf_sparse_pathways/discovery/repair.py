@@ -1,16 +1,16 @@
 """Closed-form compensation: what the kept neurons and a thin bypass can make good of the rest.
 
-Let y* be what the block should compute, a its activation, x its input, z = [a, x, 1], G = E[z z^T].
-A pathway computes ``W_K a_K`` and leaves ``y* - W_K a_K``, which is regressed on the kept neurons
+Let a be the block's activation, x its input, z = [a, x, 1], G = E[z z^T].
+A pathway computes ``W_K a_K`` and leaves ``W a - W_K a_K``, which is regressed on the kept neurons
 (``delta``), if asked on x (the ``bypass``) and on one (the ``bias``) by ridge least squares::
 
-    [delta, B, bias] = E[(y* - W_K a_K) r^T] (E[r r^T] + ridge)^-1,   r = [a_K, x, 1]
+    [delta, B, bias] = E[(W a - W_K a_K) r^T] (E[r r^T] + ridge)^-1,   r = [a_K, x, 1]
 
-``y* = W a + e``: by itself a block should compute what it did; ``e`` is what blocks before it have
-left wrong (``sequential.py``). Of that the activation says little, so that with a small ridge its
-regression fits much noise, which every later block would carry on: e is regressed by itself, on a_K
-and one, with a larger ridge. The bypass is cut to its rank by the reduced-rank regression that is
-optimal under the metric on the output, and delta and bias are solved for anew.
+By itself a block should compute what it did, W a; in sequence ``W a + e``, where e is what blocks
+before it have left wrong (``sequential.py``). Of e the activation says little, so that with a small
+ridge its regression fits much noise, which every later block would carry on: it is regressed by
+itself, on a_K and one, with a larger ridge. The bypass is cut to its rank by the reduced-rank
+regression that is optimal under the metric on the output, and delta and bias are solved for anew.
 
 Source: least squares on calibration activations after structured removal as in Kurtic et al. 2023,
 "ZipLM", arXiv:2302.04089; reduced-rank regression: Izenman 1975. Using both together, and
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
-from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
@@ -156,8 +155,8 @@ class _System:
         return cls(gram.total.double() / gram.tokens, gram.d_ff, index, ridge)
 
     def with_ridge(self, ridge: float) -> "_System":
-        """Return the same equations with another ridge."""
-        return replace(self, ridge=ridge)
+        """Return the same equations with another ridge; what is factored already stays so."""
+        return self if ridge == self.ridge else replace(self, ridge=ridge)
 
     @cached_property
     def factor(self) -> Tensor:
@@ -188,6 +187,12 @@ class _System:
         vectors = torch.linalg.eigh(weighted @ rest @ weighted.T).eigenvectors[:, -rank:]
         outer, inner = inverse_root @ vectors, vectors.T @ weighted
         return LowRank(outer.to(STORED_DTYPE), inner.to(STORED_DTYPE))
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """Return the symmetric square root of a metric, float64."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def _roots(metric: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

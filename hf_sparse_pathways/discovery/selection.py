@@ -25,7 +25,7 @@ from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
 from hf_sparse_pathways.discovery.sequential import Arm, prune_sequentially
 from hf_sparse_pathways.discovery.windows import Batch, make_batches
-from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
@@ -94,7 +94,8 @@ def select(  # noqa: PLR0913
         MismatchError: The profile was taken from another model.
         PathwaysError: A number is out of range, both rules were given, or the profile lacks what
             the method needs.
-        UnknownNameError: An unknown method, allocation, order, precision or pool.
+        UnknownNameError: An unknown method, allocation, order, precision or pool, or a domain in
+            ``made`` that the profile does not have.
         UnsupportedModelError: ``order="sequential"``, but the layers cannot be run one at a time.
     """
     if method is not None and score is not None:
@@ -119,6 +120,9 @@ def select(  # noqa: PLR0913
     pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
     goals[POOLED] = mean_goal(list(goals.values()))
     pathways = dict(made or {})
+    for name in pathways:
+        if name not in profile.domains:
+            raise UnknownNameError("domain", name, profile.domains)
     if not pathways.keys() >= {*profile.domains, *pooled}:
         with torch.inference_mode(False), calibration_precision(dense, recipe.precision):
             evidence = gather_evidence(dense, profile, pooled, recipe)

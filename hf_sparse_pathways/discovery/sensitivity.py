@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.scores import Saliency
 from hf_sparse_pathways.discovery.trials import run_model
-from hf_sparse_pathways.discovery.windows import Batch, Window, count_tokens, make_batches
+from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches, quarter
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 
@@ -104,9 +104,8 @@ def _gradients(
     """
     values: dict[int, Tensor] = {}
     blocks = find_blocks(model)
-    least, most = SAMPLE_TOKENS
-    sample = min(most, max(least, count_tokens(windows) // 4))
-    batches = list(make_batches(_first(windows, sample), BATCH_SIZE))
+    sample = _first(windows, quarter(windows, SAMPLE_TOKENS))
+    batches = list(make_batches(sample, BATCH_SIZE))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(all_dense())

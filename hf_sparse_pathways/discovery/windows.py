@@ -112,6 +112,12 @@ def _tokenise(text: str, tokenizer: Any, max_length: int) -> Iterator[list[int]]
         yield from _tokenise(text[start:end], tokenizer, max_length)
 
 
+def quarter(windows: Sequence[Window], limits: tuple[int, int]) -> int:
+    """Return a quarter of a text's tokens, but at least and at most the limits: a sample's size."""
+    least, most = limits
+    return min(most, max(least, count_tokens(windows) // 4))
+
+
 def count_tokens(windows: Sequence[Window]) -> int:
     """Return the number of tokens in windows."""
     return sum(len(window.ids) for window in windows)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from hf_sparse_pathways.discovery import repair as module
-from hf_sparse_pathways.discovery.metrics import metric_root
 from hf_sparse_pathways.discovery.obs import rank_by_obs
-from hf_sparse_pathways.discovery.repair import BlockTask, Repair, repair
+from hf_sparse_pathways.discovery.repair import BlockTask, Repair, metric_root, repair
 from tests.discovery.moments import draw_keep, draw_samples
 
 TINY = 1e-9

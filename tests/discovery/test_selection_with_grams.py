@@ -15,7 +15,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.trials import computing
-from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build, compensate, prompt, random_masks
@@ -69,6 +69,12 @@ def test_pathways_that_are_there_are_taken_and_the_others_are_as_ever(case, orde
     rest = select(model, taken, made=made, **options)
     _assert_equal(whole, rest)
     assert all(rest[name] is whole[name] for name in there)
+
+
+def test_a_pathway_that_is_there_under_an_unknown_name_is_refused(llama):
+    whole = select(*llama, order="one-shot")
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'code'\?"):
+        select(*llama, made={"cod": whole["code"]})
 
 
 @pytest.mark.parametrize("order", ["sequential", "one-shot"])
