@@ -84,7 +84,7 @@ def choose_pathways(
         return _within_increase(dense, tokenizer, profile, limits, rule, held_out)
     sparsity = limits.sparsity
     if limits.target_speedup is not None:
-        from hf_sparse_pathways.measure.speed import sparsity_for_speedup
+        from hf_sparse_pathways.measure.speed_target import sparsity_for_speedup
 
         found = sparsity_for_speedup(dense, limits.target_speedup)
         typer.echo(str(found))

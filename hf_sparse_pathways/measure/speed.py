@@ -6,7 +6,7 @@ both; the ratio is taken within a round. Both arms produce exactly the same numb
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.goal import check_sparsity
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.executors import resolve_executor
-from hf_sparse_pathways.measure.figures import quantile
 from hf_sparse_pathways.measure.speed_report import SpeedReport
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 
@@ -70,77 +68,6 @@ def benchmark(
     finally:
         model.set_pathways(pathways)
     return reports, switch
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedupPlan:
-    """Which sparsity makes ``generate`` as fast as asked for.
-
-    Attributes:
-        target: The wanted ratio to dense.
-        sparsity: Fraction of the FFN's FLOPs to remove.
-        measured: Ratio that random pathways of that sparsity reach, median.
-        ceiling: Ratio at which the FFN costs nothing, by Amdahl's law from what was measured.
-    """
-
-    target: float
-    sparsity: float
-    measured: float
-    ceiling: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.target:.2f}x: {self.sparsity:.1%} of the FFN removed makes generate() "
-            f"{self.measured:.2f}x as fast here (batch 1, {torch.get_num_threads()} threads); "
-            f"without any FFN it would be {self.ceiling:.2f}x"
-        )
-
-
-def sparsity_for_speedup(dense: Any, target: float, *, rounds: int = 5) -> SpeedupPlan:
-    """Measure how much of the FFN has to go for ``generate`` to be faster by a ratio.
-
-    Random pathways are timed against dense; time per token is then modelled as ``1 - f s`` with
-    sparsity s and the FFN's share f (Amdahl's law), and the sparsity that follows is timed again.
-
-    Args:
-        dense: A causal LM; it stays as it is.
-        target: The wanted ratio to dense, above 1.
-        rounds: Timed rounds per measurement.
-
-    Raises:
-        PathwaysError: The ceiling is below the target.
-    """
-    share = _ffn_share(_speedup(dense, 0.6, rounds), 0.6)
-    wanted = 1.0 - 1.0 / target
-    if wanted >= 0.95 * share:
-        raise PathwaysError(
-            f"A speed-up of {target:.2f} is out of reach: without any FFN generate() would be "
-            f"{1.0 / (1.0 - share):.2f}x as fast here. Ask for at most "
-            f"{1.0 / (1.0 - 0.9 * share):.2f}."
-        )
-    first = wanted / share
-    share = _ffn_share(_speedup(dense, first, rounds), first)
-    sparsity = min(0.95, wanted / max(share, 1e-6))
-    return SpeedupPlan(
-        target=target,
-        sparsity=sparsity,
-        measured=_speedup(dense, sparsity, rounds),
-        ceiling=1.0 / (1.0 - share),
-    )
-
-
-def _speedup(dense: Any, sparsity: float, rounds: int) -> float:
-    base = BaseModel.of(dense)
-    everything = [torch.ones(block.d_ff, dtype=torch.bool) for block in base.blocks]
-    pathways = Pathways(base=base, by_domain={"random": Pathway.from_keep(everything)})
-    model = SparsePathwaysForCausalLM.from_dense(dense, pathways)
-    reports, _ = benchmark(model, sparsity=sparsity, rounds=rounds)
-    return quantile(reports[0].ratios, 0.5)
-
-
-def _ffn_share(ratio: float, sparsity: float) -> float:
-    """Return the FFN's share of the time, from the ratio that a sparsity reaches."""
-    return min(0.99, max(0.0, (1.0 - 1.0 / ratio) / sparsity))
 
 
 def _random_pathways(pathways: Pathways, sparsity: float) -> Pathways:

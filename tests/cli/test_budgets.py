@@ -7,8 +7,8 @@ import pytest
 from hf_sparse_pathways.discovery import selection
 from hf_sparse_pathways.discovery.budget import Search
 from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.measure import speed
-from hf_sparse_pathways.measure.speed import SpeedupPlan, sparsity_for_speedup
+from hf_sparse_pathways.measure import speed_target
+from hf_sparse_pathways.measure.speed_target import SpeedupPlan, sparsity_for_speedup
 from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build
 from tests.cli.commands import assert_error, run, run_well
@@ -90,7 +90,7 @@ def test_a_search_survives_a_rise_that_falls():
 
 def test_the_sparsity_for_a_speed_follows_from_what_was_measured(monkeypatch):
     share = 0.6
-    monkeypatch.setattr(speed, "_speedup", lambda _model, s, _rounds: 1 / (1 - share * s))
+    monkeypatch.setattr(speed_target, "_speedup", lambda _model, s, _rounds: 1 / (1 - share * s))
     plan = sparsity_for_speedup(build("llama"), 1.3)
     assert plan.sparsity == pytest.approx((1 - 1 / 1.3) / share)
     assert plan.measured == pytest.approx(1.3)
@@ -100,9 +100,48 @@ def test_the_sparsity_for_a_speed_follows_from_what_was_measured(monkeypatch):
         sparsity_for_speedup(build("llama"), 2.45)
 
 
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda s: 0.35 * s**2,
+        lambda s: 0.5 * s**0.5,
+        lambda s: max(-0.1, 0.45 * s - 0.1),
+        lambda s: 0.4 if s > 0.35 else 0.05 * s,
+    ],
+    ids=["convex", "concave", "overhead", "step"],
+)
+def test_a_speed_is_met_where_savings_are_not_linear(monkeypatch, saved):
+    timed = []
+
+    def speedup(_model, sparsity, _rounds):
+        timed.append(sparsity)
+        return 1 / (1 - saved(sparsity))
+
+    monkeypatch.setattr(speed_target, "_speedup", speedup)
+    plan = sparsity_for_speedup(build("llama"), 1.1)
+    assert plan.measured == pytest.approx(1 / (1 - saved(plan.sparsity)))
+    assert plan.measured >= 1.1 * 0.99
+    less = next(s / 1000 for s in range(1000) if saved(s / 1000) >= 1 - 1 / 1.1)
+    assert plan.sparsity <= max(1.1 * less, less + 0.1)
+    assert len(timed) <= 6
+
+
+def test_one_timing_too_low_does_not_carry_the_choice_away(monkeypatch):
+    """A first timing that is disturbed makes the FFN seem cheap; the next ones correct it."""
+    timings = iter([1.10])
+
+    def speedup(_model, sparsity, _rounds):
+        return next(timings, 1 / (1 - 0.5 * sparsity))
+
+    monkeypatch.setattr(speed_target, "_speedup", speedup)
+    plan = sparsity_for_speedup(build("llama"), 1.08)
+    assert plan.measured == pytest.approx(1.08, rel=0.03)
+    assert plan.sparsity == pytest.approx((1 - 1 / 1.08) / 0.5, rel=0.3)
+
+
 def test_a_target_of_speed_is_said_and_used(places, tmp_path, monkeypatch):
     plan = SpeedupPlan(target=1.2, sparsity=0.5, measured=1.21, ceiling=1.5)
-    monkeypatch.setattr(speed, "sparsity_for_speedup", lambda *_: plan)
+    monkeypatch.setattr(speed_target, "sparsity_for_speedup", lambda *_: plan)
     words = ("--target-speedup", 1.2, "--quick", *SMALL, "--output", tmp_path / "out")
     said = run_well("build", places.dense, *places.texts, *words)
     assert "1.20x: 50.0% of the FFN removed" in said
