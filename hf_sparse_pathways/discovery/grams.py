@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_sparse_pathways.discovery.passes import bfloat16_products
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite
 
@@ -127,7 +128,9 @@ class GramAccumulator:
 
     With d_in 0 the block's input is left out. Products are float32 over at most ``workspace``
     tokens at a time, and so is the sum: tests show it equal to float64 in six digits, far below the
-    sampling error of the moments.
+    sampling error of the moments. Of bfloat16 activations the products are those of bfloat16
+    numbers (``bfloat16_products``): theirs lose nothing, inputs are what the FFN's first product
+    rounds them to, and targets and weights are rounded.
     """
 
     def __init__(self, d_in: int, d_ff: int, targets: int = 0) -> None:
@@ -165,14 +168,20 @@ class GramAccumulator:
             if block_input is not None:
                 z[:, self.d_ff : -1] = block_input[part]
             z[:, -1] = 1.0
+            goal = None if target is None else target[part].float()
             if weights is not None:
                 z *= weights[part]
-            if target is not None:
-                scaled = target[part] if weights is None else target[part] * weights[part]
-                self.cross.addmm_(scaled.float().T, z)
-            for stripe in range(0, size, -(-size // _STRIPES)):
-                columns = slice(stripe, stripe - (-size // _STRIPES))
-                self.upper[columns, stripe:].addmm_(z[:, columns].T, z[:, stripe:])
+                goal = None if goal is None else goal * weights[part]
+            with bfloat16_products(activation):
+                self._multiply(z, goal)
+
+    def _multiply(self, z: Tensor, target: Tensor | None) -> None:
+        if target is not None:
+            self.cross.addmm_(target.T, z)
+        size = len(self.upper)
+        for stripe in range(0, size, -(-size // _STRIPES)):
+            columns = slice(stripe, stripe - (-size // _STRIPES))
+            self.upper[columns, stripe:].addmm_(z[:, columns].T, z[:, stripe:])
 
     def gram(self) -> Gram:
         """Return the symmetric matrix on the CPU."""

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.errors import UnknownNameError
@@ -41,16 +41,41 @@ def calibration_precision(model: nn.Module, precision: str) -> Iterator[None]:
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     device = next(model.parameters()).device.type
-    reduced = precision == "bfloat16" or (precision == "fastest" and _has_fast_bfloat16(device))
+    reduced = precision == "bfloat16" or (precision == "fastest" and has_fast_bfloat16(device))
     with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
         yield
 
 
-def _has_fast_bfloat16(device: str) -> bool:
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether a kind of device multiplies bfloat16 numbers in hardware."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     known: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return device == "cpu" and bool(known.get("amx_bf16"))
+
+
+@contextmanager
+def bfloat16_products(values: Tensor) -> Iterator[None]:
+    """Within the block, float32 products of bfloat16 values use the processor's units for these.
+
+    Each product is rounded to float32 and added up there, so that nothing is lost if all factors
+    are bfloat16 numbers held in float32; other factors are rounded to bfloat16. Where the values
+    are none, or the processor has no such units, everything is as it was.
+
+    Args:
+        values: What the factors were made from.
+    """
+    on_cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
+    fits = values.dtype == torch.bfloat16 and values.device.type == "cpu"
+    if not (fits and hasattr(on_cpu, "fp32_precision") and has_fast_bfloat16("cpu")):
+        yield
+        return
+    before = on_cpu.fp32_precision
+    on_cpu.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        on_cpu.fp32_precision = before
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import collectors
+from hf_sparse_pathways.discovery import collectors, passes
 from hf_sparse_pathways.discovery.grams import Gram, GramAccumulator, SumOfGrams, merge_grams
+from hf_sparse_pathways.discovery.passes import bfloat16_products
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from tests.architectures import build, random_masks, tiny_llama
@@ -86,6 +87,45 @@ def test_other_dtypes_are_added_in_float32(dtype):
     accumulator = GramAccumulator(3, 6)
     accumulator.add(activation, block_input, torch.empty(16, 10))
     _close(accumulator.gram().total, _oracle(activation, block_input))
+
+
+@pytest.mark.parametrize("d_in", [0, 130])
+def test_products_of_bfloat16_activations_lose_nothing(d_in):
+    activation = _draw(700, 260).bfloat16()
+    block_input = _draw(700, d_in, seed=1).bfloat16() if d_in else None
+    accumulator = GramAccumulator(d_in, 260, targets=140)
+    target = _draw(700, 140, seed=2).bfloat16()
+    accumulator.add(activation, block_input, torch.empty(512, 400), target=target)
+    inputs = torch.empty(700, 0) if block_input is None else block_input
+    z = torch.cat([activation.double(), inputs.double(), torch.ones(700, 1)], 1)
+    _close(accumulator.gram().total, z.T @ z)
+    _close(accumulator.cross, target.double().T @ z)
+    assert accumulator.gram().tokens == 700
+
+
+def test_weights_and_targets_beside_bfloat16_activations_are_rounded_at_most():
+    activation, target = _draw(700, 260).bfloat16(), _draw(700, 140, seed=2)
+    weights = _draw(700, 1, seed=3).abs()
+    accumulator = GramAccumulator(0, 260, targets=140)
+    accumulator.add(activation, None, torch.empty(512, 300), target=target, weights=weights)
+    z = torch.cat([activation.double(), torch.ones(700, 1)], 1) * weights
+    _close(accumulator.gram().total, z.T @ z, rtol=1e-2, atol=1e-3)
+    _close(accumulator.cross, (target.double() * weights).T @ z, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_processors_units_are_set_within_only(monkeypatch, dtype):
+    monkeypatch.setattr(passes, "has_fast_bfloat16", lambda _: True)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+
+    def fail():
+        assert settings.fp32_precision == ("bf16" if dtype == torch.bfloat16 else before)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), bfloat16_products(torch.ones(1, dtype=dtype)):
+        fail()
+    assert settings.fp32_precision == before
 
 
 def test_the_parts_are_the_definitions():
