@@ -3,16 +3,19 @@
 The model's own forward runs, so that positions, masks and whatever else a layer is given are made
 by its own code; but the layers before the wanted one return at once what was kept, and the pass
 ends behind the wanted one. ``check`` compares that with a plain pass, since a model may hand more
-from layer to layer than hidden states.
+from layer to layer than hidden states. What a layer's modules return before its FFN's output can
+be kept on a tape (``tapes.py``), so that with another output only the rest is computed again.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.passes import Finished, run_decoder
+from hf_sparse_pathways.discovery.tapes import Recorder, Tape, replaced_forwards
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.errors import UnsupportedModelError
 
@@ -55,6 +58,48 @@ class LayerRunner:
         if not found:
             raise UnsupportedModelError(f"Decoder layer {index} was not called.")
         return found[0]
+
+    def record(
+        self, index: int, batch: Batch, hidden: Tensor | None, leaf: nn.Module
+    ) -> tuple[Tensor, Tape | None]:
+        """Run a layer and keep what it computes before an FFN's output.
+
+        Args:
+            index: The layer.
+            batch: The text.
+            hidden: As in ``run``.
+            leaf: The FFN's outgoing leaf, in the layer.
+
+        Returns:
+            The hidden states behind the layer, and the tape; None where ``replay`` could not use
+            it.
+        """
+        with Recorder(self.layers[index], leaf) as recorder:
+            behind = self.run(index, batch, hidden)
+        return behind, recorder.tape()
+
+    def replay(
+        self, index: int, batch: Batch, hidden: Tensor | None, tape: Tape, output: Tensor
+    ) -> Tensor:
+        """Return the hidden states behind a layer whose FFN had given another output.
+
+        Args:
+            index: The layer.
+            batch: The text.
+            hidden: As in ``run``.
+            tape: Of the same layer, batch and hidden states.
+            output: In place of ``tape.output``.
+        """
+        with tape.playing(output):
+            return self.run(index, batch, hidden)
+
+    def can_replay(self, index: int, batch: Batch, hidden: Tensor | None, leaf: nn.Module) -> bool:
+        """Whether a replay of a layer gives what the layer does."""
+        behind, tape = self.record(index, batch, hidden, leaf)
+        if tape is None:
+            return False
+        unchanged = self.replay(index, batch, hidden, tape, tape.output)
+        return torch.equal(unchanged, behind)
 
     def check(self, batch: Batch) -> None:
         """Check that layers run one at a time compute what they do in a plain pass.
@@ -100,17 +145,12 @@ class LayerRunner:
     @contextmanager
     def _skipped(self, index: int, hidden: Tensor | None) -> Iterator[None]:
         """Within the block, the layers before one return at once; the last of them ``hidden``."""
-        skipped = self.layers[:index]
-        own = [layer.__dict__.get("forward") for layer in skipped]  # set by dispatchers
-        try:
-            for position, layer in enumerate(skipped):
-                layer.forward = _Stub(self._results[position], hidden)
+        stubs = {
+            layer: _Stub(self._results[position], hidden)
+            for position, layer in enumerate(self.layers[:index])
+        }
+        with replaced_forwards(stubs):
             yield
-        finally:
-            for layer, forward in zip(skipped, own, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
 
 
 class _Stub:

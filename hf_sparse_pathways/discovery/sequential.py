@@ -28,6 +28,7 @@ from hf_sparse_pathways.discovery.grams import GramAccumulator
 from hf_sparse_pathways.discovery.layerwise import LayerRunner
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
@@ -44,6 +45,9 @@ _PROBE = 0.1
 
 MOST_KEPT = 2 * 10**9
 """Most bytes of activations that are kept to spare a layer's second run."""
+
+_TAPE_WIDTH = 6
+"""Hidden states that a tape holds of a token, about: of norms, the attention and the FFN."""
 
 _LEAST_GAIN = 0.1
 """Channels whose gain is below this share of the token's are hardly corrected."""
@@ -135,6 +139,7 @@ class _Layer:
         self.runner, self.index, self.blocks = runner, index, blocks
         self.spaces = Workspaces()
         self.gain: float | None = None  # of the FFN's output in the layer's; None if it varies
+        self.replays = False  # whether a layer with varying gain can be played from a tape
 
     def run_dense(self, streams: _Streams) -> list[Tensor]:
         """Return the dense stream behind the layer, and learn how the layer adds its FFN."""
@@ -142,68 +147,100 @@ class _Layer:
         for batch, hidden in zip(streams.batches, streams.dense, strict=True):
             behind.append(self.runner.run(self.index, batch, hidden))
         if self.blocks:
-            self.gain = self._constant_gain(streams.batches[0], streams.dense[0], behind[0])
+            batch, hidden = streams.batches[0], streams.dense[0]
+            self.gain = self._constant_gain(batch, hidden, behind[0])
+            if self.gain is None:
+                self.replays = self.runner.can_replay(self.index, batch, hidden, self._leaf)
         return behind
+
+    @property
+    def _leaf(self) -> nn.Module:
+        """The outgoing leaf of the layer's last FFN."""
+        return self.blocks[-1][1].outgoing
 
     def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = [_Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
-        kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        kept: dict[int, _Seen] = {}
         if probes:
             for number in numbers:
                 batch = streams.batches[number]
-                behind = self._collect(batch, stream[number], dense[number], probes)
+                behind, tape = self._collect(batch, stream[number], dense[number], probes)
                 if shortcut:
-                    kept[number] = (behind, *probes[0].seen)
+                    kept[number] = _Seen(behind, tape, *probes[0].seen)
         tasks = zip(self.blocks, probes, strict=True)
         pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
         arm.blocks.extend(pathways)
         if shortcut:
-            change = _Change(self.blocks[0][1], pathways[0], self.gain or 1.0)
-            stream.update({number: change.apply(*what) for number, what in kept.items()})
+            change = _Change(self.blocks[0][1], pathways[0])
+            for number in numbers:
+                batch, seen = streams.batches[number], kept.pop(number)
+                stream[number] = self._moved(batch, stream[number], seen, change)
             return
         with computing([block for _, block in self.blocks], pathways):
             for number in numbers:
                 hidden = stream[number]
                 stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
 
-    def _can_shortcut(self, probes: Sequence["_Probe"], batches: Sequence[Batch]) -> bool:
-        """Whether the layer's new result follows from its old one without running it again.
+    def _moved(
+        self, batch: Batch, hidden: Tensor | None, seen: "_Seen", change: "_Change"
+    ) -> Tensor:
+        """Return the hidden states behind the layer with its FFN pruned."""
+        added = change.of(seen.activation, seen.block_input)
+        if seen.tape is None:
+            gained = added * (1.0 if self.gain is None else self.gain)
+            return seen.behind + gained.view_as(seen.behind).to(seen.behind.dtype)
+        dense = seen.tape.output
+        output = dense + added.view_as(dense).to(dense.dtype)
+        return self.runner.replay(self.index, batch, hidden, seen.tape, output)
 
-        So it does where one FFN's output is added as it is, and its activations fit into memory.
+    def _can_shortcut(self, probes: Sequence["_Probe"], batches: Sequence[Batch]) -> bool:
+        """Whether the layer's new result follows from its old one without running all of it again.
+
+        So it does where one FFN's output is added as it is, or the rest can be played from a tape,
+        and what it takes fits into memory.
         """
+        if len(probes) != 1 or (self.gain is None and not self.replays):
+            return False
         tokens = sum(batch.ids.numel() for batch in batches)
-        widths = sum(probe.block.d_ff + probe.block.d_in for probe in probes)
-        return len(probes) == 1 and self.gain is not None and 4 * tokens * widths <= MOST_KEPT
+        block = probes[0].block
+        width = (
+            block.d_ff + block.d_in + (0 if self.gain is not None else _TAPE_WIDTH * block.d_out)
+        )
+        return 4 * tokens * width <= MOST_KEPT
 
     def _collect(
         self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["_Probe"]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
 
         Returns:
-            The hidden states behind the layer with its own FFN dense.
+            The hidden states behind the layer with its own FFN dense, and the layer's tape if it
+            is needed for another output.
         """
         with ExitStack() as stack:
             for probe in probes:
                 for handle in probe.attach():
                     stack.callback(handle.remove)
-            behind = self.runner.run(self.index, batch, hidden)
+            if self.replays:
+                behind, tape = self.runner.record(self.index, batch, hidden, self._leaf)
+            else:
+                behind, tape = self.runner.run(self.index, batch, hidden), None
         rows = batch.mask.flatten().nonzero().flatten().to(behind.device)
         missing = (dense - behind).flatten(0, -2).index_select(0, rows).float()
         weights = None
         if self.gain is not None:
             missing /= self.gain
         else:
-            gain = self._gain(batch, hidden, behind).index_select(0, rows)
+            gain = self._gain(batch, hidden, behind, tape).index_select(0, rows)
             weights = gain.square().mean(1, keepdim=True).sqrt()
             missing *= gain / (gain.square() + (_LEAST_GAIN * weights).square())
         for probe in probes[:-1]:
             probe.add(rows, None, weights)
         probes[-1].add(rows, missing, weights)
-        return behind
+        return behind, tape
 
     def _constant_gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> float | None:
         """Return the factor with which the last FFN's output enters the layer's; None if it varies.
@@ -219,7 +256,9 @@ class _Layer:
         rest = float((change - factor * noise).norm() / change.norm().clamp_min(1e-30))
         return factor if rest < 0.05 and factor > 0 else None
 
-    def _gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> Tensor:
+    def _gain(
+        self, batch: Batch, hidden: Tensor | None, behind: Tensor, tape: Tape | None
+    ) -> Tensor:
         """Return d(layer) / d(output) of every token and channel, ``(tokens, d_model)``."""
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, behind.shape, generator=generator).to(behind) * 2 - 1
@@ -229,46 +268,61 @@ class _Layer:
             size.append(_PROBE * output.float().square().mean(-1, keepdim=True).sqrt())
             return (signs * size[-1]).view_as(output).to(output.dtype)
 
-        changed = self._changed(batch, hidden, change)
+        changed = self._changed(batch, hidden, change, tape)
         step = size[0].reshape(-1, 1).float()
         return ((changed - behind) * signs).flatten(0, -2).float() / step.clamp_min(1e-12)
 
     def _changed(
-        self, batch: Batch, hidden: Tensor | None, change: Callable[[Tensor], Tensor]
+        self,
+        batch: Batch,
+        hidden: Tensor | None,
+        change: Callable[[Tensor], Tensor],
+        tape: Tape | None = None,
     ) -> Tensor:
         """Return the layer's result when something is added to its last FFN's output."""
-        leaf = self.blocks[-1][1].outgoing
-        handle = leaf.register_forward_hook(
-            lambda _module, _args, output: output + change(output).view_as(output).to(output.dtype)
-        )
+
+        def add(output: Tensor) -> Tensor:
+            return output + change(output).view_as(output).to(output.dtype)
+
+        if tape is not None:
+            return self.runner.replay(self.index, batch, hidden, tape, add(tape.output))
+        handle = self._leaf.register_forward_hook(lambda _module, _args, output: add(output))
         try:
             return self.runner.run(self.index, batch, hidden)
         finally:
             handle.remove()
 
 
-class _Change:
-    """What replacing a dense FFN by its pathway adds to a layer's result."""
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One batch's way through a layer whose FFN was dense; the FFN's inputs are flattened."""
 
-    def __init__(self, block: FfnBlock, pathway: BlockPathway, gain: float) -> None:
+    behind: Tensor
+    tape: Tape | None
+    activation: Tensor
+    block_input: Tensor | None
+
+
+class _Change:
+    """What replacing a dense FFN by its pathway adds to its output."""
+
+    def __init__(self, block: FfnBlock, pathway: BlockPathway) -> None:
         difference = -outgoing_weight(block.outgoing)
         difference[:, pathway.keep] = 0.0
         if pathway.full_delta is not None:
             difference[:, pathway.keep] += pathway.full_delta.float()
         leaf: Any = block.outgoing
         device = leaf.weight.device
-        self.weight = (gain * difference).to(device)
-        self.bias = None if pathway.bias is None else (gain * pathway.bias.float()).to(device)
-        self.bypass = None if pathway.bypass is None else gain * pathway.bypass.product().to(device)
+        self.weight = difference.to(device)
+        self.bias = None if pathway.bias is None else pathway.bias.float().to(device)
+        self.bypass = None if pathway.bypass is None else pathway.bypass.product().to(device)
 
-    def apply(self, behind: Tensor, activation: Tensor, block_input: Tensor | None) -> Tensor:
-        """Return the layer's new result, from its old one and what its FFN saw."""
+    def of(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
+        """Return the change, from what the FFN saw, flattened."""
         change = _linear(activation, self.weight)
         if self.bypass is not None:
             change = change + _linear(needed_input(block_input), self.bypass)
-        if self.bias is not None:
-            change = change + self.bias
-        return behind + change.view_as(behind).to(behind.dtype)
+        return change if self.bias is None else change + self.bias
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

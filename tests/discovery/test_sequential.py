@@ -256,7 +256,7 @@ def test_the_measured_gain_is_the_layers_derivative(architecture):
     if constant is not None:
         assert constant == pytest.approx(float(expected.mean()), rel=1e-3)
     real = batch.mask.flatten()
-    error = (layer._gain(batch, hidden, behind) - expected)[real].norm()
+    error = (layer._gain(batch, hidden, behind, None) - expected)[real].norm()
     assert error < 0.3 * expected[real].norm()
 
 
