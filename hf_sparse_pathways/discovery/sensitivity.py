@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.scores import Saliency
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches, quarter
@@ -37,8 +37,11 @@ BATCH_SIZE = 2
 SHRINKAGE = 0.05
 """Share of the mean diagonal that is added: directions that a small sample has not seen count."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From predictions ``(tokens, vocabulary)`` and the text's labels, -100 for none, to the loss."""
+Labels = Callable[[Tensor, Tensor], Tensor]
+"""From probabilities ``(tokens, vocabulary)`` and the tokens' successors in the text, ``NONE`` at a
+window's end, to the labels whose loss is measured."""
+
+NONE = -100
 
 
 def measure_metrics(
@@ -56,12 +59,11 @@ def measure_metrics(
     totals = [torch.zeros(block.d_out, block.d_out) for block in blocks]
     generator = torch.Generator().manual_seed(seed)
 
-    def loss(predicted: Tensor, _: Tensor) -> Tensor:
-        drawn = _draw_labels(predicted, generator)
-        return functional.cross_entropy(predicted, drawn, reduction="sum")
+    def draw(probabilities: Tensor, _: Tensor) -> Tensor:
+        return _draw_labels(probabilities, generator)
 
     tokens = 0
-    for rows, _, gradients in _gradients(model, windows, loss, "output", label):
+    for rows, _, gradients in _gradients(model, windows, draw, "output", label):
         tokens += len(rows)
         for total, gradient in zip(totals, gradients, strict=True):
             total.addmm_(gradient.T, gradient)
@@ -80,10 +82,10 @@ def measure_saliency(
     """
     sums = [torch.zeros(2, block.d_ff, dtype=torch.float64) for block in find_blocks(model)]
 
-    def loss(predicted: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(predicted, labels, reduction="sum", ignore_index=-100)
+    def read(_: Tensor, successors: Tensor) -> Tensor:
+        return successors
 
-    for _, activations, gradients in _gradients(model, windows, loss, "activation", label):
+    for _, activations, gradients in _gradients(model, windows, read, "activation", label):
         for total, activation, gradient in zip(sums, activations, gradients, strict=True):
             effect = (activation * gradient).double()
             total += torch.stack([effect.sum(0), effect.abs().sum(0)])
@@ -91,14 +93,14 @@ def measure_saliency(
 
 
 def _gradients(
-    model: nn.Module, windows: Sequence[Window], loss: Loss, where: str, label: str
+    model: nn.Module, windows: Sequence[Window], labels: Labels, where: str, label: str
 ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
     """Yield per batch its real tokens, and per block the values there and the loss's gradients.
 
     Args:
         model: Run densely.
         windows: Text.
-        loss: Summed over tokens.
+        labels: Of the loss, which is summed over tokens.
         where: ``"activation"`` or ``"output"`` of the block.
         label: For the progress bar.
     """
@@ -117,10 +119,10 @@ def _gradients(
         for batch in tqdm(batches, desc=f"sensitivity {label}", unit="batch", disable=None):
             rows = batch.mask.flatten().nonzero().flatten()
             with torch.enable_grad():
-                predicted = _at(run_model(model, batch), rows)
-                total = loss(predicted, _labels(batch).to(predicted.device))
+                logits = run_model(model, batch)
+                slope = _slope(logits.detach(), batch, labels)
                 seen = [values[index] for index in range(len(blocks))]
-                gradients = torch.autograd.grad(total, seen)
+                gradients = torch.autograd.grad(logits, seen, slope)
             values.clear()
             yield (
                 rows,
@@ -134,11 +136,25 @@ def _at(values: Tensor, rows: Tensor) -> Tensor:
     return values.flatten(0, -2).index_select(0, rows.to(values.device)).float()
 
 
-def _labels(batch: Batch) -> Tensor:
-    """Return each real token's successor, -100 at a window's end, ``(tokens,)``."""
-    following = torch.full_like(batch.ids, -100)
-    following[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100)
-    return following[batch.mask]
+def _slope(logits: Tensor, batch: Batch, labels: Labels) -> Tensor:
+    """Return the gradient of the cross-entropy in the logits, 0 where there is no label."""
+    slope = torch.zeros_like(logits)
+    successors = _successors(batch).to(logits.device)
+    for row, window in enumerate(batch.windows):
+        for part in chunks(0, len(window.ids), logits.shape[-1]):
+            own = logits[row, part].float().softmax(-1)
+            chosen = labels(own, successors[row, part]).unsqueeze(-1)
+            one = own.new_full(chosen.shape, -1.0)
+            own.scatter_add_(-1, chosen.clamp_min(0), one)
+            slope[row, part] = own.masked_fill_(chosen == NONE, 0.0).to(slope.dtype)
+    return slope
+
+
+def _successors(batch: Batch) -> Tensor:
+    """Return each token's successor in its window, ``NONE`` at the end, ``(batch, tokens)``."""
+    following = torch.full_like(batch.ids, NONE)
+    following[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], NONE)
+    return following
 
 
 def _first(windows: Sequence[Window], tokens: int) -> list[Window]:
@@ -152,12 +168,12 @@ def _first(windows: Sequence[Window], tokens: int) -> list[Window]:
     return chosen
 
 
-def _draw_labels(predicted: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token per prediction, by inverting the cumulative distribution on the CPU."""
-    cumulative = predicted.detach().softmax(-1).cumsum(-1).cpu()
+    cumulative = probabilities.cumsum(-1).cpu()
     uniform = torch.rand(len(cumulative), 1, generator=generator) * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, uniform).squeeze(1)
-    return labels.clamp_max(predicted.shape[1] - 1).to(predicted.device)
+    return labels.clamp_max(probabilities.shape[1] - 1).to(probabilities.device)
 
 
 def _remember(values: dict[int, Tensor], index: int, where: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.attachment import AttachedBlock
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
@@ -68,14 +69,14 @@ def run_model(model: Any, batch: Batch, **kwargs: Any) -> Tensor:
 def batch_loss(logits: Tensor, batch: Batch) -> tuple[float, int]:
     """Return the summed next-token loss and the number of scored tokens.
 
-    A window's first token is context only. Row by row, so that one row's float32 logits exist at a
-    time.
+    A window's first token is context only.
     """
     total, tokens = 0.0, 0
     for row, window in enumerate(batch.windows):
         length = len(window.ids)
         targets = batch.ids[row, 1:length].to(logits.device)
-        scores = logits[row, : length - 1].float()
-        total += float(functional.cross_entropy(scores, targets, reduction="sum"))
+        for part in chunks(0, length - 1, logits.shape[-1]):
+            scores = logits[row, part].float()
+            total += float(functional.cross_entropy(scores, targets[part], reduction="sum"))
         tokens += length - 1
     return total, tokens

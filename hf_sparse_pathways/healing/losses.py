@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch
 
 LANGUAGE_MODELLING: Mapping[str, float] = {"lm": 1.0}
@@ -57,7 +58,6 @@ class Objective:
 
 
 IGNORED = -100
-_CHUNK = 64  # tokens whose predictions are in memory in float32 at a time
 
 
 class _Predictions(torch.autograd.Function):
@@ -87,8 +87,7 @@ class _Predictions(torch.autograd.Function):
         """
         gradient = torch.zeros_like(logits)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for row, column in _chunks(targets):
-            place = (row, slice(column, min(column + _CHUNK, targets.shape[1])))
+        for place in _places(targets, logits.shape[-1]):
             theirs = None if expected is None else expected[place]
             loss, slope = _predict(logits[place], targets[place], theirs, factors)
             total += loss
@@ -106,10 +105,10 @@ class _Predictions(torch.autograd.Function):
 _apply: Callable[..., Tensor] = _Predictions.apply
 
 
-def _chunks(targets: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield a row, and a first token, of every piece that has a target in it."""
+def _places(targets: Tensor, vocabulary: int) -> Iterator[tuple[int, slice]]:
+    """Yield a row, and some of its tokens, until all that have a target were yielded."""
     for row, length in enumerate((targets != IGNORED).sum(1).tolist()):
-        yield from ((row, start) for start in range(0, length, _CHUNK))
+        yield from ((row, part) for part in chunks(0, length, vocabulary))
 
 
 def _predict(

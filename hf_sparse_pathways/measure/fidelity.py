@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-
-_CHUNK_VALUES = 2**25
-"""Logits that are compared at a time: 128 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +93,7 @@ def _compare_row(batch: Batch, row: int, dense: Passed, arm: Passed, context: fl
     first = first_scored(length, context)
     loss = divergence = 0.0
     agreement = 0
-    step = max(1, _CHUNK_VALUES // arm.logits.shape[-1])
-    for start in range(first - 1, length - 1, step):
-        part = slice(start, min(start + step, length - 1))
+    for part in chunks(first - 1, length - 1, arm.logits.shape[-1]):
         targets = batch.ids[row, part.start + 1 : part.stop + 1].to(arm.logits.device)
         own = functional.log_softmax(arm.logits[row, part].float(), dim=-1)
         loss += float(functional.nll_loss(own, targets, reduction="sum"))
