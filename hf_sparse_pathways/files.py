@@ -47,15 +47,20 @@ def _write_together(contents: dict[Path, bytes]) -> None:
             handle, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(staged[path], 0o666 & ~mask)
+            give_usual_mode(staged[path])
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except BaseException:
         for temporary in staged.values():
             Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def give_usual_mode(path: str) -> None:
+    """Give a file that ``mkstemp`` made the mode that any other file would have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def write_pair(json_path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:

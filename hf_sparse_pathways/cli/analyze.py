@@ -15,6 +15,7 @@ from hf_sparse_pathways.cli.report_folder import load_plots, write_report
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.measure.paper import PERCENTILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.measure.analysis import Analysis
     from hf_sparse_pathways.measure.figures import Section
 
-PERCENTILE = 50.0
 TOKENS = 8192
 EVALUATION_TOKENS = 2048
 
@@ -69,7 +69,7 @@ def run(  # noqa: PLR0913
 ) -> None:
     """Analyse specialisation, skippable neurons, overlap and layer roles; compare models."""
     delivery = Delivery(output=output, plots=plots, as_json=as_json)
-    delivery.check(overwrite, "comparison.json" if compare else "analysis.json")
+    delivery.check(overwrite, "models.json" if compare else "analysis.json")
     if compare:
         if model is not None or domain or profile is not None:
             raise PathwaysError("--compare reads earlier outputs: give no MODEL, text or profile.")
@@ -136,9 +136,7 @@ class Delivery:
         compared = compare_models([ComparedModel.from_folder(folder) for folder in folders])
         if self.output is not None:
             figures = {"scale": load_plots().plot_scale(compared)} if self.plots else None
-            write_report(
-                self.output, "comparison", compared.to_dict(), compared.to_markdown, figures
-            )
+            write_report(self.output, "models", compared.to_dict(), compared.to_markdown, figures)
         self._print(compared.to_dict(), "", compared.sections())
 
     def _print(self, values: dict[str, Any], intro: str, tables: "Iterable[Section]") -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,7 +13,7 @@ from hf_sparse_pathways.errors import PathwaysError
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.budget import Search
     from hf_sparse_pathways.discovery.profiles import Profile
-    from hf_sparse_pathways.pathways.pathway import Pathways
+    from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 TEST_TOKENS = 8192
 
@@ -69,6 +69,21 @@ def parse_percentage(text: str | None) -> float | None:
     return value
 
 
+def timed(dense: Any, limits: Limits) -> Limits:
+    """Return a limit of speed as the sparsity that meets it here, and say so; others as they are.
+
+    Raises:
+        PathwaysError: The speed is out of reach.
+    """
+    if limits.target_speedup is None:
+        return limits
+    from hf_sparse_pathways.measure.speed_target import sparsity_for_speedup
+
+    found = sparsity_for_speedup(dense, limits.target_speedup)
+    typer.echo(str(found))
+    return replace(limits, sparsity=found.sparsity, target_speedup=None)
+
+
 def choose_pathways(
     dense: Any,
     tokenizer: Any,
@@ -82,17 +97,10 @@ def choose_pathways(
 
     if limits.max_perplexity_increase is not None:
         return _within_increase(dense, tokenizer, profile, limits, rule, held_out)
-    sparsity = limits.sparsity
-    if limits.target_speedup is not None:
-        from hf_sparse_pathways.measure.speed_target import sparsity_for_speedup
-
-        found = sparsity_for_speedup(dense, limits.target_speedup)
-        typer.echo(str(found))
-        sparsity = found.sparsity
     return select(
         dense,
         profile,
-        sparsity=sparsity,
+        sparsity=limits.sparsity,
         percentile=limits.percentile,
         pool=limits.pool,
         **rule,
@@ -111,9 +119,14 @@ def _within_increase(
     from hf_sparse_pathways.discovery.budget import fit_sparsities
     from hf_sparse_pathways.discovery.selection import select
 
+    latest: dict[str, Pathway] = {}
+
     def choose(sparsities: Mapping[str, float]) -> "Pathways":
-        part = profile.subset(sparsities)
-        return select(dense, part, sparsity=dict(sparsities), controls=False, **rule)
+        wanted = {name: sparsities.get(name, 0.0) for name in profile.domains}
+        others = {name: made for name, made in latest.items() if name not in sparsities}
+        found = select(dense, profile, sparsity=wanted, made=others, controls=False, **rule)
+        latest.update(found.by_domain)
+        return found
 
     increase = limits.max_perplexity_increase or 0.0
     searches = fit_sparsities(dense, profile, max_perplexity_increase=increase, choose=choose)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.budgets import Limits, choose_pathways, parse_percentage
+from hf_sparse_pathways.cli.budgets import Limits, choose_pathways, parse_percentage, timed
 from hf_sparse_pathways.cli.info import print_summary
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
@@ -55,7 +55,11 @@ def run(  # noqa: PLR0913
     pool: Annotated[str, typer.Option(help="Percentile over one layer, or the model.")] = "layer",
     method: Annotated[
         str | None,
-        typer.Option("--method", "--score", help="obs, or a score: see docs. [obs]"),
+        typer.Option(
+            "--method",
+            "--score",
+            help="obs, or a score: wanda, flap, ... [obs; with --percentile mean_abs]",
+        ),
     ] = None,
     allocation: Annotated[
         str | None,
@@ -113,7 +117,7 @@ def run(  # noqa: PLR0913
         "seed": seed,
     }
     limits.check()
-    _check_rule(rule, percentile)
+    _check_rule(rule, limits)
     if texts and default_domain is not None and default_domain not in texts:
         raise UnknownNameError("default domain", default_domain, texts)
     default_tokens = QUICK_TOKENS if quick else opt.CALIBRATION_TOKENS
@@ -143,6 +147,11 @@ class _Job:
     default_domain: str | None
     profile: Path | None
 
+    @property
+    def _key(self) -> tuple[str, str, str]:
+        """What tells this job from others that may run at the same time."""
+        return self.model, self.dtype, str(self.output.absolute())
+
     def carry_out(
         self,
         texts: dict[str, tuple[Any, Any | None]],
@@ -151,12 +160,14 @@ class _Job:
         rule: dict[str, Any],
     ) -> None:
         """Profile, select, and write the checkpoint."""
+        known = None if self.profile is None else self._saved_profile(self.profile)
         dense, tokenizer = load_dense(self.model, self.dtype)
         _check_model(dense, limits)
+        limits = timed(dense, limits)
         held_out = {name: split[1] for name, split in texts.items() if split[1] is not None}
         sources = {name: split[0].source for name, split in texts.items()}
-        with unfinished_work(self.model, self.dtype, sources, sampling) as work:
-            taken = self._profile(dense, tokenizer, texts, sampling, work)
+        with unfinished_work(self._key, sources, sampling) as work:
+            taken = known or self._profile(dense, tokenizer, texts, sampling, work)
             pathways = choose_pathways(dense, tokenizer, taken, limits, rule, held_out)
             self._write(dense, tokenizer, pathways)
 
@@ -179,12 +190,16 @@ class _Job:
         sampling: Sampling,
         work: Path,
     ) -> "Profile":
-        from hf_sparse_pathways.discovery.profiles import Profile
-
-        if self.profile is not None:
-            return Profile.from_pretrained(self.profile)
         calibration = {name: split[0] for name, split in texts.items()}
         return take_profile(dense, tokenizer, calibration, sampling, work, grams=True)
+
+    def _saved_profile(self, folder: Path) -> "Profile":
+        from hf_sparse_pathways.discovery.profiles import Profile
+
+        taken = Profile.from_pretrained(folder)
+        if self.default_domain is not None and self.default_domain not in taken.domains:
+            raise UnknownNameError("default domain", self.default_domain, taken.domains)
+        return taken
 
 
 def parse_sparsity(text: str | None) -> float | list[float] | None:
@@ -217,9 +232,12 @@ def _check_model(dense: Any, limits: Limits) -> None:
     limits.check(len(find_blocks(dense)))
 
 
-def _check_rule(rule: dict[str, Any], percentile: float | None) -> None:
+def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
     """Refuse a wrong rule before a model is loaded."""
+    from hf_sparse_pathways.discovery.goal import check_division
     from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 
-    usual = OBS if percentile is None else "mean_abs"
+    usual = OBS if limits.percentile is None else "mean_abs"
     make_recipe(**{**rule, "method": rule["method"] or usual})
+    division = rule["allocation"], rule["multiple"]
+    check_division(limits.sparsity, limits.percentile, *division)

@@ -11,7 +11,7 @@ from hf_sparse_pathways.cli.loading import check_output, load_sparse, unfinished
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, calibration_texts
 from hf_sparse_pathways.cli.tables import print_table
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.healing.settings import LEARNING_RATES, HealingSettings
 
 if TYPE_CHECKING:
@@ -91,15 +91,14 @@ def run(  # noqa: PLR0913
         seed=seed,
     )
     texts = parse_texts(domain)
-    if not texts:
-        raise PathwaysError("Give --domain NAME=PATH, once per domain to heal.")
     check_output(output, overwrite, "pathways.json")
     _check_domains(folder, texts)
     sources = calibration_texts(texts, held_out, seed)
     model, tokenizer = load_sparse(folder, dtype)
     from hf_sparse_pathways.healing.healing import heal
 
-    with unfinished_work("heal", folder, dtype, texts, held_out, settings) as work:
+    job = ("heal", folder, dtype, output.absolute(), texts, held_out, settings)
+    with unfinished_work(*job) as work:
         healed = heal(model, tokenizer, sources, settings=settings, work_folder=work)
         _write(model, tokenizer, healed, output)
     for report in healed.reports.values():

@@ -1,6 +1,7 @@
 """Models, tokenizers and output folders, as the commands need them."""
 
 import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -53,6 +54,7 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
     Raises:
         PathwaysError: It may not.
     """
+    _staging(folder, option)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_dir() and (folder / marker).is_file():
@@ -63,6 +65,23 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
         f"{folder} exists and was not written by this command (it has no {marker}), so it is "
         f"left alone. Choose another {option}."
     )
+
+
+def _staging(folder: Path, option: str = "--output") -> Path:
+    """Return where an output is prepared: beside it, or in it where it cannot be renamed.
+
+    Raises:
+        PathwaysError: Neither can be written.
+    """
+    folder = folder.absolute()
+    beside = folder.parent
+    while not beside.exists():
+        beside = beside.parent
+    if os.access(beside, os.W_OK | os.X_OK) and beside.is_dir() and not folder.is_mount():
+        return folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return folder
+    raise PathwaysError(f"{folder} cannot be written. Choose another {option}.")
 
 
 UNFINISHED_DAYS = 7
@@ -93,12 +112,16 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill that takes the output's place only when the block has succeeded."""
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    staging = _staging(folder)
+    staging.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=staging, prefix=f".{folder.name}."))
     earlier = partial.with_name(f"{partial.name}.earlier")
     try:
         yield partial
         partial.chmod(0o755)
+        if staging == folder:
+            _fill(folder, partial)
+            return
         if folder.exists():
             folder.rename(earlier)
         try:
@@ -110,3 +133,15 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(folder: Path, partial: Path) -> None:
+    """Replace what is in a folder by what was prepared in it."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path != partial:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in partial.iterdir():
+        path.rename(folder / path.name)

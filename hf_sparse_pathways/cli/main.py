@@ -58,7 +58,7 @@ def main() -> None:
         app()
     except SystemExit as stopped:
         if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word
-            sys.stderr.write("interrupted; nothing was written\n")
+            sys.stderr.write("interrupted; no output was written\n")
         raise
     except Exception as error:
         if os.environ.get("SPARSE_PATHWAYS_TRACEBACK"):

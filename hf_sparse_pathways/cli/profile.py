@@ -70,7 +70,7 @@ def run(  # noqa: PLR0913
     )
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
-    with unfinished_work(model, dtype, texts, sampling) as work:
+    with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
         taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams)
         with written_whole(output) as folder:
             taken.save_pretrained(folder)

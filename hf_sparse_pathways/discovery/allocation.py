@@ -20,7 +20,8 @@ from torch import Tensor
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 MOST_REMOVED = 0.9
-"""Water-filling leaves at least a tenth of each block: error curves say little beyond."""
+"""Water-filling leaves a tenth of each block if the budget allows it: beyond, error curves say
+little."""
 
 
 @dataclass(frozen=True, kw_only=True)

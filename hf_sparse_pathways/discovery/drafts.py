@@ -58,4 +58,4 @@ class Draft:
             return keep
         bypass = repair(task, keep, self.repairs).bypass
         known = None if bypass is None else bypass.inner
-        return rank_by_obs(task, self.repairs, known, most=most).keep(width)
+        return rank_by_obs(task, self.evidence.ranking, known, most=most).keep(width)

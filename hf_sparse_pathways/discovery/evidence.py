@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import Recipe
 from hf_sparse_pathways.discovery.removal import Removal
-from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.repair import BlockTask, Repair
 from hf_sparse_pathways.discovery.scores import NEED_SALIENCY, Saliency, ScoreInput, check_scores
 from hf_sparse_pathways.discovery.sensitivity import measure_metrics, measure_saliency
 from hf_sparse_pathways.discovery.statistics import check_statistics
@@ -84,6 +84,14 @@ class Evidence:
         """The model's FFN blocks."""
         return find_blocks(self.model)
 
+    @property
+    def ranking(self) -> Repair:
+        """The compensation that ``obs`` reckons with: with the usual ridge, whatever the repair's.
+
+        The repair's may be chosen on validation text, which takes a ranking.
+        """
+        return replace(self.recipe.repair, ridge=Repair.ridge)
+
     def metric(self, index: int) -> Tensor | None:
         """Return a block's metric, or None."""
         return self.metrics[index] if self.metrics else None
@@ -117,9 +125,9 @@ class Evidence:
         if self.recipe.score is not None:
             return Removal.by_scores(self.scores(index))
         if task is not None:
-            return rank_by_obs(task, self.recipe.repair, most=most)
-        key = ("removal", index, self.recipe.repair.ridge, self.recipe.repair.bias)
-        return self.memory.recall(key, lambda: rank_by_obs(self.task(index), self.recipe.repair))
+            return rank_by_obs(task, self.ranking, most=most)
+        key = ("removal", index, self.ranking.bias)
+        return self.memory.recall(key, lambda: rank_by_obs(self.task(index), self.ranking))
 
     @full_precision()
     def scores(self, index: int) -> Tensor:

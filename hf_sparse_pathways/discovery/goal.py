@@ -57,6 +57,27 @@ def make_goals(
     return {name: make_goal(sparsity[name], percentile, pool, blocks) for name in domains}
 
 
+def check_division(
+    sparsity: Any, percentile: float | None, allocation: object, multiple: int
+) -> None:
+    """Check that no option divides the budget that another has divided already.
+
+    Raises:
+        PathwaysError: One does.
+    """
+    if percentile is not None and (allocation is not None or multiple != 1):
+        raise PathwaysError(
+            "A percentile decides how many neurons of each block stay: leave out allocation and "
+            "multiple, or give a sparsity."
+        )
+    given = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+    several = any(isinstance(v, Sequence) or getattr(v, "ndim", 0) > 0 for v in given)
+    if allocation is not None and several:
+        raise PathwaysError(
+            "One sparsity per block is an allocation: leave out the other, or give one sparsity."
+        )
+
+
 def mean_goal(goals: Sequence[Goal]) -> Goal:
     """Return the goal of the pooled control: the domains' own, or the mean of their sparsities."""
     first = goals[0]
@@ -80,7 +101,9 @@ def make_goal(
             raise PathwaysError("Give a sparsity or a percentile, not both.")
         check_percentile(percentile, pool)
         return Goal(sparsity=None, percentile=percentile, pool=pool)
-    wanted = DEFAULT_SPARSITY if sparsity is None else sparsity
+    wanted: Any = DEFAULT_SPARSITY if sparsity is None else sparsity
+    if hasattr(wanted, "tolist"):  # a tensor or an array, of one number or several
+        wanted = wanted.tolist()
     fractions = check_sparsity(wanted, blocks)
     one = isinstance(wanted, (int, float))
     return Goal(sparsity=fractions[0] if one else tuple(fractions), percentile=None, pool=pool)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.passes import bfloat16_products
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.files import check_finite
+from hf_sparse_pathways.files import check_finite, give_usual_mode
 
 _STRIPES = 4
 """The upper triangle is computed in this many stripes of rows, which saves 3/8 of the products."""
@@ -61,26 +61,6 @@ class Gram:
         """E[a a^T], float32 ``(d_ff, d_ff)``."""
         return self.total[: self.d_ff, : self.d_ff] / self.tokens
 
-    @property
-    def cross(self) -> Tensor:
-        """E[a x^T], float32 ``(d_ff, d_in)``."""
-        return self.total[: self.d_ff, self.d_ff : -1] / self.tokens
-
-    @property
-    def input(self) -> Tensor:
-        """E[x x^T], float32 ``(d_in, d_in)``."""
-        return self.total[self.d_ff : -1, self.d_ff : -1] / self.tokens
-
-    @property
-    def activation_mean(self) -> Tensor:
-        """E[a], float32 ``(d_ff,)``."""
-        return self.total[: self.d_ff, -1] / self.tokens
-
-    @property
-    def input_mean(self) -> Tensor:
-        """E[x], float32 ``(d_in,)``."""
-        return self.total[self.d_ff : -1, -1] / self.tokens
-
     def load(self) -> "Gram":
         """Return itself; what is on disk has the same method."""
         return self
@@ -95,7 +75,10 @@ class GramSource(Protocol):
 
 @dataclass(frozen=True)
 class SumOfGrams:
-    """The Gram matrix of several token streams together, added when it is loaded."""
+    """The Gram matrix of several token streams together, added when it is loaded.
+
+    If one of them holds no inputs, neither does the sum.
+    """
 
     sources: tuple[GramSource, ...]
 
@@ -105,10 +88,20 @@ class SumOfGrams:
         gram = first.load()
         if not rest:
             return gram
-        total = gram.total.clone()
+        total, with_input = gram.total.clone(), gram.has_input
         for source in rest:
-            total += source.load().total
+            more = source.load()
+            if more.has_input != with_input:
+                total, with_input = _without_input(total, gram.d_ff), False
+                more = Gram(_without_input(more.total, gram.d_ff), gram.d_ff)
+            total += more.total
         return Gram(total, gram.d_ff)
+
+
+def _without_input(total: Tensor, d_ff: int) -> Tensor:
+    """Return the moments of the activation and one alone."""
+    index = torch.cat([torch.arange(d_ff), torch.tensor([len(total) - 1])])
+    return total[index][:, index]
 
 
 def merge_grams(mine: Sequence[GramSource], theirs: Sequence[GramSource]) -> tuple[GramSource, ...]:
@@ -234,6 +227,7 @@ def write_gram(gram: Gram, folder: Path) -> GramFile:
         save_file({"total": gram.total.contiguous()}, temporary)
         digest = _sha256(Path(temporary))
         path = folder / f"{digest[:24]}.safetensors"
+        give_usual_mode(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

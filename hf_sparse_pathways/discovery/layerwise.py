@@ -93,13 +93,15 @@ class LayerRunner:
         with tape.playing(output):
             return self.run(index, batch, hidden)
 
-    def can_replay(self, index: int, batch: Batch, hidden: Tensor | None, leaf: nn.Module) -> bool:
-        """Whether a replay of a layer gives what the layer does."""
+    def tape_size(
+        self, index: int, batch: Batch, hidden: Tensor | None, leaf: nn.Module
+    ) -> int | None:
+        """Return the bytes of a layer's tape; None where a replay is not what the layer does."""
         behind, tape = self.record(index, batch, hidden, leaf)
         if tape is None:
-            return False
+            return None
         unchanged = self.replay(index, batch, hidden, tape, tape.output)
-        return torch.equal(unchanged, behind)
+        return tape.size if torch.equal(unchanged, behind) else None
 
     def check(self, batch: Batch) -> None:
         """Check that layers run one at a time compute what they do in a plain pass.

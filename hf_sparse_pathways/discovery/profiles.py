@@ -41,7 +41,10 @@ class DomainProfile:
         return self.blocks[0].tokens
 
     def merged(self, other: Self) -> Self:
-        """Return the statistics of both together. Pure."""
+        """Return the statistics of both together. Pure.
+
+        Gram matrices stay if both have them, and the blocks' inputs in them if both hold those.
+        """
         pairs = zip(self.blocks, other.blocks, strict=True)
         return replace(
             self,

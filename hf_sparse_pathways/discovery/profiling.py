@@ -312,6 +312,7 @@ def _draw(  # noqa: PLR0913
             max_length=max_length,
             seed=seed,
         )
+    kept_digests, kept_cut = list_digests(kept)
     provenance = {
         "source": documents.source,
         "documents": len(digests),
@@ -320,7 +321,7 @@ def _draw(  # noqa: PLR0913
         "seed": seed,
         "digests": digests,
         "cut_digests": cut,
-        "validation_digests": list_digests(kept)[0],
-        "validation_cut_digests": list_digests(kept)[1],
+        "validation_digests": kept_digests,
+        "validation_cut_digests": kept_cut,
     }
     return _Sample(tuple(windows), tuple(kept), provenance)

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
-from hf_sparse_pathways.discovery.goal import make_goals, mean_goal
+from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
 from hf_sparse_pathways.discovery.profiles import Profile
@@ -75,7 +75,8 @@ def select(  # noqa: PLR0913
         allocation: ``"uniform"``, ``"depth"``, ``"water_filling"``, ``"balanced"``,
             ``"sensitivity"``, ``"auto"`` (balanced or uniform, whichever has the least loss on
             validation text), or a function from ``BlockCosts`` and a ``Budget`` to widths. By
-            default ``"auto"`` for ``"obs"``, else ``"uniform"``.
+            default ``"auto"`` for ``"obs"``, else ``"uniform"``. ``"auto"`` needs the loss's
+            metrics, which only ``"obs"`` measures: for other methods it is uniform.
         compensation: Parts of ``none``, ``bias``, ``refit``, ``patch:RANK``, ``bypass:RANK``,
             joined by ``+``. By default ``"refit+bias"`` for ``"obs"``, ``"bias"`` for ``"flap"``,
             else ``"none"``.
@@ -112,6 +113,7 @@ def select(  # noqa: PLR0913
         precision=precision,
         seed=seed,
     )
+    check_division(sparsity, percentile, allocation, multiple)
     goals = make_goals(
         sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks)
     )

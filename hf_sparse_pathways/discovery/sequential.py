@@ -46,9 +46,6 @@ _PROBE = 0.1
 MOST_KEPT = 2 * 10**9
 """Most bytes of activations that are kept to spare a layer's second run."""
 
-_TAPE_WIDTH = 6
-"""Hidden states that a tape holds of a token, about: of norms, the attention and the FFN."""
-
 _LEAST_GAIN = 0.1
 """Channels whose gain is below this share of the token's are hardly corrected."""
 
@@ -139,7 +136,7 @@ class _Layer:
         self.runner, self.index, self.blocks = runner, index, blocks
         self.spaces = Workspaces()
         self.gain: float | None = None  # of the FFN's output in the layer's; None if it varies
-        self.replays = False  # whether a layer with varying gain can be played from a tape
+        self.tape_bytes: int | None = None  # per token, where such a layer can be played from tape
 
     def run_dense(self, streams: _Streams) -> list[Tensor]:
         """Return the dense stream behind the layer, and learn how the layer adds its FFN."""
@@ -150,7 +147,8 @@ class _Layer:
             batch, hidden = streams.batches[0], streams.dense[0]
             self.gain = self._constant_gain(batch, hidden, behind[0])
             if self.gain is None:
-                self.replays = self.runner.can_replay(self.index, batch, hidden, self._leaf)
+                size = self.runner.tape_size(self.index, batch, hidden, self._leaf)
+                self.tape_bytes = None if size is None else -(-size // batch.ids.numel())
         return behind
 
     @property
@@ -170,6 +168,8 @@ class _Layer:
                 behind, tape = self._collect(batch, stream[number], dense[number], probes)
                 if shortcut:
                     kept[number] = _Seen(behind, tape, *probes[0].seen)
+        if self.gain is None:
+            shortcut = shortcut and all(seen.tape is not None for seen in kept.values())
         tasks = zip(self.blocks, probes, strict=True)
         pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
         arm.blocks.extend(pathways)
@@ -189,9 +189,10 @@ class _Layer:
     ) -> Tensor:
         """Return the hidden states behind the layer with its FFN pruned."""
         added = change.of(seen.activation, seen.block_input)
-        if seen.tape is None:
-            gained = added * (1.0 if self.gain is None else self.gain)
+        if self.gain is not None:
+            gained = added * self.gain
             return seen.behind + gained.view_as(seen.behind).to(seen.behind.dtype)
+        assert seen.tape is not None  # or the layer would be run in full
         dense = seen.tape.output
         output = dense + added.view_as(dense).to(dense.dtype)
         return self.runner.replay(self.index, batch, hidden, seen.tape, output)
@@ -202,14 +203,11 @@ class _Layer:
         So it does where one FFN's output is added as it is, or the rest can be played from a tape,
         and what it takes fits into memory.
         """
-        if len(probes) != 1 or (self.gain is None and not self.replays):
+        if len(probes) != 1 or (self.gain is None and self.tape_bytes is None):
             return False
         tokens = sum(batch.ids.numel() for batch in batches)
-        block = probes[0].block
-        width = (
-            block.d_ff + block.d_in + (0 if self.gain is not None else _TAPE_WIDTH * block.d_out)
-        )
-        return 4 * tokens * width <= MOST_KEPT
+        seen = 4 * (probes[0].block.d_ff + probes[0].block.d_in) + (self.tape_bytes or 0)
+        return tokens * seen <= MOST_KEPT
 
     def _collect(
         self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["_Probe"]
@@ -224,7 +222,7 @@ class _Layer:
             for probe in probes:
                 for handle in probe.attach():
                     stack.callback(handle.remove)
-            if self.replays:
+            if self.tape_bytes is not None:
                 behind, tape = self.runner.record(self.index, batch, hidden, self._leaf)
             else:
                 behind, tape = self.runner.run(self.index, batch, hidden), None

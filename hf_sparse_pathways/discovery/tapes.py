@@ -26,6 +26,11 @@ class Tape:
     ffn: nn.Module
     output: Tensor
 
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in _tensors([self.output, *self.results.values()]))
+
     @contextmanager
     def playing(self, output: Tensor) -> Iterator[None]:
         """Within the block, the layer's FFN returns ``output``, and what came before is not run."""
@@ -119,3 +124,12 @@ def _constant(value: Any) -> Callable[..., Any]:
         return value
 
     return forward
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a module returned."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)

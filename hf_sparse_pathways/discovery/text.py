@@ -1,8 +1,10 @@
 """Documents out of whatever a user has: strings, files, globs, folders, datasets.
 
-A source that is too large is read in part, at random over its files and rows, and says so.
+A source that is too large is read in part, at random over its files and rows, and says so; only of
+a stream, which may have no end, the first rows are taken.
 """
 
+import heapq
 import json
 import logging
 import os
@@ -37,7 +39,7 @@ FOLDER_SUFFIXES = frozenset(
 
 MAX_ROWS = 200_000
 MAX_CHARACTERS = 200_000_000
-"""Most that is read of one source; files and rows beyond are left out at random, which is said."""
+"""Most that is kept of one source; files and rows beyond are left out at random, which is said."""
 
 
 def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
@@ -144,9 +146,9 @@ def _read_files(files: Sequence[Path], seed: int) -> Iterator[Document]:
 def _read_file(path: Path, seed: int) -> Iterator[Document]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _from_items(_parquet_rows(path), str(path), seed)
+        yield from _from_items(_sampled(_parquet_rows(path), path, seed), str(path), seed)
     elif suffix == ".jsonl":
-        yield from _from_items(_json_lines(path), str(path), seed)
+        yield from _from_items(_sampled(_json_lines(path), path, seed), str(path), seed)
     else:
         text = _read_text(path)
         if text is not None:
@@ -224,16 +226,47 @@ def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Docume
             raise TextError(f"{place} is a {type(item).__name__}, not a text, path or row.")
 
 
+def _sampled(rows: Iterable[Any], path: Path, seed: int) -> list[Any]:
+    """Return a file's rows, or as many of them as may be kept, drawn at random, in their order."""
+    generator = random.Random(seed)
+    kept: list[tuple[float, int, int, Any]] = []  # the row that goes first is on top
+    characters = count = 0
+    for row in rows:
+        size = sum(len(value) for value in _strings(row))
+        heapq.heappush(kept, (generator.random(), count, size, row))
+        characters += size
+        count += 1
+        while len(kept) > MAX_ROWS or (characters > MAX_CHARACTERS and len(kept) > 1):
+            characters -= heapq.heappop(kept)[2]
+    if len(kept) < count:
+        logger.warning("%s: %d of %d rows kept, chosen at random.", path, len(kept), count)
+    return [row for *_, row in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _strings(row: Any) -> list[str]:
+    values = row.values() if isinstance(row, dict) else [row]
+    return [value for value in values if isinstance(value, str)]
+
+
 def _at_most(items: Any, origin: str, seed: int) -> Iterable[Any]:
     """Limit the number of items: at random if they can be indexed, else the first ones."""
     if not hasattr(items, "__len__"):
-        return islice(items, MAX_ROWS)
+        return _first(items, origin)
     count = len(items)
     if count <= MAX_ROWS:
         return cast("Iterable[Any]", items)
     logger.warning("%s: %d of %d rows read, chosen at random.", origin, MAX_ROWS, count)
     chosen = sorted(random.Random(seed).sample(range(count), MAX_ROWS))
     return (items[index] for index in chosen)
+
+
+def _first(stream: Iterable[Any], origin: str) -> Iterator[Any]:
+    """Yield a stream's first rows, and say so if there are more."""
+    rows = iter(stream)
+    yield from islice(rows, MAX_ROWS)
+    for _ in rows:
+        logger.warning("%s: only the first %d rows were read.", origin, MAX_ROWS)
+        break
 
 
 def _is_file(text: str) -> bool:

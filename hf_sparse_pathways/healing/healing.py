@@ -55,7 +55,7 @@ class Healed:
     Attributes:
         pathways: The model's pathways, the healed ones in place of theirs; with ``keep="lora"``
             they only know which documents were trained on. A dense partner is among the controls,
-            as ``"tuned: <domain>"``.
+            as ``"tuned: <domain>"``, unless ``keep="lora"``.
         adapters: Domain -> LoRA, with ``keep="lora"``.
         reports: Domain -> losses before and after.
     """
@@ -76,7 +76,8 @@ def heal(
     """Heal the pathways of some domains. The model is left as it was.
 
     Use the result with ``model.set_pathways(healed.pathways)``. Training takes place in float32
-    copies: about 4 bytes per parameter, and 16 more per trained one.
+    copies: about 4 bytes per parameter, and as many again for the FFN's in every model that a run
+    holds (student, dense partner, teacher); 12 more per trained one.
 
     Args:
         model: A model with pathways.
@@ -109,9 +110,11 @@ def heal(
         if adapter is not None:
             adapters[domain] = adapter
         by_domain = {**pathways.by_domain, domain: healed}
-        pathways = replace(pathways, by_domain=by_domain)
+        tuned = f"{TUNED}{domain}"  # of an earlier healing, it is no partner of this one
+        controls = {name: own for name, own in pathways.controls.items() if name != tuned}
         if partner is not None:
-            pathways = pathways.with_controls({f"{TUNED}{domain}": partner})
+            controls[tuned] = partner
+        pathways = replace(pathways, by_domain=by_domain, controls=controls)
     return Healed(pathways=pathways, adapters=adapters, reports=reports)
 
 

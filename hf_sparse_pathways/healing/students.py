@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.errors import UnsupportedModelError
@@ -106,7 +107,8 @@ def check_student(student: Student, model: Any, batch: Batch, domain: str | None
     Raises:
         UnsupportedModelError: It does not: the model's code computes more than its leaves show.
     """
-    expected = run_model(model, batch, domain=domain).float().cpu()[batch.mask]
+    with evaluation_mode(model):
+        expected = run_model(model, batch, domain=domain).float().cpu()[batch.mask]
     found = run_model(student.model, batch).float().cpu()[batch.mask]
     difference = float((expected - found).norm() / expected.norm().clamp_min(1e-30))
     if not difference < _TOLERANCE * (1 if next(model.parameters()).dtype == torch.float32 else 8):

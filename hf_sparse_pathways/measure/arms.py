@@ -5,15 +5,22 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.trials import run_model
-from hf_sparse_pathways.discovery.windows import Batch, Window, count_tokens, make_batches
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.discovery.windows import (
+    Batch,
+    Window,
+    count_tokens,
+    draw_windows,
+    make_batches,
+)
+from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.measure.fidelity import (
     Passed,
     WindowScore,
@@ -63,6 +70,32 @@ class ScoredText:
     excluded: int
     tokenizer: Any
     context: float = 0.0
+
+    @classmethod
+    def draw(  # noqa: PLR0913
+        cls,
+        domain: str,
+        documents: Documents,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        max_length: int,
+        seed: int,
+        excluded: int = 0,
+        context: float = 0.0,
+    ) -> Self:
+        """Draw windows as ``draw_windows`` does, those without a scored token left out.
+
+        Raises:
+            TextError: None is left.
+        """
+        drawn = draw_windows(
+            documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
+        )
+        windows = tuple(w for w in drawn if len(w.ids) > first_scored(len(w.ids), context))
+        if not windows:
+            raise TextError(f"Domain {domain!r} has no held-out text of two tokens or more.")
+        return cls(domain, windows, excluded, tokenizer, context)
 
     def bytes(self) -> int:
         """Return the UTF-8 bytes of the scored tokens' text."""

@@ -17,12 +17,12 @@ from torch import nn
 from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import calibration_precision, evaluation_mode
 from hf_sparse_pathways.discovery.profiles import Profile
-from hf_sparse_pathways.discovery.recipe import OBS
+from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 from hf_sparse_pathways.discovery.resumption import digest_plan
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.weights import weight_digest
-from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
+from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.arms import (
@@ -111,14 +111,16 @@ class Comparison:
     seed: int = 0
 
     def check(self) -> None:
-        """Check the methods' names.
+        """Check names and options.
 
         Raises:
-            UnknownNameError: One is unknown.
+            UnknownNameError: A name is unknown.
+            PathwaysError: An option of ``select`` is out of range.
         """
         for name in self.methods:
             if name not in CONTENDERS and name not in PEERS:
                 raise UnknownNameError("method", name, [*CONTENDERS, *PEERS])
+        make_recipe(OBS, precision=self.precision, **self.options)
 
 
 def compare(
@@ -147,20 +149,14 @@ def compare(
     what.check()
     length = resolve_length(model, what.max_length)
     texts = {
-        name: ScoredText(
+        name: ScoredText.draw(
             name,
-            tuple(
-                draw_windows(
-                    documents,
-                    tokenizer,
-                    max_tokens=what.max_tokens,
-                    max_length=length,
-                    seed=what.seed,
-                )
-            ),
-            0,
+            documents,
             tokenizer,
-            CONTEXT,
+            max_tokens=what.max_tokens,
+            max_length=length,
+            seed=what.seed,
+            context=CONTEXT,
         )
         for name, documents in held_out.items()
     }
@@ -198,8 +194,8 @@ class _Steps:
         paths = {method: self.work / f"{self._name(method)}.json" for method in methods}
         missing = [method for method, path in paths.items() if not path.is_file()]
         for method, rows in self._measure(missing).items():
-            record = {"rows": [asdict(row) for row in rows]}
-            write_atomically(paths[method], json.dumps(record, indent=1).encode())
+            record = json.dumps({"rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False)
+            write_atomically(paths[method], record.encode())
         return [
             ComparisonRow.from_dict(row)
             for path in paths.values()

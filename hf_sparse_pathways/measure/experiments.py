@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.profiling import profile as take_profile
 from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
-from hf_sparse_pathways.discovery.windows import draw_windows, resolve_length
+from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.errors import TextError
 from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.paper import PRESERVED_SPARSITIES
@@ -120,10 +120,15 @@ def run_experiments(  # noqa: PLR0913
     scored = {}
     for domain, source in texts.items():
         fresh, excluded = unseen(profile, domain, read_documents(source, seed=seed))
-        windows = draw_windows(
-            fresh, tokenizer, max_tokens=max_tokens, max_length=length, seed=seed
+        scored[domain] = ScoredText.draw(
+            domain,
+            fresh,
+            tokenizer,
+            max_tokens=max_tokens,
+            max_length=length,
+            seed=seed,
+            excluded=excluded,
         )
-        scored[domain] = ScoredText(domain, tuple(windows), excluded, tokenizer)
     preservation: list[MeasuredRule] = []
     selection: list[MeasuredRule] = []
     for domain, text in scored.items():
@@ -154,7 +159,7 @@ def unseen(profile: Profile, domain: str, documents: Documents) -> tuple[Documen
     """
     profile[domain]
     fresh, excluded = documents.unseen(known.provenance for known in profile.by_domain.values())
-    if not any(len(document.text.split()) > 1 for document in fresh.items):
+    if not fresh.items:
         raise TextError(
             f"Domain {domain!r}: no text of {documents.source} is left to measure on; the profile "
             f"was taken on {excluded} of its {len(documents.items)} documents. Give held-out text."

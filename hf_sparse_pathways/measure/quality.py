@@ -15,7 +15,7 @@ import torch
 from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
-from hf_sparse_pathways.discovery.windows import Window, draw_windows, resolve_length
+from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.arms import (
     DENSE,
@@ -79,15 +79,18 @@ def evaluate(  # noqa: PLR0913
         if domain not in model.domains:
             raise UnknownNameError("domain", domain, model.domains)
         documents, excluded = _held_out(pathways, domain, read_documents(source, seed=seed), seen)
-        windows = draw_windows(
-            documents, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
+        drawn[domain] = ScoredText.draw(
+            domain,
+            documents,
+            tokenizer,
+            max_tokens=max_tokens,
+            max_length=max_length,
+            seed=seed,
+            excluded=excluded,
         )
-        _check_scorable(domain, windows)
-        drawn[domain] = (windows, excluded)
     rows: list[QualityRow] = []
     with _prepared(model, pathways, seed if controls else None):
-        for domain, (windows, excluded) in drawn.items():
-            text = ScoredText(domain, tuple(windows), excluded, tokenizer)
+        for domain, text in drawn.items():
             arms = _arms(model, domain, controls)
             rows.extend(measure_arms(model, text, arms, batch_size=batch_size, seed=seed))
     return QualityReport(base=pathways.base.name, rows=tuple(rows))
@@ -114,11 +117,6 @@ def _held_out(
             "calibration text."
         )
     return fresh, excluded
-
-
-def _check_scorable(domain: str, windows: list[Window]) -> None:
-    if not any(len(window.ids) > 1 for window in windows):
-        raise TextError(f"Domain {domain!r} has no held-out text of two tokens or more.")
 
 
 @contextmanager

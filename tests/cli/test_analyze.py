@@ -79,14 +79,14 @@ def test_models_are_compared(analysed, tmp_path):
     both = ("--compare", analysed / "llama", "--compare", analysed / "gpt2")
     shown = run_well("analyze", *both, "--output", tmp_path / "both")
     assert "n" in shown
-    assert _names(tmp_path / "both") == ["comparison.json", "comparison.md", "scale.png"]
-    values = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert _names(tmp_path / "both") == ["models.json", "models.md", "scale.png"]
+    values = json.loads((tmp_path / "both" / "models.json").read_text())
     sizes = [model["parameters"] for model in values["models"]]
     assert sizes == sorted(sizes)
     assert [found["n"] for found in values["seen"]] == [2, 2]
     assert [found["interval"] for found in values["seen"]] == [None, None]
     assert [found["n"] for found in values["published"]] == [6, 6]
-    text = (tmp_path / "both" / "comparison.md").read_text()
+    text = (tmp_path / "both" / "models.md").read_text()
     assert "n = 2 is too small for an interval: this says nothing" in text or "vary" in text
     assert "paper: TinyLlama" in text
     assert json.loads(run_well("analyze", *both, "--json")) == values

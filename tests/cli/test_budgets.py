@@ -1,19 +1,28 @@
 """Limits of quality and speed on the command line, and comparisons."""
 
 import json
+import math
 
 import pytest
+import torch
 
-from hf_sparse_pathways.discovery import selection
-from hf_sparse_pathways.discovery.budget import Search
+from hf_sparse_pathways.cli.budgets import Limits, choose_pathways
+from hf_sparse_pathways.discovery import budget, profiling, selection
+from hf_sparse_pathways.discovery.budget import Search, fit_sparsities
+from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.trials import mean_loss
+from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.measure import speed_target
 from hf_sparse_pathways.measure.speed_target import SpeedupPlan, sparsity_for_speedup
 from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build
 from tests.cli.commands import assert_error, run, run_well
+from tests.texts import documents, tiny_tokenizer
 
 SMALL = ("--max-tokens", 200)
+MODEL, TOKENIZER = build("llama"), tiny_tokenizer()
+TEXTS = {name: documents(name, 12, 30) for name in ("code", "law")}
 
 
 def test_a_limit_of_perplexity_is_met_and_said(places, tmp_path):
@@ -40,6 +49,63 @@ def test_what_the_search_has_made_is_not_made_again(places, tmp_path, monkeypatc
     *tried, final = calls
     for name in final.domains:
         assert any(final[name] is made[name] for made in tried if name in made.domains)
+
+
+def test_the_rise_on_validation_text_is_within_the_limit():
+    taken = profile(MODEL, TOKENIZER, TEXTS, max_length=64)
+
+    def choose(sparsities):
+        own = taken.subset(sparsities)
+        return select(MODEL, own, sparsity=sparsities, order="one-shot", controls=False)
+
+    limit = 0.2
+    searches = fit_sparsities(MODEL, taken, max_perplexity_increase=limit, choose=choose)
+    blocks = find_blocks(MODEL)
+    for name, search in searches.items():
+        text = taken[name].validation
+        rise = mean_loss(MODEL, text, search.pathway.blocks, blocks) - mean_loss(
+            MODEL, text, None, blocks
+        )
+        assert rise == pytest.approx(search.rises[search.best])
+        assert rise <= math.log1p(limit)
+        assert search.best > 0
+        assert any(other > math.log1p(limit) for other in search.rises.values()) or rise > 0.1
+
+
+def test_later_rounds_of_a_search_see_every_domain(monkeypatch):
+    """What a score takes from the other domains does not change when their search is done."""
+    taken = profile(MODEL, TOKENIZER, TEXTS, max_length=64)
+    rule = {"method": "lape"}
+    found = []
+
+    def fit(_model, _profile, *, max_perplexity_increase, choose):
+        assert max_perplexity_increase == 0.1
+        found.extend([choose({"code": 0.3, "law": 0.3}), choose({"law": 0.5})])
+        return {
+            name: Search(0.1, {sparsity: 0.0}, made[name])
+            for name, sparsity, made in (("code", 0.3, found[0]), ("law", 0.5, found[1]))
+        }
+
+    monkeypatch.setattr(budget, "fit_sparsities", fit)
+    limits = Limits(
+        sparsity=None,
+        percentile=None,
+        pool="layer",
+        max_perplexity_increase=0.1,
+        target_speedup=None,
+    )
+    pathways = choose_pathways(MODEL, TOKENIZER, taken, limits, rule, {})
+    expected = select(MODEL, taken, sparsity={"code": 0.3, "law": 0.5}, method="lape")
+    for name in ("code", "law", "pooled"):
+        for mine, theirs in zip(pathways[name].keep, expected[name].keep, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_speed_out_of_reach_is_said_before_the_profile(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_target, "_speedup", lambda _model, s, _rounds: 1 / (1 - 0.2 * s))
+    monkeypatch.setattr(profiling, "profile", None)
+    words = (*places.texts, "--target-speedup", 2, *SMALL, "--output", tmp_path / "out")
+    assert_error(run("build", places.dense, *words), "out of reach")
 
 
 @pytest.mark.parametrize("given", ["5", "0%", "-3%", "x", "nan", "inf%"])
@@ -160,6 +226,13 @@ def test_compare_writes_its_tables_and_goes_on(places, tmp_path):
     assert run_well("compare", places.dense, *places.texts, *words, "--method", "teal")
 
 
+def test_compare_takes_a_bypass(places, tmp_path):
+    words = ("--sparsity", "0.3", "--compensation", "refit+bias+bypass:2", *SMALL)
+    words = (*words, "--method", "pathway", "--method", "one-shot", "--output", tmp_path / "out")
+    said = run_well("compare", places.dense, *places.texts, *words)
+    assert "one-shot" in said
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -167,6 +240,9 @@ def test_compare_writes_its_tables_and_goes_on(places, tmp_path):
         (("--sparsity", "0.3,x"), "0.2,0.3,0.5"),
         (("--sparsity", "1.5"), "[0, 1)"),
         (("--held-out", "0"), "--held-out"),
+        (("--compensation", "refitt"), "'refitt'"),
+        (("--allocation", "fair"), "fair"),
+        (("--precision", "half"), "half"),
     ],
 )
 def test_compare_refuses_what_does_not_fit(places, tmp_path, words, part):

@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_sparse_pathways.cli import build as build_command
+from hf_sparse_pathways.cli import heal as heal_command
 from hf_sparse_pathways.cli import loading
+from hf_sparse_pathways.cli import profile as profile_command
 from hf_sparse_pathways.cli.loading import written_whole
+from hf_sparse_pathways.cli.tables import print_table
 from tests.cli.commands import assert_error, run, run_well
 from tests.cli.conftest import save_dense
 
@@ -365,3 +369,79 @@ def test_a_traceback_can_be_asked_for(places, monkeypatch):
     monkeypatch.setenv("SPARSE_PATHWAYS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="Unknown domain"):
         run("generate", places.built, "--prompt", "a", "--domain", "lw")
+
+
+def test_an_output_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
+    """As a volume that is mounted into a container."""
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    (tmp_path / "out" / "old.txt").write_text("old")
+    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
+    _write(tmp_path / "out", "new.txt", "new")
+    assert _content(tmp_path) == {"out": None, "out/new.txt": b"new"}
+
+
+def test_a_mounted_output_is_as_it_was_after_an_error(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "out") as folder:
+        (folder / "new.txt").write_text(str(1 / 0))
+    assert _content(tmp_path) == {"out": None, "out/old.txt": b"old"}
+
+
+@pytest.mark.parametrize("deep", ["out", "absent/out"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    places, tmp_path, monkeypatch, deep
+):
+    monkeypatch.setattr(loading.os, "access", lambda *_: False)
+    ran = run("build", tmp_path / "no model", *places.texts, "--output", tmp_path / deep)
+    assert_error(ran, "cannot be written", "--output")
+
+
+def test_jobs_with_different_outputs_do_not_share_unfinished_work(places, tmp_path, monkeypatch):
+    """Two builds on the same texts at the same time would delete each other's."""
+    jobs = []
+
+    def stop(*job):
+        jobs.append(repr(job))
+        raise KeyboardInterrupt
+
+    for module in (build_command, profile_command, heal_command):
+        monkeypatch.setattr(module, "unfinished_work", stop)
+    for name in ("one", "two", "one"):
+        options = (*places.texts, "--output", tmp_path / name)
+        run("build", places.dense, *options)
+        run("profile", places.dense, *options)
+        run("heal", places.built, *options)
+    assert len(jobs) == 9
+    assert jobs[:3] == jobs[6:]
+    assert len(set(jobs)) == 6
+
+
+def test_a_default_domain_that_a_profile_does_not_have_is_refused_before_the_model(
+    places, tmp_path
+):
+    run_well("profile", places.dense, *places.texts, "--output", tmp_path / "p", "--no-grams")
+    words = ("--profile", tmp_path / "p", "--default-domain", "lew", "--output", tmp_path / "o")
+    assert_error(run("build", tmp_path / "no model", *words), "lew", "law")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--percentile", 50, "--multiple", 8),
+        ("--percentile", 50, "--allocation", "depth"),
+        ("--sparsity", "0.3,0.3,0.3", "--allocation", "depth"),
+    ],
+    ids=lambda words: words[2],
+)
+def test_options_that_another_makes_void_are_refused(places, tmp_path, words):
+    words = (*words, "--output", tmp_path / "out")
+    assert_error(run("build", tmp_path / "no model", *places.texts, *words), "leave out")
+
+
+def test_tables_show_brackets_as_they_are(capsys):
+    print_table("[a] title", ["of [/x]", "n"], [["law/[a-m]*.txt", "[bold]1"]])
+    shown = capsys.readouterr().out
+    for part in ("[a] title", "of [/x]", "law/[a-m]*.txt", "[bold]1"):
+        assert part in shown

@@ -30,7 +30,7 @@ def test_heal_writes_a_checkpoint_with_the_healed_pathway(places, tmp_path):
         assert torch.equal(model.state_dict()[name], value)
     (entry,) = model.pathways["code"].provenance["healing"]
     assert entry["settings"]["rank"] == 2
-    assert entry["honest_ratio"] > 0
+    assert entry["honest_ratio"] == pytest.approx(entry["ratio"] / entry["ratio_tuned"])
     assert "healing" not in model.pathways["law"].provenance
     assert list(tmp_path.iterdir()) == [out], "nothing else is left beside it"
     shown = json.loads(run_well("evaluate", out, "--domain", code, "--json"))

@@ -1,5 +1,6 @@
 """However neurons are chosen, a pathway computes no more than was asked for."""
 
+import numpy
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.recipe import make_recipe
 from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import count_tokens
 from hf_sparse_pathways.errors import PathwaysError
 from tests.architectures import ARCHITECTURES, build, prompt, tiny_llama
@@ -159,7 +161,14 @@ def test_auto_takes_what_has_the_least_loss_and_says_which(llama):
     pathways = select(model, taken, sparsity=0.5, order="one-shot")
     chosen = pathways["code"].provenance["allocation"]
     again = select(model, taken, sparsity=0.5, order="one-shot", allocation=chosen)
-    assert chosen in planning.AUTO
+    evidence = gather_evidence(model, taken, {}, make_recipe("obs"))["code"]
+    trial = planning._Plan(evidence).trial
+    losses = {}
+    for name in planning.AUTO:
+        options = {"sparsity": 0.5, "order": "one-shot", "ridge": 0.01, "allocation": name}
+        made = select(model, taken, controls=False, **options)["code"].blocks
+        losses[name] = mean_loss(model, trial, made, evidence.blocks)
+    assert losses[chosen] == min(losses.values()) < max(losses.values())
     for mine, theirs in zip(pathways["code"].keep, again["code"].keep, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -173,6 +182,48 @@ def test_a_trial_grows_with_the_text_up_to_a_limit(monkeypatch, calibrated, tria
     evidence = gather_evidence(model, taken, {}, make_recipe("obs"))["code"]
     tokens = count_tokens(planning._Plan(evidence).trial)
     assert trial <= tokens < 1.7 * trial  # whole windows, from all over the text
+
+
+@pytest.mark.parametrize("compensation", ["refit+bias", "refit+bias+bypass:2"])
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+def test_a_ridge_that_is_given_is_the_one_that_was_chosen(llama, order, compensation):
+    """The ranking does not depend on the repair's ridge, which is chosen after it."""
+    options = {"sparsity": 0.5, "order": order, "allocation": "uniform"}
+    options["compensation"] = compensation
+    chosen = select(*llama, **options)["code"]
+    given = select(*llama, **options, ridge=chosen.provenance["ridge"])["code"]
+    for mine, theirs in zip(chosen.blocks, given.blocks, strict=True):
+        assert torch.equal(mine.keep, theirs.keep)
+        assert torch.equal(mine.full_delta, theirs.full_delta)
+    other = select(*llama, **options, ridge=5.0)["code"].blocks[0]
+    if "bypass" not in compensation:  # which the ranking knows of
+        assert torch.equal(chosen.blocks[0].keep, other.keep)
+    assert not torch.equal(chosen.blocks[0].full_delta, other.full_delta)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"percentile": 50.0, "multiple": 4},
+        {"percentile": 50.0, "allocation": "uniform"},
+        {"sparsity": [0.1, 0.2, 0.3], "allocation": "uniform"},
+        {"sparsity": torch.tensor([0.1, 0.2, 0.3]), "allocation": "auto"},
+        {"sparsity": {"code": [0.1, 0.2, 0.3], "law": 0.3}, "allocation": "auto"},
+    ],
+    ids=repr,
+)
+def test_an_option_that_another_makes_void_is_refused(llama, options):
+    with pytest.raises(PathwaysError, match="leave out"):
+        select(*llama, **options)
+
+
+@pytest.mark.parametrize("number", [numpy.float32(0.25), torch.tensor(0.25), numpy.array(0.25)])
+def test_one_sparsity_is_one_in_any_form(llama, number):
+    chosen = select(*llama, sparsity=number, order="one-shot")["code"]
+    expected = select(*llama, sparsity=0.25, order="one-shot")["code"]
+    assert chosen.provenance["allocation"] == expected.provenance["allocation"] != "given"
+    for mine, theirs in zip(chosen.keep, expected.keep, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_without_validation_text_auto_is_balanced():

@@ -131,13 +131,7 @@ def test_the_processors_units_are_set_within_only(monkeypatch, dtype):
 def test_the_parts_are_the_definitions():
     activation, block_input = _draw(60, 7).double(), _draw(60, 4, seed=1).double()
     gram = Gram(_oracle(activation, block_input).float(), 7)
-    for mine, theirs in (
-        (gram.activation, activation.T @ activation / 60),
-        (gram.cross, activation.T @ block_input / 60),
-        (gram.input, block_input.T @ block_input / 60),
-        (gram.activation_mean, activation.mean(0)),
-        (gram.input_mean, block_input.mean(0)),
-    ):
+    for mine, theirs in ((gram.activation, activation.T @ activation / 60),):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -205,7 +199,9 @@ def test_matrices_do_not_depend_on_the_working_space(monkeypatch):
 def test_matrices_agree_with_the_statistics():
     taken = profile(tiny_llama(), TOKENIZER, {"code": TEXTS}, max_length=64)["code"]
     for gram, block in zip((source.load() for source in taken.grams), taken.blocks, strict=True):
-        torch.testing.assert_close(gram.activation_mean.double(), block.mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            gram.total[: gram.d_ff, -1].double() / gram.tokens, block.mean, rtol=1e-4, atol=1e-6
+        )
         diagonal = gram.activation.diagonal().double()
         torch.testing.assert_close(diagonal, block.second_moment, rtol=1e-4, atol=1e-6)
 
@@ -227,6 +223,32 @@ def test_none_are_taken_unless_asked_for():
     assert taken["code"].grams == ()
     other = profile(tiny_llama(), TOKENIZER, {"code": TEXTS}, max_length=64)
     assert taken.merged(other)["code"].grams == ()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_matrices_with_and_without_inputs_merge_to_those_without(first, tmp_path):
+    parts = [
+        profile(tiny_llama(), TOKENIZER, {"code": texts}, max_length=64, inputs=inputs)
+        for texts, inputs in ((TEXTS, first), (documents("code", 9, 12, seed=4), not first))
+    ]
+    both = [*TEXTS, *documents("code", 9, 12, seed=4)]
+    whole = profile(tiny_llama(), TOKENIZER, {"code": both}, max_length=64, inputs=False)
+    merged = parts[0].merged(parts[1])
+    merged.save_pretrained(tmp_path)
+    for mine, theirs in zip(merged["code"].grams, whole["code"].grams, strict=True):
+        _close(mine.load().total, theirs.load().total)
+    three = merged.merged(parts[0])["code"].grams[0].load()
+    assert not three.has_input
+    assert three.tokens == merged["code"].tokens + parts[0]["code"].tokens
+
+
+def test_a_saved_profiles_files_have_the_usual_mode(tmp_path):
+    taken = profile(tiny_llama(), TOKENIZER, {"code": TEXTS}, max_length=64)
+    taken.save_pretrained(tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+    (tmp_path / "other").touch()
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
 
 
 def test_a_model_with_pathways_gives_its_dense_matrices():

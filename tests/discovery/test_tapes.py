@@ -47,7 +47,7 @@ def test_a_replay_is_the_layer_with_another_output(architecture):
     hidden, played = None, 0
     for index, layer in enumerate(runner.layers):
         own = [block for block in blocks if block.layer is layer]
-        if own and runner.can_replay(index, PADDED, hidden, own[-1].outgoing):
+        if own and runner.tape_size(index, PADDED, hidden, own[-1].outgoing):
             leaf = own[-1].outgoing
             _, tape = runner.record(index, PADDED, hidden, leaf)
             change = torch.randn(tape.output.shape, generator=torch.Generator().manual_seed(index))
@@ -117,7 +117,7 @@ def test_an_ffn_that_is_called_twice_gives_no_tape():
 
 
 def test_what_is_changed_in_place_shows():
-    """``can_replay`` compares the two: such a layer is run in full."""
+    """``tape_size`` compares the two: such a layer is run in full."""
     behind, played = _play(_Layer("in place"), torch.randn(3, 8))
     assert not torch.equal(behind, played)
 
@@ -156,8 +156,30 @@ def test_pathways_do_not_depend_on_tapes(architecture, limit, monkeypatch):
     usual = blocks()
     monkeypatch.setattr(sequential, "MOST_KEPT", limit)
     if limit:
-        monkeypatch.setattr(LayerRunner, "can_replay", lambda *_: False)
+        monkeypatch.setattr(LayerRunner, "tape_size", lambda *_: None)
     for mine, theirs in zip(blocks(), usual, strict=True):
         parts = theirs.parts()
         for name, part in mine.parts().items():
             torch.testing.assert_close(part.float(), parts[name].float(), rtol=0.05, atol=1e-2)
+
+
+def test_a_batch_without_a_tape_is_run_in_full(monkeypatch):
+    model, batches = build("gemma3"), [*make_batches(WINDOWS, 1)]
+
+    def prune(index, task):
+        d_ff = task.gram.d_ff
+        return repair(task, draw_keep(d_ff, d_ff // 2, seed=index), Repair())
+
+    def made():
+        return prune_sequentially(model, [Arm(name="code", batches=batches, prune=prune)])["code"]
+
+    usual, record, calls = made(), LayerRunner.record, []
+
+    def forget(self, index, *args):
+        behind, tape = record(self, index, *args)
+        calls.append(index)
+        return behind, None if calls.count(index) == 3 else tape  # after the layer's trial
+
+    monkeypatch.setattr(LayerRunner, "record", forget)
+    for mine, theirs in zip(made(), usual, strict=True):
+        torch.testing.assert_close(mine.full_delta, theirs.full_delta, rtol=0.05, atol=1e-2)

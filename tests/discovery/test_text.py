@@ -290,9 +290,39 @@ def test_a_source_that_is_too_large_is_read_in_part(monkeypatch, tmp_path, limit
     assert len({tuple(_texts(source, seed=seed)) for seed in range(8)}) > 1
 
 
-def test_a_stream_that_is_too_long_is_cut(monkeypatch):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("limit", "most"), [("MAX_ROWS", 5), ("MAX_CHARACTERS", 100)])
+def test_a_file_of_rows_is_sampled_from_all_over(
+    monkeypatch, tmp_path, caplog, suffix, limit, most
+):
+    monkeypatch.setattr(text_module, limit, most)
+    rows = [f"row {index:03} of the file" for index in range(100)]
+    path = tmp_path / f"sorted.{suffix}"
+    if suffix == "parquet":
+        _parquet(path, {"text": rows})
+    else:
+        path.write_text("".join(f"{json.dumps({'text': row})}\n" for row in rows))
+    read = [_texts(path, seed=seed) for seed in range(20)]
+    assert all(len(texts) == 5 for texts in read)  # of 20 characters each
+    assert all(texts == sorted(texts) and set(texts) <= set(rows) for texts in read)
+    assert read[3] == _texts(path, seed=3)
+    places = [int(text[4:7]) for texts in read for text in texts]
+    assert 35 < sum(places) / len(places) < 65
+    assert min(places) < 15
+    assert max(places) > 85
+    assert "5 of 100 rows kept, chosen at random" in caplog.text
+
+
+def test_a_row_that_is_too_large_alone_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(text_module, "MAX_CHARACTERS", 3)
+    (tmp_path / "a.jsonl").write_text('{"text": "much too long"}\n')
+    assert _texts(tmp_path / "a.jsonl") == ["much too long"]
+
+
+def test_a_stream_that_is_too_long_is_cut(monkeypatch, caplog):
     monkeypatch.setattr(text_module, "MAX_ROWS", 3)
     assert _texts(Stream()) == TEXTS[:3]
+    assert "only the first 3 rows" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From pathways and text to healed pathways, beside the dense model tuned equally."""
 
 import json
+import math
 
 import peft
 import pytest
@@ -40,9 +41,12 @@ def test_the_loss_goes_down_and_the_folded_pathway_has_it(name, train):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(value, before[key]) for key, value in parts(model.pathways).items())
     assert not same(result.pathways, model.pathways)
-    model.set_pathways(result.pathways)
-    evaluated = sp.evaluate(model, tiny_tokenizer(), {"code": TEXTS}, seen="include")
-    assert evaluated.rows
+    perplexities = []
+    for pathways in (model.pathways, result.pathways):
+        model.set_pathways(pathways)
+        report = sp.evaluate(model, tiny_tokenizer(), {"code": TEXTS}, seen="include")
+        perplexities += [row.perplexity for row in report.rows if row.role == "pathway"]
+    assert perplexities[1] < 0.95 * perplexities[0]
 
 
 def test_only_the_healed_domain_changes(healed):
@@ -77,7 +81,10 @@ def test_the_partner_is_a_control_with_the_loss_that_is_reported(healed):
     report = result.reports["code"]
     assert report.tuned < report.dense
     assert report.tuned == min(point.validation for point in report.partner_curve)
-    assert report.honest_ratio > 0
+    assert report.ratio_before == pytest.approx(math.exp(report.before - report.dense))
+    assert report.ratio == pytest.approx(math.exp(report.healed - report.dense))
+    assert report.ratio_tuned == pytest.approx(math.exp(report.tuned - report.dense))
+    assert report.honest_ratio == pytest.approx(report.ratio / report.ratio_tuned)
     name = f"{TUNED}code"
     assert result.pathways.sparsity(name) == 0.0
     assert result.pathways.flops(name) == 1.0
@@ -267,3 +274,24 @@ def test_a_model_that_computes_more_than_its_leaves_show_is_refused(monkeypatch)
     monkeypatch.setattr(healing, "make_student", wrong)
     with pytest.raises(sp.PathwaysError, match="cannot be healed"):
         heal(model)
+
+
+@pytest.mark.parametrize("keep", ["folded", "lora"])
+def test_the_partner_of_an_earlier_healing_is_none_of_the_next(healed, keep):
+    model, result = healed
+    tuned = sp.SparsePathwaysForCausalLM.from_dense(model.to_dense(), result.pathways).eval()
+    assert f"{TUNED}code" in tuned.pathways.controls
+    assert heal(tuned, steps=2, keep=keep).pathways.controls == {}
+    assert f"{TUNED}code" in tuned.pathways.controls
+
+
+def test_a_model_in_training_mode_is_healed_as_one_that_evaluates():
+    dense = build("gpt2")
+    for module in dense.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    paths = compensate(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+    expected = heal(model.eval(), steps=2).pathways
+    assert same(heal(model.train(), steps=2).pathways, expected)
+    assert model.training

@@ -9,7 +9,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.errors import TextError, UnknownNameError
 from hf_sparse_pathways.measure import comparison
 from hf_sparse_pathways.measure.comparison import Comparison, compare
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
@@ -197,3 +197,14 @@ def test_options_may_be_functions(tmp_path):
 def test_unknown_methods_are_refused_with_a_hint():
     with pytest.raises(UnknownNameError, match="Did you mean 'wanda'"):
         _compare(replace(WHAT, methods=("wand",)))
+
+
+def test_documents_without_a_scored_token_are_left_out(tmp_path):
+    texts = {name: read_documents(["x", *documents(name, 2, 20)]) for name in HELD_OUT}
+    what = replace(WHAT, sparsities=(0.3,), methods=("wanda",))
+    report = compare(MODEL, TOKENIZER, PROFILE, texts, what, work=tmp_path)
+    assert all(math.isfinite(end) for row in report.rows for end in row.quality.interval)
+    assert report == compare(MODEL, TOKENIZER, PROFILE, texts, what, work=tmp_path)
+    nothing = {name: read_documents(["x"]) for name in HELD_OUT}
+    with pytest.raises(TextError, match="two tokens"):
+        compare(MODEL, TOKENIZER, PROFILE, nothing, what)

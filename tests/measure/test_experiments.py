@@ -162,6 +162,11 @@ def test_calibration_text_is_never_measured_on(taken):
         run_experiments(tiny_llama(), TOKENIZER, taken, {"lwa": ["x y"]}, max_tokens=9)
 
 
+def test_text_without_spaces_can_be_measured_on(taken):
+    fresh, excluded = unseen(taken[1], "code", read_documents(["神经元只在需要的时候才计算"]))
+    assert (len(fresh.items), excluded) == (1, 0)
+
+
 def test_the_model_is_left_as_it_was(taken):
     model = build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -362,3 +362,14 @@ def test_documents_are_taken_as_they_are():
     read = read_documents(TEXTS["code"])
     assert _evaluate(model, {"code": read}) == _evaluate(model, {"code": TEXTS["code"]})
     assert all(isinstance(document, Document) for document in read.items)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_documents_of_one_token_do_not_spoil_the_intervals(case, count):
+    dense, sparse = case[0], case[1]
+    del dense
+    texts = {"law": [*["alpha", "beta", "x", "y", "z"][:count], *documents("law", 2, 9, seed=8)]}
+    report = sp.evaluate(sparse, TOKENIZER, texts)
+    for row in report.rows:
+        assert row.documents == 2
+        assert all(math.isfinite(end) for end in row.interval)
