@@ -98,12 +98,19 @@ def rank_by_obs(
     if task.missing is not None:
         more = (how.target_ridge * unit).clamp_min(LEAST_RIDGE)
         own.diagonal().add_(more)
-        weight = weight + torch.linalg.solve(own, missing[:, :d_ff].T).T
+        factor = torch.linalg.cholesky(own)
+        weight = weight + torch.cholesky_solve(missing[:, :d_ff].T, factor).T
         ridge = ridge - more
     own.diagonal().add_(ridge)
     if task.metric is not None:
-        weight = metric_root(task.metric) @ weight
+        weight = _any_root(task.metric) @ weight
     return remove_by_obs(weight.float(), own.float(), most)
+
+
+def _any_root(metric: Tensor) -> Tensor:
+    """Return a matrix R with R^T R the metric, float64; of its definite ones the cheapest."""
+    factor, failed = torch.linalg.cholesky_ex(metric.double())
+    return metric_root(metric) if failed else factor.T
 
 
 def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ AUTO = ("balanced", "uniform")
 """What ``allocation="auto"`` compares. Water-filling is not among them: one-shot pathways overrate
 it, and in sequence it can be far behind both."""
 
-TRIAL_TOKENS = (2048, 4096)
+TRIAL_TOKENS = (2048, 3072)
 """Least and most validation tokens on which candidates are compared: in between, a quarter of the
 calibration text. On few tokens the noise between documents decides."""
 

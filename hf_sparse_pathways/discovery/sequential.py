@@ -30,7 +30,7 @@ from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
-from hf_sparse_pathways.discovery.windows import Batch
+from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
@@ -45,6 +45,9 @@ _PROBE = 0.1
 
 MOST_KEPT = 2 * 10**9
 """Most bytes of activations that are kept to spare a layer's second run."""
+
+_EXCERPT = 64
+"""Tokens of text on which it is checked that layers can be run one at a time."""
 
 _LEAST_GAIN = 0.1
 """Channels whose gain is below this share of the token's are hardly corrected."""
@@ -89,7 +92,7 @@ def prune_sequentially(
         stack.enter_context(all_dense())
         stack.enter_context(evaluation_mode(model))
         runner = LayerRunner(model, _all_layers(model, layers))
-        runner.check(streams.batches[0])
+        runner.check(_excerpt(streams.batches[0]))
         for index, layer in enumerate(
             tqdm(runner.layers, desc="prune", unit="layer", disable=None)
         ):
@@ -144,8 +147,9 @@ class _Layer:
         for batch, hidden in zip(streams.batches, streams.dense, strict=True):
             behind.append(self.runner.run(self.index, batch, hidden))
         if self.blocks:
-            batch, hidden = streams.batches[0], streams.dense[0]
-            self.gain = self._constant_gain(batch, hidden, behind[0])
+            batch, hidden = _first_row(streams.batches[0]), streams.dense[0]
+            hidden = None if hidden is None else hidden[:1]
+            self.gain = self._constant_gain(batch, hidden, behind[0][:1])
             if self.gain is None:
                 size = self.runner.tape_size(self.index, batch, hidden, self._leaf)
                 self.tape_bytes = None if size is None else -(-size // batch.ids.numel())
@@ -243,7 +247,8 @@ class _Layer:
     def _constant_gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> float | None:
         """Return the factor with which the last FFN's output enters the layer's; None if it varies.
 
-        The output is changed at random, by as much as the layer's own result.
+        The output is changed at random, by as much as the layer's own result. What is left of the
+        factor are the digits that do not depend on the text.
         """
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(behind.shape, generator=generator).to(behind)
@@ -252,7 +257,7 @@ class _Layer:
         noise = noise.float()
         factor = float((change * noise).sum() / noise.square().sum())
         rest = float((change - factor * noise).norm() / change.norm().clamp_min(1e-30))
-        return factor if rest < 0.05 and factor > 0 else None
+        return float(f"{factor:.4g}") if rest < 0.05 and factor > 0 else None
 
     def _gain(
         self, batch: Batch, hidden: Tensor | None, behind: Tensor, tape: Tape | None
@@ -372,6 +377,18 @@ class _Probe:
             gram=gram,
             missing=self.accumulator.cross.cpu() / gram.tokens,
         )
+
+
+def _first_row(batch: Batch) -> Batch:
+    """Return a batch's first window, which is its longest, alone."""
+    return Batch(batch.ids[:1], batch.mask[:1], batch.windows[:1])
+
+
+def _excerpt(batch: Batch) -> Batch:
+    """Return a small batch of a larger one's text, with padding."""
+    ids = batch.windows[0].ids
+    parts = [Window(ids[:_EXCERPT]), Window(ids[: max(1, len(ids[:_EXCERPT]) // 2)])]
+    return next(make_batches(parts, 2))
 
 
 def _all_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
