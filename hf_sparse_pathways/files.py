@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from hf_sparse_pathways.errors import ArtefactError
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place, then rename it there."""
     _write_together({path: content})
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the package's own code, by which results of other code are known."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def write_between(path: Path, start: str, end: str, content: str) -> None:

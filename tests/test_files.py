@@ -179,3 +179,13 @@ def test_an_unknown_name_error_lists_what_is_known():
     message = str(UnknownNameError("domain", "lwa", ["law", "code"]))
     assert message == "Unknown domain 'lwa'. Did you mean 'law'? Known: 'law', 'code'."
     assert str(UnknownNameError("domain", 5, [])) == "Unknown domain 5. Known: none."
+
+
+def test_the_codes_digest_is_that_of_every_file(tmp_path, monkeypatch):
+    (tmp_path / "part").mkdir()
+    seen = set()
+    for name, text in (("a.py", "1"), ("part/b.py", "1"), ("part/b.py", "2"), ("c.txt", "1")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+        seen.add(files.code_digest.__wrapped__())
+    assert len(seen) == 3

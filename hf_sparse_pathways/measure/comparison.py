@@ -6,6 +6,7 @@ their prompt. Every finished step is stored, so that an interrupted comparison g
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.errors import UnknownNameError
-from hf_sparse_pathways.files import read_json, write_atomically
+from hf_sparse_pathways.files import code_digest, read_json, write_atomically
 from hf_sparse_pathways.measure.arms import (
     DENSE,
     MeasuredArm,
@@ -39,6 +40,8 @@ from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME
 from hf_sparse_pathways.version import __version__
+
+logger = logging.getLogger(__name__)
 
 PATHWAY = "pathway"
 """The method whose pooled and random partners are measured too."""
@@ -176,6 +179,18 @@ def _groups(methods: Sequence[str]) -> list[list[str]]:
     return [group for group in (*repaired, plain, peers) if group]
 
 
+def _stored_rows(path: Path) -> list[ComparisonRow]:
+    """Read a finished step; say so if other code than this has measured it."""
+    record = read_json(path)
+    if record.get("code") != code_digest():
+        logger.warning(
+            "%s was measured by other code of version %s. Delete it to measure it again.",
+            path,
+            __version__,
+        )
+    return [ComparisonRow.from_dict(row) for row in record["rows"]]
+
+
 @dataclass(frozen=True)
 class _Steps:
     """All methods at one sparsity; what each gave is a file of the work folder."""
@@ -194,13 +209,10 @@ class _Steps:
         paths = {method: self.work / f"{self._name(method)}.json" for method in methods}
         missing = [method for method, path in paths.items() if not path.is_file()]
         for method, rows in self._measure(missing).items():
-            record = json.dumps({"rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False)
-            write_atomically(paths[method], record.encode())
-        return [
-            ComparisonRow.from_dict(row)
-            for path in paths.values()
-            for row in read_json(path)["rows"]
-        ]
+            record = {"code": code_digest(), "rows": [asdict(row) for row in rows]}
+            text = json.dumps(record, indent=1, allow_nan=False)
+            write_atomically(paths[method], text.encode())
+        return [row for path in paths.values() for row in _stored_rows(path)]
 
     def _name(self, method: str) -> str:
         """Return a name that tells everything apart that a method's rows depend on."""

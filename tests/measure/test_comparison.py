@@ -208,3 +208,13 @@ def test_documents_without_a_scored_token_are_left_out(tmp_path):
     nothing = {name: read_documents(["x"]) for name in HELD_OUT}
     with pytest.raises(TextError, match="two tokens"):
         compare(MODEL, TOKENIZER, PROFILE, nothing, what)
+
+
+def test_a_step_of_other_code_is_said(tmp_path, caplog, monkeypatch):
+    what = replace(WHAT, sparsities=(0.3,), methods=("wanda",))
+    first = _compare(what, work=tmp_path)
+    assert _compare(what, work=tmp_path) == first
+    assert caplog.text == ""
+    monkeypatch.setattr(comparison, "code_digest", lambda: "another")
+    assert _compare(what, work=tmp_path) == first
+    assert "was measured by other code" in caplog.text
