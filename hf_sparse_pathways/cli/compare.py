@@ -32,7 +32,7 @@ def run(  # noqa: PLR0913
     allocation: Annotated[str | None, typer.Option(help="Of the pathways. [auto]")] = None,
     max_tokens: opt.MaxTokens = opt.CALIBRATION_TOKENS,
     max_length: opt.MaxLength = None,
-    batch_size: opt.BatchSize = 8,
+    batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     held_out: opt.HeldOut = HELD_OUT,
     max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",

@@ -25,7 +25,7 @@ def run(  # noqa: PLR0913
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
     executor: Annotated[str | None, typer.Option(help="auto, masked or compact.")] = None,
-    seed: opt.Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: opt.Dtype = "auto",
     as_json: opt.Json = False,
 ) -> None:
