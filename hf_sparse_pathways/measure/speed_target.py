@@ -23,6 +23,9 @@ _FIRST = 0.6
 _MOST = 0.95
 """The highest sparsity that is chosen."""
 
+_LEAST_TIMINGS = 2
+"""One alone may have been disturbed."""
+
 _TIMINGS = 6
 """After these the best sparsity that was timed is taken."""
 
@@ -93,7 +96,7 @@ class _Timings:
     @property
     def done(self) -> bool:
         """Whether the last timing fits, no other sparsity is left, or enough was tried."""
-        if not self.ratios:
+        if len(self.ratios) < _LEAST_TIMINGS:
             return False
         low, high = _FITS
         last = list(self.ratios.values())[-1] / self.target
@@ -125,13 +128,13 @@ class _Timings:
         return below + part * (above - below)
 
     def check(self) -> None:
-        """Check that the target is within reach.
+        """Check, as soon as more than one timing says so, that the target is within reach.
 
         Raises:
             PathwaysError: It is not.
         """
         most = _saved(self.ceiling)
-        if _saved(self.target) >= _MOST * most:
+        if len(self.ratios) >= _LEAST_TIMINGS and _saved(self.target) >= _MOST * most:
             raise PathwaysError(
                 f"A speed-up of {self.target:.2f} is out of reach: without any FFN generate() "
                 f"would be {self.ceiling:.2f}x as fast here. Ask for at most "

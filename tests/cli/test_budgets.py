@@ -166,6 +166,16 @@ def test_the_sparsity_for_a_speed_follows_from_what_was_measured(monkeypatch):
         sparsity_for_speedup(build("llama"), 2.45)
 
 
+def test_one_timing_alone_refuses_nothing(monkeypatch):
+    timings = iter([1.01])
+    monkeypatch.setattr(
+        speed_target, "_speedup", lambda _model, s, _rounds: next(timings, 1 / (1 - 0.5 * s))
+    )
+    plan = sparsity_for_speedup(build("llama"), 1.2)
+    assert plan.measured == pytest.approx(1.2, rel=0.03)
+    assert plan.ceiling == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(
     "saved",
     [

@@ -163,7 +163,7 @@ def test_calibration_text_is_never_measured_on(taken):
 
 
 def test_text_without_spaces_can_be_measured_on(taken):
-    fresh, excluded = unseen(taken[1], "code", read_documents(["神经元只在需要的时候才计算"]))
+    fresh, excluded = unseen(taken, "code", read_documents(["神经元只在需要的时候才计算"]))
     assert (len(fresh.items), excluded) == (1, 0)
 
 
