@@ -29,10 +29,24 @@ def main() -> None:
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
     parser.add_argument("--methods", nargs="+", default=[], help="as compare's --method")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
+    parser.add_argument(
+        "--measured", action="store_true", help="run nothing: write what was measured before"
+    )
     arguments = parser.parse_args()
     cache: Path = arguments.cache
-    run([sys.executable, str(FETCH), "--cache", str(cache), "--texts", *DOMAINS])
+    if not arguments.measured:
+        measure(arguments, cache)
     parts = []
+    for model in arguments.models:
+        report = read_report(cache / "benchmarks" / model / "comparison.json")
+        parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
+    if arguments.readme is not None:
+        write_between(arguments.readme, START, END, "\n\n".join(parts))
+
+
+def measure(arguments: argparse.Namespace, cache: Path) -> None:
+    """Fetch the models and texts, and compare."""
+    run([sys.executable, str(FETCH), "--cache", str(cache), "--texts", *DOMAINS])
     for model in arguments.models:
         run([sys.executable, str(FETCH), "--cache", str(cache), "--model", model])
         output = cache / "benchmarks" / model
@@ -43,14 +57,12 @@ def main() -> None:
         command += ["--sparsity", arguments.sparsity, "--max-tokens", arguments.max_tokens]
         command += ["--scored-tokens", arguments.scored_tokens, "--output", str(output)]
         run(command)
-        report = read_report(output / "comparison.json")
-        parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
-    if arguments.readme is not None:
-        write_between(arguments.readme, START, END, "\n\n".join(parts))
 
 
 def read_report(path: Path) -> ComparisonReport:
     """Read what ``compare`` wrote."""
+    if not path.is_file():
+        sys.exit(f"{path} is not there: leave out --measured, or the model.")
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(ComparisonRow.from_dict(row) for row in data["rows"])
     return ComparisonReport(base=data["base"], rows=rows)
