@@ -14,6 +14,7 @@ from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
     Sampling,
+    needs_inputs,
     split_texts,
     take_profile,
 )
@@ -129,7 +130,7 @@ def run(  # noqa: PLR0913
         seed=seed,
         precision=precision,
         max_memory=max_memory,
-        inputs="bypass" in (compensation or ""),
+        inputs=needs_inputs(compensation),
         validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
     )
     job = _Job(model, dtype, output, default_domain, profile)

@@ -9,7 +9,13 @@ import typer
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_dense
 from hf_sparse_pathways.cli.options import parse_texts
-from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
+from hf_sparse_pathways.cli.profile import (
+    HELD_OUT,
+    Sampling,
+    needs_inputs,
+    split_texts,
+    take_profile,
+)
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError
@@ -69,7 +75,7 @@ def run(  # noqa: PLR0913
         seed=seed,
         precision=precision,
         max_memory=max_memory,
-        inputs="bypass" in (compensation or ""),
+        inputs=needs_inputs(compensation),
     )
     calibration = {name: split[0] for name, split in texts.items()}
     steps = output / "steps"

@@ -32,6 +32,11 @@ class Sampling:
     validation_share: float = 0.0
 
 
+def needs_inputs(compensation: str | None) -> bool:
+    """Whether Gram matrices have to hold the blocks' inputs, on which a bypass is regressed."""
+    return "bypass" in (compensation or "")
+
+
 def run(  # noqa: PLR0913
     model: opt.Model,
     domain: opt.Texts,

@@ -6,6 +6,9 @@ several times as long as the arithmetic. A chunk of them stays in a core's cache
 
 from collections.abc import Iterator
 
+IGNORED = -100
+"""The label of a token that is not scored."""
+
 CHUNK_VALUES = 2**20
 """Logits that are in float32 at a time: 4 MB."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode
-from hf_sparse_pathways.discovery.predictions import chunks
+from hf_sparse_pathways.discovery.predictions import IGNORED, chunks
 from hf_sparse_pathways.discovery.scores import Saliency
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches, quarter
@@ -38,10 +38,8 @@ SHRINKAGE = 0.05
 """Share of the mean diagonal that is added: directions that a small sample has not seen count."""
 
 Labels = Callable[[Tensor, Tensor], Tensor]
-"""From probabilities ``(tokens, vocabulary)`` and the tokens' successors in the text, ``NONE`` at a
-window's end, to the labels whose loss is measured."""
-
-NONE = -100
+"""From probabilities ``(tokens, vocabulary)`` and the tokens' successors in the text, ``IGNORED``
+at a window's end, to the labels whose loss is measured."""
 
 
 def measure_metrics(
@@ -146,14 +144,14 @@ def _slope(logits: Tensor, batch: Batch, labels: Labels) -> Tensor:
             chosen = labels(own, successors[row, part]).unsqueeze(-1)
             one = own.new_full(chosen.shape, -1.0)
             own.scatter_add_(-1, chosen.clamp_min(0), one)
-            slope[row, part] = own.masked_fill_(chosen == NONE, 0.0).to(slope.dtype)
+            slope[row, part] = own.masked_fill_(chosen == IGNORED, 0.0).to(slope.dtype)
     return slope
 
 
 def _successors(batch: Batch) -> Tensor:
-    """Return each token's successor in its window, ``NONE`` at the end, ``(batch, tokens)``."""
-    following = torch.full_like(batch.ids, NONE)
-    following[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], NONE)
+    """Return each token's successor in its window, ``IGNORED`` at the end, ``(batch, tokens)``."""
+    following = torch.full_like(batch.ids, IGNORED)
+    following[:, :-1] = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], IGNORED)
     return following
 
 

@@ -17,16 +17,15 @@ Source: sequential least squares on the pruned model's own inputs as in Frantar 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.collectors import Workspaces
-from hf_sparse_pathways.discovery.grams import GramAccumulator
 from hf_sparse_pathways.discovery.layerwise import LayerRunner
 from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.probes import Change, Probe
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
@@ -34,8 +33,6 @@ from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
-from hf_sparse_pathways.ffn.layouts import outgoing_weight
-from hf_sparse_pathways.ffn.state import needed_input
 
 PruneBlock = Callable[[int, BlockTask], BlockPathway]
 """From a block's number and its task to its pathway."""
@@ -163,7 +160,7 @@ class _Layer:
     def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
-        probes = [_Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
+        probes = [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
         kept: dict[int, _Seen] = {}
         if probes:
@@ -178,7 +175,7 @@ class _Layer:
         pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
         arm.blocks.extend(pathways)
         if shortcut:
-            change = _Change(self.blocks[0][1], pathways[0])
+            change = Change(self.blocks[0][1], pathways[0])
             for number in numbers:
                 batch, seen = streams.batches[number], kept.pop(number)
                 stream[number] = self._moved(batch, stream[number], seen, change)
@@ -189,7 +186,7 @@ class _Layer:
                 stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
 
     def _moved(
-        self, batch: Batch, hidden: Tensor | None, seen: "_Seen", change: "_Change"
+        self, batch: Batch, hidden: Tensor | None, seen: "_Seen", change: "Change"
     ) -> Tensor:
         """Return the hidden states behind the layer with its FFN pruned."""
         added = change.of(seen.activation, seen.block_input)
@@ -201,7 +198,7 @@ class _Layer:
         output = dense + added.view_as(dense).to(dense.dtype)
         return self.runner.replay(self.index, batch, hidden, seen.tape, output)
 
-    def _can_shortcut(self, probes: Sequence["_Probe"], batches: Sequence[Batch]) -> bool:
+    def _can_shortcut(self, probes: Sequence["Probe"], batches: Sequence[Batch]) -> bool:
         """Whether the layer's new result follows from its old one without running all of it again.
 
         So it does where one FFN's output is added as it is, or the rest can be played from a tape,
@@ -214,7 +211,7 @@ class _Layer:
         return tokens * seen <= MOST_KEPT
 
     def _collect(
-        self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["_Probe"]
+        self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["Probe"]
     ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
 
@@ -304,79 +301,6 @@ class _Seen:
     tape: Tape | None
     activation: Tensor
     block_input: Tensor | None
-
-
-class _Change:
-    """What replacing a dense FFN by its pathway adds to its output."""
-
-    def __init__(self, block: FfnBlock, pathway: BlockPathway) -> None:
-        difference = -outgoing_weight(block.outgoing)
-        difference[:, pathway.keep] = 0.0
-        if pathway.full_delta is not None:
-            difference[:, pathway.keep] += pathway.full_delta.float()
-        leaf: Any = block.outgoing
-        device = leaf.weight.device
-        self.weight = difference.to(device)
-        self.bias = None if pathway.bias is None else pathway.bias.float().to(device)
-        self.bypass = None if pathway.bypass is None else pathway.bypass.product().to(device)
-
-    def of(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
-        """Return the change, from what the FFN saw, flattened."""
-        change = _linear(activation, self.weight)
-        if self.bypass is not None:
-            change = change + _linear(needed_input(block_input), self.bypass)
-        return change if self.bias is None else change + self.bias
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return nn.functional.linear(x, weight.to(x.dtype))
-
-
-class _Probe:
-    """Sees one block's input and activation, and adds up its second moments."""
-
-    def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
-        self.block, self.spaces = block, spaces
-        width = block.d_in if inputs else 0
-        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
-        self._inputs = inputs
-        self._activation = torch.empty(0)
-        self._input: Tensor | None = None
-
-    @property
-    def seen(self) -> tuple[Tensor, Tensor | None]:
-        """The last batch's activation, and its input if wanted, padding included, flattened."""
-        return self._activation, self._input
-
-    def attach(self) -> list[Any]:
-        """Hook the block; return the handles."""
-
-        def see_input(module: nn.Module, args: Any) -> None:  # noqa: ARG001
-            self._input = args[0].flatten(0, -2)
-
-        def see_activation(module: nn.Module, args: Any) -> None:  # noqa: ARG001
-            self._activation = args[0].flatten(0, -2)
-
-        handles = [self.block.outgoing.register_forward_pre_hook(see_activation)]
-        if self._inputs:
-            handles.append(self.block.incoming[0].register_forward_pre_hook(see_input))
-        return handles
-
-    def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
-        """Add what was seen last, padding left out."""
-        space = self.spaces.gram(len(self.accumulator.upper), rows.device)
-        activation = self._activation.index_select(0, rows)
-        block_input = None if self._input is None else self._input.index_select(0, rows)
-        self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
-
-    def task(self) -> BlockTask:
-        """Return the block as it is to be repaired."""
-        gram = self.accumulator.gram()
-        return BlockTask(
-            weight=outgoing_weight(self.block.outgoing),
-            gram=gram,
-            missing=self.accumulator.cross.cpu() / gram.tokens,
-        )
 
 
 def _first_row(batch: Batch) -> Batch:

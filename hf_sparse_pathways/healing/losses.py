@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.predictions import chunks
+from hf_sparse_pathways.discovery.predictions import IGNORED, chunks
 from hf_sparse_pathways.discovery.windows import Batch
 
 LANGUAGE_MODELLING: Mapping[str, float] = {"lm": 1.0}
@@ -55,9 +55,6 @@ class Objective:
             distance = hidden_distance(own.hidden_states, theirs.hidden_states, mask[:, 1:])
             loss = loss + self.terms["hidden"] * distance
         return loss
-
-
-IGNORED = -100
 
 
 class _Predictions(torch.autograd.Function):

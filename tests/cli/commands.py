@@ -52,3 +52,11 @@ def assert_error(ran, *parts):
     assert "Traceback" not in ran.err + ran.out
     for part in parts:
         assert str(part) in lines[0]
+
+
+def content(folder):
+    """Return every path below a folder with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

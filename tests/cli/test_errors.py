@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse_pathways.cli import build as build_command
 from hf_sparse_pathways.cli import heal as heal_command
-from hf_sparse_pathways.cli import loading
 from hf_sparse_pathways.cli import profile as profile_command
-from hf_sparse_pathways.cli.loading import written_whole
 from hf_sparse_pathways.cli.tables import print_table
-from tests.cli.commands import assert_error, run, run_well
+from tests.cli.commands import assert_error, content, run, run_well
 from tests.cli.conftest import save_dense
 
 
@@ -25,14 +23,6 @@ from tests.cli.conftest import save_dense
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def _content(folder):
-    """Return every path below a folder with its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 BUILDS = {
@@ -213,9 +203,9 @@ def test_an_empty_folder_may_be_the_output(places, tmp_path):
 
 def test_an_earlier_output_is_replaced_only_if_asked(places, copied):
     (copied / "leftover.txt").write_text("of the earlier output")
-    before = _content(copied)
+    before = content(copied)
     assert_error(_build(places, copied), "--overwrite")
-    assert _content(copied) == before
+    assert content(copied) == before
     assert _build(places, copied, "--overwrite", "--sparsity", "0.25").status == 0
     assert not (copied / "leftover.txt").exists()
     assert json.loads(run_well("info", copied, "--json"))["domains"]["law"]["sparsity"] == 0.25
@@ -236,16 +226,16 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_foreign_places_are_never_touched(places, tmp_path, kind, options):
     FOREIGN[kind](tmp_path / "out")
-    before = _content(tmp_path)
+    before = content(tmp_path)
     assert_error(_build(places, tmp_path / "out", *options), tmp_path / "out")
-    assert _content(tmp_path) == before
+    assert content(tmp_path) == before
 
 
 def test_the_base_is_never_overwritten(places, tmp_path):
     dense = Path(shutil.copytree(places.dense, tmp_path / "dense"))
-    before = _content(tmp_path)
+    before = content(tmp_path)
     assert_error(run("build", dense, *places.texts, "--output", dense, "--overwrite"))
-    assert _content(tmp_path) == before
+    assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ["profile", "build"])
@@ -253,9 +243,9 @@ def test_one_commands_output_is_foreign_to_the_other(places, tmp_path, command):
     other = {"profile": "build", "build": "profile"}[command]
     arguments = (places.dense, *places.texts, "--output", tmp_path / "out")
     run_well(other, *arguments)
-    before = _content(tmp_path)
+    before = content(tmp_path)
     assert_error(run(command, *arguments, "--overwrite"), "not written by this command")
-    assert _content(tmp_path) == before
+    assert content(tmp_path) == before
     run_well(other, *arguments, "--overwrite")
 
 
@@ -278,7 +268,7 @@ def test_a_build_that_fails_midway_leaves_what_was_there(
 ):
     if earlier:
         shutil.copytree(places.built, tmp_path / "out")
-    before = _content(tmp_path)
+    before = content(tmp_path)
 
     def fail(*_args, **_kwargs):
         raise error
@@ -286,68 +276,8 @@ def test_a_build_that_fails_midway_leaves_what_was_there(
     monkeypatch.setattr(FAILURES[failure], fail)
     ran = _build(places, tmp_path / "out", *(["--overwrite"] if earlier else []))
     assert ran.status == status
-    assert _content(tmp_path) == before
+    assert content(tmp_path) == before
     assert len(ran.err.strip().splitlines()) == 1
-
-
-def _write(output, name, text):
-    before = output.exists()
-    with written_whole(output) as folder:
-        assert output.exists() == before
-        (folder / name).write_text("half")
-        (folder / name).write_text(text)
-
-
-def _broken_rename(monkeypatch, call):
-    own, calls = Path.rename, []
-
-    def rename(self, target):
-        calls.append(self)
-        if len(calls) == call:
-            raise OSError(5, "Input/output error")
-        return own(self, target)
-
-    monkeypatch.setattr(loading.Path, "rename", rename)
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch, call):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "weights").write_text("hours of work")
-    before = _content(tmp_path)
-    _broken_rename(monkeypatch, call)
-    with pytest.raises(OSError, match="Input/output"):
-        _write(tmp_path / "out", "weights", "new")
-    assert _content(tmp_path) == before
-
-
-def test_the_remains_of_a_crash_do_not_stand_in_the_way(tmp_path):
-    """Another run's folder beside the output is not ours to delete, and no obstacle."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    (tmp_path / ".out.earlier").mkdir()
-    (tmp_path / ".out.earlier" / "a").write_text("of a crashed run")
-    _write(tmp_path / "out", "a", "new")
-    assert (tmp_path / "out" / "a").read_text() == "new"
-    assert (tmp_path / ".out.earlier" / "a").read_text() == "of a crashed run"
-
-
-@pytest.mark.parametrize("name", ["out", "v1.2", "deep/er/out"])
-def test_an_output_is_whole_or_absent(tmp_path, name):
-    output = tmp_path / name
-    with pytest.raises(TypeError):
-        _write(output, "a", 5)
-    assert not output.exists()
-    assert all(path.is_dir() for path in tmp_path.rglob("*"))
-    _write(output, "a", "whole")
-    assert os.listdir(output) == ["a"]
-    assert os.listdir(output.parent) == [output.name]
-
-
-def test_a_relative_output_is_where_the_command_started(places, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert _build(places, "out").status == 0
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_the_real_program_fails_in_one_line(places):
@@ -369,33 +299,6 @@ def test_a_traceback_can_be_asked_for(places, monkeypatch):
     monkeypatch.setenv("SPARSE_PATHWAYS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="Unknown domain"):
         run("generate", places.built, "--prompt", "a", "--domain", "lw")
-
-
-def test_an_output_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
-    """As a volume that is mounted into a container."""
-    (tmp_path / "out" / "old").mkdir(parents=True)
-    (tmp_path / "out" / "old.txt").write_text("old")
-    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
-    _write(tmp_path / "out", "new.txt", "new")
-    assert _content(tmp_path) == {"out": None, "out/new.txt": b"new"}
-
-
-def test_a_mounted_output_is_as_it_was_after_an_error(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
-    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "out") as folder:
-        (folder / "new.txt").write_text(str(1 / 0))
-    assert _content(tmp_path) == {"out": None, "out/old.txt": b"old"}
-
-
-@pytest.mark.parametrize("deep", ["out", "absent/out"])
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(
-    places, tmp_path, monkeypatch, deep
-):
-    monkeypatch.setattr(loading.os, "access", lambda *_: False)
-    ran = run("build", tmp_path / "no model", *places.texts, "--output", tmp_path / deep)
-    assert_error(ran, "cannot be written", "--output")
 
 
 def test_jobs_with_different_outputs_do_not_share_unfinished_work(places, tmp_path, monkeypatch):
