@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--train", default="lora", help="lora or weights")
     parser.add_argument("--loss", default="lm", help="terms joined by +")
     parser.add_argument("--teacher", default="dense", help="dense or tuned")
+    parser.add_argument("--dense-first", type=float, default=0.0, help="fraction of the steps")
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
     arguments = parser.parse_args()
     fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
@@ -82,6 +84,7 @@ class Benchmark:
     def _name(self, domain: str, sparsity: float) -> str:
         given = self.arguments
         how = f"{given.train}-{given.loss}-{given.teacher}".replace(":", "")
+        how += f"-{given.dense_first:g}-{given.learning_rate or 0:g}"
         tokens = f"{given.max_tokens}-{given.tokens}-{given.scored_tokens}"
         return f"{domain}-{sparsity:g}-{how}-{tokens}"
 
@@ -94,6 +97,8 @@ class Benchmark:
             loss=self.arguments.loss,
             teacher=self.arguments.teacher,
             dense_partner=True,
+            dense_first=self.arguments.dense_first,
+            learning_rate=self.arguments.learning_rate,
         )
         training, held_out = self.texts[domain]
         before = self._evaluate(model, domain, held_out)

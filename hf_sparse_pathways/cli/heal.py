@@ -39,6 +39,10 @@ def run(  # noqa: PLR0913
     dense_partner: Annotated[
         bool, typer.Option("--dense-partner", help="Tune the dense model equally, to compare.")
     ] = False,
+    dense_first: Annotated[
+        float,
+        typer.Option(help="Fraction of the steps that all neurons learn in before the cut."),
+    ] = USUAL.dense_first,
     attention: Annotated[
         bool, typer.Option("--attention", help="LoRA on the attention too; needs --keep lora.")
     ] = False,
@@ -78,6 +82,7 @@ def run(  # noqa: PLR0913
         loss=loss,
         teacher=teacher,
         dense_partner=dense_partner,
+        dense_first=dense_first,
         tokens=tokens,
         steps=steps,
         batch_size=batch_size,

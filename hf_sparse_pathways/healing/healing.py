@@ -3,19 +3,21 @@
 Per domain: draw fresh windows (``batches.py``), make the compact student of the pathway
 (``students.py``), train low-rank changes or the kept weights themselves (``training.py``) on the
 text and a teacher (``losses.py``), and fold what was learnt into the pathway (``folding.py``) or
-keep it as a LoRA (``adapters.py``). Much of what such training brings is adaptation to the text,
+keep it as a LoRA (``adapters.py``). On request the dense model takes the first of the steps, and
+what it learnt is cut to the pathway (``folding.py`` again), which takes the others. Much of what such training brings is adaptation to the text,
 which the dense model gains too: a dense partner is trained equally on request, and the report's
 ``honest_ratio`` is the one that counts.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.passes import (
     PRECISIONS,
@@ -31,7 +33,7 @@ from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.healing.adapters import Adapter, add_lora, import_peft, make_adapter
 from hf_sparse_pathways.healing.batches import TrainingText, draw_text
 from hf_sparse_pathways.healing.checkpoints import Checkpoints
-from hf_sparse_pathways.healing.folding import fold
+from hf_sparse_pathways.healing.folding import cut, fold
 from hf_sparse_pathways.healing.losses import LANGUAGE_MODELLING, Objective
 from hf_sparse_pathways.healing.report import HealingReport
 from hf_sparse_pathways.healing.settings import HealingSettings
@@ -43,7 +45,7 @@ from hf_sparse_pathways.healing.students import (
     make_student,
     reduce_frozen,
 )
-from hf_sparse_pathways.healing.training import CurvePoint, describe_plan, train
+from hf_sparse_pathways.healing.training import Position, Stage, Trained, describe_plan, train
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
 
@@ -147,11 +149,15 @@ def _check_settings(model: SparsePathwaysForCausalLM, settings: HealingSettings)
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """A student after training, with its curve."""
+class _Arm:
+    """A student after training."""
 
     student: Student
-    curve: tuple[CurvePoint, ...]
+    run: Trained
+
+    @property
+    def lowest(self) -> float:
+        return min(point.validation for point in self.run.curve)
 
 
 @dataclass(frozen=True)
@@ -168,13 +174,21 @@ class _Job:
     def carry_out(self) -> tuple[Pathway, Pathway | None, Adapter | None, HealingReport]:
         """Train the partner if there is one, then the pathway; fold, and measure."""
         settings, pathway = self.settings, self.model.pathways[self.domain]
-        partner = self._train_partner() if settings.dense_partner else None
+        dense = self._train_dense() if settings.dense_partner or self._dense_steps else None
+        partner = dense if settings.dense_partner else None
         objective = Objective(terms=settings.terms, teacher=self._teacher(partner))
-        trained = self._train(pathway.blocks, objective, f"heal {self.domain}", self.domain)
-        adapter, blocks = None, pathway.blocks
+        blocks, start = pathway.blocks, Position()
+        if dense is not None and self._dense_steps:
+            blocks, start = self._cut(dense, blocks), dense.run.forked
+        student = self._make_student(pathway.blocks, self.domain)
+        if blocks is not pathway.blocks:
+            student = make_student(self.frozen, blocks)
+        stage = Stage(label=f"heal {self.domain}", start=start)
+        trained = self._train(student, objective, stage)
+        adapter = None
         if settings.keep == "lora":
-            adapter = make_adapter(trained.student, self.model, settings)
-            loss = _lowest(trained)
+            adapter, blocks = make_adapter(trained.student, self.model, settings), pathway.blocks
+            loss = trained.lowest
         else:
             blocks = self._fold(trained)
             loss = self._loss(blocks)
@@ -186,24 +200,38 @@ class _Job:
             tuned = Pathway(blocks=self._fold(partner), provenance=provenance)
         return healed, tuned, adapter, report
 
-    def _train_partner(self) -> _Trained:
-        """Train the dense model, with the language-modelling loss."""
-        objective = Objective(terms=LANGUAGE_MODELLING)
-        own = replace(self.settings, loss="lm", teacher="dense")  # of any pathway's loss
-        job = replace(self, settings=own)
-        return job._train(everything(self.frozen), objective, f"tune dense {self.domain}", None)
+    @property
+    def _dense_steps(self) -> int:
+        """For how many steps the dense model is trained in the pathway's place."""
+        return self.settings.dense_steps(len(self.text.steps))
 
-    def _train(
-        self,
-        blocks: tuple[BlockPathway, ...],
-        objective: Objective,
-        label: str,
-        domain: str | None,
-    ) -> _Trained:
+    def _train_dense(self) -> _Arm:
+        """Train the dense model, with the language-modelling loss; as far as it is needed."""
+        own = replace(self.settings, loss="lm", teacher="dense")  # of any pathway's loss
+        job, steps = replace(self, settings=own), self._dense_steps
+        stage = Stage(
+            label=f"tune dense {self.domain}",
+            end=None if own.dense_partner else steps,
+            fork=steps or None,
+        )
+        student = job._make_student(everything(self.frozen), None)
+        return job._train(student, Objective(terms=LANGUAGE_MODELLING), stage)
+
+    def _cut(self, dense: _Arm, blocks: tuple[BlockPathway, ...]) -> tuple[BlockPathway, ...]:
+        """Return a pathway of what the dense model was when its removed neurons were cut out."""
+        with _state(dense.student.model, dense.run.fork):
+            whole = fold(dense.student, self.frozen, self.settings, torch.float32)
+        return cut(whole, blocks, find_blocks(self.frozen))
+
+    def _make_student(self, blocks: tuple[BlockPathway, ...], domain: str | None) -> Student:
+        """Return the student of a pathway of the model, or of the dense model; it is checked."""
         student = make_student(self.frozen, blocks)
         probe = next(make_batches(self.text.validation[:1], 1))
         check_student(student, self.model, probe, domain)
-        plan = describe_plan(student.model, self.text, self.settings, label)
+        return student
+
+    def _train(self, student: Student, objective: Objective, stage: Stage) -> _Arm:
+        plan = describe_plan(student.model, self.text, self.settings, stage.label)
         if self.settings.train == "lora":
             add_lora(student, self.settings)
         else:
@@ -211,10 +239,10 @@ class _Job:
                 student.model.get_submodule(leaf.place).weight.requires_grad_(True)
         self._reduce(student.model)
         checkpoints = Checkpoints(self.work_folder, plan)
-        curve = train(student.model, self.text, objective, self.settings, checkpoints, label)
-        return _Trained(student, curve)
+        run = train(student.model, self.text, objective, self.settings, checkpoints, stage)
+        return _Arm(student, run)
 
-    def _teacher(self, partner: _Trained | None) -> Any:
+    def _teacher(self, partner: _Arm | None) -> Any:
         """Return the model to distil from; None if the loss does not."""
         if not set(self.settings.terms) - set(LANGUAGE_MODELLING):
             return None
@@ -229,7 +257,7 @@ class _Job:
             if torch.is_autocast_enabled(next(model.parameters()).device.type):
                 reduce_frozen(model)
 
-    def _fold(self, trained: _Trained) -> tuple[BlockPathway, ...]:
+    def _fold(self, trained: _Arm) -> tuple[BlockPathway, ...]:
         return fold(trained.student, self.frozen, self.settings, STORED_DTYPE)
 
     def _loss(self, blocks: tuple[BlockPathway, ...] | None) -> float:
@@ -243,21 +271,22 @@ class _Job:
                 batch_size=self.settings.batch_size,
             )
 
-    def _report(self, trained: _Trained, partner: _Trained | None, healed: float) -> HealingReport:
+    def _report(self, trained: _Arm, partner: _Arm | None, healed: float) -> HealingReport:
+        curve, untrained = trained.run.curve, self.model.pathways[self.domain].blocks
         return HealingReport(
             domain=self.domain,
             settings=self.settings,
             source=self.text.source,
-            tokens=trained.curve[-1].tokens,
+            tokens=curve[-1].tokens,
             passes=self.text.passes,
-            seconds=trained.curve[-1].seconds,
+            seconds=curve[-1].seconds,
             validation_tokens=sum(len(window.ids) - 1 for window in self.text.validation),
-            dense=self._loss(None) if partner is None else partner.curve[0].validation,
-            before=trained.curve[0].validation,
+            dense=self._loss(None) if partner is None else partner.run.curve[0].validation,
+            before=self._loss(untrained) if self._dense_steps else curve[0].validation,
             healed=healed,
-            tuned=None if partner is None else _lowest(partner),
-            curve=trained.curve,
-            partner_curve=() if partner is None else partner.curve,
+            tuned=None if partner is None else partner.lowest,
+            curve=curve,
+            partner_curve=() if partner is None else partner.run.curve,
         )
 
     def _provenance(self, pathway: Pathway, report: HealingReport) -> dict[str, Any]:
@@ -270,5 +299,16 @@ class _Job:
         }
 
 
-def _lowest(trained: _Trained) -> float:
-    return min(point.validation for point in trained.curve)
+@contextmanager
+@torch.no_grad()
+def _state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model other values of some parameters for a while."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].detach().clone() for name in state}
+    for name, value in state.items():
+        parameters[name].copy_(value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].copy_(value)

@@ -36,6 +36,9 @@ class HealingSettings:
             training).
         dense_partner: Whether the dense model is trained equally, with the language-modelling
             loss: same steps, same batches, same kind and size of changes.
+        dense_first: Fraction of the steps for which the dense model is trained, with the language-
+            modelling loss, before its removed neurons are cut out: what the text teaches is learnt
+            by all neurons. The dense partner shares these steps.
         tokens: Training tokens; text that is used up is drawn anew, in another order.
         steps: Instead of ``tokens``: optimiser steps.
         batch_size: Windows per forward pass.
@@ -59,6 +62,7 @@ class HealingSettings:
     loss: str = "lm"
     teacher: str = "dense"
     dense_partner: bool = False
+    dense_first: float = 0.0
     tokens: int = 409_600
     steps: int | None = None
     batch_size: int = 2
@@ -93,6 +97,11 @@ class HealingSettings:
             )
         if self.keep == "lora" and self.train != "lora":
             raise PathwaysError("keep='lora' needs train='lora': whole weights are no adapter.")
+        if self.dense_first and self.keep == "lora":
+            raise PathwaysError(
+                "dense_first changes the kept weights before there is an adapter, which would not "
+                "hold that: choose keep='folded'."
+            )
         if self.teacher == "tuned" and not (self.dense_partner and set(terms) - {"lm"}):
             raise PathwaysError(
                 "teacher='tuned' is the dense partner, from which the loss has to distil: set "
@@ -110,6 +119,8 @@ class HealingSettings:
         _check_positive("clip", self.clip)
         if self.learning_rate is not None:
             _check_positive("learning_rate", self.learning_rate)
+        if not 0.0 <= self.dense_first < 1.0:
+            raise PathwaysError(f"dense_first has to be in [0, 1), got {self.dense_first!r}.")
         if not 0.0 <= self.warmup < 1.0 or not 0.0 <= self.weight_decay < math.inf:
             raise PathwaysError(
                 f"warmup has to be in [0, 1) and weight_decay not negative, got {self.warmup!r} "
@@ -125,6 +136,10 @@ class HealingSettings:
     def step_windows(self) -> int:
         """Windows per optimiser step."""
         return self.batch_size * self.accumulate
+
+    def dense_steps(self, steps: int) -> int:
+        """Return how many of a run's steps the dense model is trained for."""
+        return min(steps - 1, round(self.dense_first * steps))
 
     @property
     def terms(self) -> dict[str, float]:

@@ -51,6 +51,48 @@ class CurvePoint:
     validation: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in its steps a run is: what was taken of them, what that came to, and how long."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Which part of a run's steps is taken. The learning rate of a step is decided by the step.
+
+    Attributes:
+        label: For the progress bar.
+        start: What another run has done of the steps.
+        end: Number of the step before which it ends; None to go to the last.
+        fork: Number of the step before which the state is kept, for another run to go on from. A
+            run that is stopped before gives its best.
+    """
+
+    label: str
+    start: Position = Position()
+    end: int | None = None
+    fork: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run gave beside the trained model.
+
+    Attributes:
+        curve: The run's; the lowest validation loss is that of the state that is left.
+        fork: The state that was asked for on the way, by parameter; empty if none was.
+        forked: Where that was.
+    """
+
+    curve: tuple[CurvePoint, ...]
+    fork: Mapping[str, Tensor]
+    forked: Position
+
+
 @dataclass
 class _Record:
     """Where a run stands."""
@@ -61,6 +103,11 @@ class _Record:
     loss: float = 0.0  # summed since the last point, over ``steps`` steps
     steps: int = 0
     curve: list[CurvePoint] = field(default_factory=list)
+    forked: Position = Position()
+
+    @property
+    def position(self) -> "Position":
+        return Position(step=self.step, tokens=self.tokens, seconds=self.seconds)
 
     @property
     def best(self) -> CurvePoint:
@@ -68,7 +115,8 @@ class _Record:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "_Record":
-        return cls(**{**data, "curve": [CurvePoint(**point) for point in data["curve"]]})
+        curve = [CurvePoint(**point) for point in data["curve"]]
+        return cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
 
 
 def train(
@@ -77,8 +125,8 @@ def train(
     objective: Objective,
     settings: HealingSettings,
     checkpoints: Checkpoints,
-    label: str,
-) -> tuple[CurvePoint, ...]:
+    stage: Stage,
+) -> Trained:
     """Train a model's parameters that require a gradient, in place; the best state is left in it.
 
     Args:
@@ -87,18 +135,15 @@ def train(
         objective: What is minimised.
         settings: How.
         checkpoints: Where an interrupted run is stored, and goes on from.
-        label: For the progress bar.
-
-    Returns:
-        The run's curve; the lowest validation loss is that of the state it left.
+        stage: The part of the steps that is taken.
 
     Raises:
         PathwaysError: The loss is NaN or infinite.
     """
-    run = _Run(model, text, objective, settings, checkpoints)
+    run = _Run(model, text, objective, settings, checkpoints, stage)
     run.resume()
-    done = run.record.tokens
-    with tqdm(total=text.tokens, initial=done, desc=label, unit="tok", disable=None) as bar:
+    done, total = run.record.tokens, sum(map(count_tokens, text.steps[: run.end]))
+    with tqdm(total=total, initial=done, desc=stage.label, unit="tok", disable=None) as bar:
         if not run.record.curve:
             run.validate()
         while not run.finished:
@@ -108,7 +153,9 @@ def train(
             bar.set_postfix_str(f"validation {run.record.curve[-1].validation:.4f}")
     run.store()
     run.restore_best()
-    return tuple(run.record.curve)
+    if stage.fork is not None and not run.fork:
+        run.keep_fork()
+    return Trained(curve=tuple(run.record.curve), fork=run.fork, forked=run.record.forked)
 
 
 class _Run:
@@ -121,6 +168,7 @@ class _Run:
         objective: Objective,
         settings: HealingSettings,
         checkpoints: Checkpoints,
+        stage: Stage,
     ) -> None:
         self.model, self.text, self.objective = model, text, objective
         self.settings, self.checkpoints = settings, checkpoints
@@ -133,18 +181,22 @@ class _Run:
         total = len(text.steps)
         warmup = min(total - 1, round(settings.warmup * total))
         self.schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-        self.record = _Record()
+        self.stage, self.end = stage, total if stage.end is None else stage.end
+        start = stage.start
+        self.record = _Record(step=start.step, tokens=start.tokens, seconds=start.seconds)
         self.best: dict[str, Tensor] = {}
+        self.fork: dict[str, Tensor] = {}
+        self._set_rate()
 
     @property
     def finished(self) -> bool:
         """Whether every step was taken, or the last validations brought nothing."""
         curve = self.record.curve
         stale = len(curve) - 1 - curve.index(self.record.best)
-        return self.record.step >= len(self.text.steps) or stale >= self.settings.patience
+        return self.record.step >= self.end or stale >= self.settings.patience
 
     def advance(self) -> None:
-        """Take a step, validate if it is time, and store if it is time."""
+        """Take a step, validate and fork if it is time, and store if it is time."""
         started = time.monotonic()
         windows = self.text.steps[self.record.step]
         self.record.loss += self._step(windows)
@@ -154,10 +206,17 @@ class _Run:
         self.record.seconds += time.monotonic() - started
         total, times = len(self.text.steps), self.settings.validations
         done = self.record.step
-        if done == total or done * times // total > (done - 1) * times // total:
+        if done == self.end or done * times // total > (done - 1) * times // total:
             self.validate()
+        if done == self.stage.fork:
+            self.keep_fork()
         if self.checkpoints.due:
             self.store()
+
+    def keep_fork(self) -> None:
+        """Keep the present state for another run."""
+        self.record.forked = self.record.position
+        self.fork = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def _step(self, windows: Sequence[Window]) -> float:
         """Change the parameters by one batch's gradient; return its mean loss."""
@@ -210,7 +269,7 @@ class _Run:
     def store(self) -> None:
         """Store everything that the rest of the run depends on."""
         state = self.optimizer.optimizer.state
-        groups: Groups = {"parameters": dict(self.parameters), "best": self.best}
+        groups: Groups = {"parameters": dict(self.parameters), "best": self.best, "fork": self.fork}
         for moment in _MOMENTS:
             groups[moment] = {
                 name: state[parameter][moment]
@@ -231,9 +290,11 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.copy_(groups["parameters"][name])
             self.best[name] = groups["best"][name].to(parameter.device)
-            if self.record.step:
+            if self.record.step > self.stage.start.step:
                 moments = {m: groups[m][name].to(parameter.device) for m in _MOMENTS}
-                state[parameter] = {"step": torch.tensor(float(self.record.step)), **moments}
+                taken = float(self.record.step - self.stage.start.step)
+                state[parameter] = {"step": torch.tensor(taken), **moments}
+        self.fork = {n: t.to(self.accelerator.device) for n, t in groups.get("fork", {}).items()}
         self._set_rate()
 
     def _set_rate(self) -> None:

@@ -140,6 +140,42 @@ def test_the_teacher_is_dense_and_never_the_student(teacher, monkeypatch):
 
 
 @pytest.mark.parametrize("train", ["lora", "weights"])
+def test_the_dense_model_takes_the_first_steps_and_the_pathway_the_others(train, monkeypatch):
+    seen = _watch(monkeypatch)
+    model = sparse()
+    settings = {"train": train, "dense_first": 0.5, "patience": 99}
+    result = heal(model, dense_partner=True, **settings)
+    partner, student = seen.values()
+    assert len(partner["batches"]) == 6
+    assert student["batches"] == partner["batches"][3:]
+    report = result.reports["code"]
+    assert [point.step for point in report.partner_curve] == [0, 2, 4, 6]
+    assert [point.step for point in report.curve] == [3, 4, 6]
+    assert report.tokens == report.partner_curve[-1].tokens
+    assert report.curve[0].validation < report.before, "what all neurons learnt is kept"
+    assert report.before == pytest.approx(heal(model, steps=1).reports["code"].before, abs=1e-4)
+    seen.clear()
+    alone = heal(model, **settings)
+    dense, again = seen.values()
+    assert dense["batches"] == partner["batches"][:3], "no further than it is needed"
+    assert again["batches"] == student["batches"]
+    assert same(alone.pathways, result.pathways)
+    assert f"{TUNED}code" not in alone.pathways.controls
+
+
+def test_a_dense_model_that_learns_nothing_more_is_cut_in_its_best_state():
+    settings = {"steps": 40, "validations": 20, "patience": 2, "learning_rate": 3.0}
+    dense = build("llama")
+    masks = {n: [torch.ones_like(m) for m in own] for n, own in random_masks(dense).items()}
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
+    report = heal(model, dense_first=0.9, dense_partner=True, **settings).reports["code"]
+    assert report.partner_curve[-1].step < 36, "stopped"
+    assert report.curve[0].step == report.partner_curve[-1].step
+    assert report.curve[0].validation == pytest.approx(report.tuned, abs=1e-4)
+    assert report.tuned < report.partner_curve[-1].validation
+
+
+@pytest.mark.parametrize("train", ["lora", "weights"])
 def test_how_a_step_is_cut_into_passes_changes_nothing(train):
     whole = heal(sparse(), train=train, batch_size=4, accumulate=1)
     parted = heal(sparse(), train=train, batch_size=1, accumulate=4)
@@ -167,9 +203,22 @@ def _stop_after(steps, monkeypatch):
     monkeypatch.setattr(training._Run, "_step", counting)
 
 
-@pytest.mark.parametrize(("train", "steps"), [("lora", 0), ("lora", 4), ("weights", 9)])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(train, steps, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "steps", "share"),
+    [
+        ("lora", 0, 0.0),
+        ("lora", 4, 0.0),
+        ("weights", 9, 0.0),
+        ("weights", 2, 0.5),
+        ("lora", 4, 0.5),
+        ("weights", 7, 0.5),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    train, steps, share, tmp_path, monkeypatch
+):
     settings = {"train": train, "dense_partner": True, "teacher": "tuned", "loss": "lm+kl"}
+    settings["dense_first"] = share
     whole = heal(sparse(), **settings)
     monkeypatch.setattr(checkpoints, "STORE_SECONDS", 0.0)
     with monkeypatch.context() as patch:
@@ -181,7 +230,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(train, steps, tmp_path
         step = training._Run._step
         patch.setattr(training._Run, "_step", lambda run, w: taken.append(w) or step(run, w))
         resumed = heal(sparse(), work_folder=tmp_path, **settings)
-    assert len(taken) == 12 - steps, "steps that were taken are not taken again"
+    assert len(taken) == 12 - round(6 * share) - steps, "steps that were taken are not taken again"
     assert same(whole.pathways, resumed.pathways)
     curves = [
         [(p.step, p.tokens, p.training, p.validation) for p in result.reports["code"].curve]

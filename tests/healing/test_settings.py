@@ -43,6 +43,10 @@ def test_what_is_no_loss_is_refused(text):
         ({"clip": float("inf")}, "clip"),
         ({"warmup": 1.0}, "warmup"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"dense_first": 1.0}, "dense_first"),
+        ({"dense_first": -0.1}, "dense_first"),
+        ({"dense_first": float("nan")}, "dense_first"),
+        ({"dense_first": 0.5, "keep": "lora"}, "keep='folded'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given, words):
@@ -54,3 +58,8 @@ def test_the_rate_goes_with_what_is_trained():
     for train, rate in LEARNING_RATES.items():
         assert sp.HealingSettings(train=train).rate == rate
     assert sp.HealingSettings(learning_rate=0.5).rate == 0.5
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.5, 5), (0.96, 9), (0.04, 0)])
+def test_the_pathway_has_at_least_one_step(share, steps):
+    assert sp.HealingSettings(dense_first=share).dense_steps(10) == steps

@@ -3,12 +3,19 @@
 import peft
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.block_pathway import LowRank
-from hf_sparse_pathways.healing.adapters import add_lora, make_adapter
-from hf_sparse_pathways.healing.folding import add_changes, fold
-from hf_sparse_pathways.healing.students import everything, frozen_copy, make_student
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.healing.adapters import add_lora, lora_change, make_adapter
+from hf_sparse_pathways.healing.folding import add_changes, cut, fold
+from hf_sparse_pathways.healing.students import (
+    base_weight,
+    everything,
+    frozen_copy,
+    make_student,
+)
 from tests.architectures import build, prompt
 from tests.healing.healings import ARCHITECTURES, ENTANGLED, QUICK, sparse, student
 
@@ -118,6 +125,37 @@ def test_a_half_precision_model_is_trained_in_float32():
     made, _ = student(model)
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("train", ["lora", "weights"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, ENTANGLED])
+def test_a_cut_keeps_what_the_dense_model_has_learnt(name, train):
+    """The oracle is the pathway of a model whose FFN weights were tuned themselves."""
+    model = sparse(name)
+    frozen = frozen_copy(model.to_dense(), torch.device("cpu"))
+    settings = sp.HealingSettings(train=train, rank=3)
+    dense = make_student(frozen, everything(frozen))
+    if train == "lora":
+        add_lora(dense, settings)
+    for leaf in dense.trained_leaves() if train == "weights" else ():
+        dense.model.get_submodule(leaf.place).weight.requires_grad_(True)
+    _disturb(dense.model)
+    tuned = frozen_copy(model.to_dense(), torch.device("cpu"))
+    for leaf in dense.trained_leaves():
+        if train == "lora":
+            weight = base_weight(frozen, leaf) + lora_change(dense, leaf.place).product()
+        else:
+            weight = dense.model.get_submodule(leaf.place).weight.detach()
+        target = tuned.get_submodule(leaf.name)
+        own = weight.T if isinstance(target, Conv1D) else weight
+        target.weight = torch.nn.Parameter(own.clone(), requires_grad=False)
+    blocks = model.pathways["code"].blocks
+    whole = fold(dense, frozen, settings, torch.float32)
+    expected = _logits(make_student(tuned, blocks).model)
+    found = _logits(make_student(frozen, cut(whole, blocks, find_blocks(frozen))).model)
+    untuned = _logits(make_student(frozen, blocks).model)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(untuned, expected, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("rank", [1, 30])
