@@ -35,14 +35,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--domains", nargs="+", default=["code", "fiction"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.3, 0.5])
-    parser.add_argument("--max-tokens", type=int, default=32768, help="calibration, per domain")
+    parser.add_argument("--max-tokens", type=int, default=65536, help="calibration, per domain")
     parser.add_argument("--tokens", type=int, default=409_600, help="training tokens per domain")
     parser.add_argument("--scored-tokens", type=int, default=16384, help="held out, per domain")
-    parser.add_argument("--train", default="lora", help="lora or weights")
-    parser.add_argument("--loss", default="lm", help="terms joined by +")
-    parser.add_argument("--teacher", default="dense", help="dense or tuned")
-    parser.add_argument("--dense-first", type=float, default=0.0, help="fraction of the steps")
-    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--train", default="weights", help="lora or weights")
+    parser.add_argument("--loss", default="kl", help="terms joined by +")
+    parser.add_argument("--teacher", default="tuned", help="dense or tuned")
+    parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
     arguments = parser.parse_args()
     fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
@@ -84,7 +84,7 @@ class Benchmark:
     def _name(self, domain: str, sparsity: float) -> str:
         given = self.arguments
         how = f"{given.train}-{given.loss}-{given.teacher}".replace(":", "")
-        how += f"-{given.dense_first:g}-{given.learning_rate or 0:g}"
+        how += f"-{given.dense_first:g}-{given.learning_rate:g}"
         tokens = f"{given.max_tokens}-{given.tokens}-{given.scored_tokens}"
         return f"{domain}-{sparsity:g}-{how}-{tokens}"
 
@@ -155,8 +155,9 @@ def to_markdown(arguments: Any, rows: Sequence[dict[str, Any]]) -> str:
     tokens = min(row["report"]["tokens"] for row in rows)
     scored = min(row["healed"]["tokens"] for row in rows)
     caption = (
-        f"{arguments.model}, healed with `{arguments.train}` and the loss `{arguments.loss}` on at "
-        f"least {tokens} tokens per domain. Perplexity ratios on at least {scored} held-out tokens "
+        f"{arguments.model}, healed with `--train {arguments.train} --loss {arguments.loss} "
+        f"--teacher {arguments.teacher} --dense-first {arguments.dense_first:g} --learning-rate "
+        f"{arguments.learning_rate:g}` on at least {tokens} tokens per domain. Perplexity ratios on at least {scored} held-out tokens "
         "per domain; the last column is what counts: what is adaptation to the text, the dense "
         "model gains too."
     )

@@ -4,9 +4,9 @@ Per domain: draw fresh windows (``batches.py``), make the compact student of the
 (``students.py``), train low-rank changes or the kept weights themselves (``training.py``) on the
 text and a teacher (``losses.py``), and fold what was learnt into the pathway (``folding.py``) or
 keep it as a LoRA (``adapters.py``). On request the dense model takes the first of the steps, and
-what it learnt is cut to the pathway (``folding.py`` again), which takes the others. Much of what such training brings is adaptation to the text,
-which the dense model gains too: a dense partner is trained equally on request, and the report's
-``honest_ratio`` is the one that counts.
+what it learnt is cut to the pathway (``folding.py`` again), which takes the others. Much of what
+such training brings is adaptation to the text, which the dense model gains too: a dense partner is
+trained equally on request, and the report's ``honest_ratio`` is the one that counts.
 """
 
 import os

@@ -144,7 +144,8 @@ def compare(
         held_out: Domain -> documents.
         what: The methods and sparsities.
         work: Folder for finished steps, and for the pathways that were compared; a comparison
-            with the same profile, texts and settings goes on from there.
+            with the same profile, texts and settings goes on from there, and reports the methods
+            and sparsities that were measured before beside its own.
 
     Raises:
         UnknownNameError: An unknown method.
@@ -164,10 +165,12 @@ def compare(
         for name, documents in held_out.items()
     }
     rows: list[ComparisonRow] = []
-    for sparsity in what.sparsities:
+    for sparsity in sorted({*what.sparsities, *_stored_sparsities(work)}):
         steps = _Steps(model, profile, texts, what, sparsity, work)
-        for methods in _groups(what.methods):
+        wanted = what.methods if sparsity in what.sparsities else ()
+        for methods in _groups(wanted):
             rows.extend(steps.measure(methods))
+        rows.extend(steps.measured_before(wanted))
     return ComparisonReport(base=profile.base.name, rows=tuple(rows))
 
 
@@ -177,6 +180,12 @@ def _groups(methods: Sequence[str]) -> list[list[str]]:
     plain = [name for name in methods if name in CONTENDERS and not CONTENDERS[name].repaired]
     peers = [name for name in methods if name in PEERS]
     return [group for group in (*repaired, plain, peers) if group]
+
+
+def _stored_sparsities(work: Path | None) -> set[float]:
+    """Return the sparsities of all steps in a work folder, whatever comparison they are of."""
+    paths = [] if work is None else work.glob("*.json")
+    return {row["sparsity"] for path in paths for row in read_json(path)["rows"]}
 
 
 def _stored_rows(path: Path) -> list[ComparisonRow]:
@@ -213,6 +222,14 @@ class _Steps:
             text = json.dumps(record, indent=1, allow_nan=False)
             write_atomically(paths[method], text.encode())
         return [row for path in paths.values() for row in _stored_rows(path)]
+
+    def measured_before(self, others: Sequence[str]) -> list[ComparisonRow]:
+        """Return the rows of methods that the work folder has, but for some."""
+        if self.work is None:
+            return []
+        methods = [name for name in (*CONTENDERS, *PEERS) if name not in others]
+        paths = [self.work / f"{self._name(method)}.json" for method in methods]
+        return [row for path in paths if path.is_file() for row in _stored_rows(path)]
 
     def _name(self, method: str) -> str:
         """Return a name that tells everything apart that a method's rows depend on."""

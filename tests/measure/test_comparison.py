@@ -93,6 +93,19 @@ def test_finished_steps_are_used_again(report, tmp_path, monkeypatch):
         assert [row for row in first.rows if row.method == method] == rows
 
 
+def test_what_was_measured_before_on_the_same_text_is_reported_too(report, tmp_path):
+    _compare(WHAT, work=tmp_path)
+    _compare(replace(WHAT, seed=1, sparsities=(0.7,), methods=("flap",)), work=tmp_path)
+    again = _compare(replace(WHAT, sparsities=(0.4,), methods=("wanda",)), work=tmp_path)
+    assert again.sparsities == [0.3, 0.4, 0.5]
+    for sparsity in report.sparsities:
+        for method in (*WHAT.methods, "pooled", "random"):
+            assert again.find(method, sparsity) == report.find(method, sparsity)
+    assert list(again.find("wanda", 0.4)) == ["code", "law"]
+    assert not again.find("griffin", 0.4)
+    assert not any(row.method == "flap" for row in again.rows), "that is of other windows"
+
+
 def test_a_step_of_other_weights_is_no_finished_step(tmp_path, monkeypatch):
     what = replace(WHAT, methods=("wanda",), sparsities=(0.5,))
     _compare(what, work=tmp_path)
