@@ -158,8 +158,8 @@ def to_markdown(arguments: Any, rows: Sequence[dict[str, Any]]) -> str:
         f"{arguments.model}, healed with `--train {arguments.train} --loss {arguments.loss} "
         f"--teacher {arguments.teacher} --dense-first {arguments.dense_first:g} --learning-rate "
         f"{arguments.learning_rate:g}` on at least {tokens} tokens per domain. Perplexity ratios "
-        f"on at least {scored} held-out tokens per domain; the last column is what counts: what is adaptation to "
-        "the text, the dense model gains too."
+        f"on at least {scored} held-out tokens per domain; the last column is what counts: what is "
+        "adaptation to the text, the dense model gains too."
     )
     header = ["domain", "sparsity", "pathway / dense", "healed / dense", "dense tuned / dense"]
     cells = [
