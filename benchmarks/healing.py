@@ -42,14 +42,15 @@ def main() -> None:
     parser.add_argument("--loss", default="kl", help="terms joined by +")
     parser.add_argument("--teacher", default="tuned", help="dense or tuned")
     parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, help="as heal's")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
     arguments = parser.parse_args()
     fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
     fetch += ["--model", arguments.model, "--texts", *arguments.domains]
     if subprocess.run(fetch).returncode:
         sys.exit(1)
-    table = to_markdown(arguments, Benchmark(arguments).measure())
+    benchmark = Benchmark(arguments)
+    table = to_markdown(arguments.model, benchmark.settings, benchmark.measure())
     print(table)
     if arguments.readme is not None:
         write_between(arguments.readme, START, END, table)
@@ -60,6 +61,15 @@ class Benchmark:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
+        self.settings = sp.HealingSettings(
+            tokens=arguments.tokens,
+            train=arguments.train,
+            loss=arguments.loss,
+            teacher=arguments.teacher,
+            dense_partner=True,
+            dense_first=arguments.dense_first,
+            learning_rate=arguments.learning_rate,
+        )
         base = arguments.cache / arguments.model
         self.work: Path = arguments.cache / "benchmarks" / arguments.model / "healing"
         self.dense = AutoModelForCausalLM.from_pretrained(base)
@@ -84,29 +94,20 @@ class Benchmark:
     def _name(self, domain: str, sparsity: float) -> str:
         given = self.arguments
         how = f"{given.train}-{given.loss}-{given.teacher}".replace(":", "")
-        how += f"-{given.dense_first:g}-{given.learning_rate:g}"
+        how += f"-{given.dense_first:g}-{self.settings.rate:g}"
         tokens = f"{given.max_tokens}-{given.tokens}-{given.scored_tokens}"
         return f"{domain}-{sparsity:g}-{how}-{tokens}"
 
     def _heal(self, domain: str, sparsity: float) -> dict[str, Any]:
         """Heal one pathway; the dense partner's run is shared by all sparsities."""
         model = sp.SparsePathwaysForCausalLM.from_dense(self.dense, self._pathways(sparsity))
-        settings = sp.HealingSettings(
-            tokens=self.arguments.tokens,
-            train=self.arguments.train,
-            loss=self.arguments.loss,
-            teacher=self.arguments.teacher,
-            dense_partner=True,
-            dense_first=self.arguments.dense_first,
-            learning_rate=self.arguments.learning_rate,
-        )
         training, held_out = self.texts[domain]
         before = self._evaluate(model, domain, held_out)
         healed = sp.heal(
             model,
             self.tokenizer,
             {domain: training},
-            settings=settings,
+            settings=self.settings,
             work_folder=self.work / "unfinished",
         )
         healed.pathways.save_pretrained(self.work / self._name(domain, sparsity))
@@ -150,16 +151,15 @@ class Benchmark:
         return {row.role: asdict(row) for row in report.rows}
 
 
-def to_markdown(arguments: Any, rows: Sequence[dict[str, Any]]) -> str:
+def to_markdown(model: str, how: sp.HealingSettings, rows: Sequence[dict[str, Any]]) -> str:
     """Return the table with its caption."""
     tokens = min(row["report"]["tokens"] for row in rows)
     scored = min(row["healed"]["tokens"] for row in rows)
     caption = (
-        f"{arguments.model}, healed with `--train {arguments.train} --loss {arguments.loss} "
-        f"--teacher {arguments.teacher} --dense-first {arguments.dense_first:g} --learning-rate "
-        f"{arguments.learning_rate:g}` on at least {tokens} tokens per domain. Perplexity ratios "
-        f"on at least {scored} held-out tokens per domain; the last column is what counts: what is "
-        "adaptation to the text, the dense model gains too."
+        f"{model}, healed with `--train {how.train} --loss {how.loss} --teacher {how.teacher} "
+        f"--dense-first {how.dense_first:g} --learning-rate {how.rate:g}` on at least {tokens} "
+        f"tokens per domain. Perplexity ratios on at least {scored} held-out tokens per domain; "
+        "the last column is what counts: what is adaptation to the text, the dense model gains too."
     )
     header = ["domain", "sparsity", "pathway / dense", "healed / dense", "dense tuned / dense"]
     cells = [

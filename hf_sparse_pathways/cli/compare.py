@@ -48,7 +48,8 @@ def run(  # noqa: PLR0913
     """Measure pathways, controls and other methods on the same held-out text.
 
     Writes comparison.json and comparison.md. Finished steps are kept in the output folder, so that
-    an interrupted comparison, or one with more methods or sparsities, goes on from there.
+    an interrupted comparison, or one with more methods or sparsities, goes on from there; the
+    tables show everything that was measured on the same text.
     """
     from hf_sparse_pathways.measure.comparison import DEFAULT_METHODS, Comparison, compare
 

@@ -24,6 +24,9 @@ from hf_sparse_pathways.healing.settings import HealingSettings
 from hf_sparse_pathways.healing.students import Student, StudentLeaf
 
 _NAME = "default"
+FACTORS = (f"lora_B.{_NAME}.weight", f"lora_A.{_NAME}.weight")
+"""Names of a low-rank change's parameters within their leaf: the outer, and the inner factor."""
+
 _PREFIX = "base_model.model"
 
 

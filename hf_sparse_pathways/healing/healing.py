@@ -4,20 +4,19 @@ Per domain: draw fresh windows (``batches.py``), make the compact student of the
 (``students.py``), train low-rank changes or the kept weights themselves (``training.py``) on the
 text and a teacher (``losses.py``), and fold what was learnt into the pathway (``folding.py``) or
 keep it as a LoRA (``adapters.py``). On request the dense model takes the first of the steps, and
-what it learnt is cut to the pathway (``folding.py`` again), which takes the others. Much of what
+what it learnt is cut to the pathway (``cutting.py``), which takes the others. Much of what
 such training brings is adaptation to the text, which the dense model gains too: a dense partner is
 trained equally on request, and the report's ``honest_ratio`` is the one that counts.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from hf_sparse_pathways.discovery.passes import (
     PRECISIONS,
@@ -33,7 +32,8 @@ from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.healing.adapters import Adapter, add_lora, import_peft, make_adapter
 from hf_sparse_pathways.healing.batches import TrainingText, draw_text
 from hf_sparse_pathways.healing.checkpoints import Checkpoints
-from hf_sparse_pathways.healing.folding import cut, fold
+from hf_sparse_pathways.healing.cutting import cut
+from hf_sparse_pathways.healing.folding import fold
 from hf_sparse_pathways.healing.losses import LANGUAGE_MODELLING, Objective
 from hf_sparse_pathways.healing.report import HealingReport
 from hf_sparse_pathways.healing.settings import HealingSettings
@@ -45,7 +45,13 @@ from hf_sparse_pathways.healing.students import (
     make_student,
     reduce_frozen,
 )
-from hf_sparse_pathways.healing.training import Position, Stage, Trained, describe_plan, train
+from hf_sparse_pathways.healing.training import (
+    CurvePoint,
+    Stage,
+    Trained,
+    describe_plan,
+    train,
+)
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
 
@@ -79,7 +85,8 @@ def heal(
 
     Use the result with ``model.set_pathways(healed.pathways)``. Training takes place in float32
     copies: about 4 bytes per parameter, and as many again for the FFN's in every model that a run
-    holds (student, dense partner, teacher); 12 more per trained one.
+    holds (student, dense partner, teacher); while a model trains 16 more per trained one, and with
+    ``dense_first`` 4 for the state at the cut.
 
     Args:
         model: A model with pathways.
@@ -159,6 +166,9 @@ class _Arm:
     def lowest(self) -> float:
         return min(point.validation for point in self.run.curve)
 
+    def without_fork(self) -> "_Arm":
+        return replace(self, run=replace(self.run, fork={}))
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -172,33 +182,44 @@ class _Job:
     work_folder: "str | os.PathLike[str] | None"
 
     def carry_out(self) -> tuple[Pathway, Pathway | None, Adapter | None, HealingReport]:
-        """Train the partner if there is one, then the pathway; fold, and measure."""
+        """Train the dense model if it takes part, then the pathway; fold, and measure."""
         settings, pathway = self.settings, self.model.pathways[self.domain]
+        self._check(pathway)
         dense = self._train_dense() if settings.dense_partner or self._dense_steps else None
-        partner = dense if settings.dense_partner else None
-        objective = Objective(terms=settings.terms, teacher=self._teacher(partner))
-        blocks, start = pathway.blocks, Position()
+        student = self._prepare(pathway.blocks)
+        stage = Stage(label=f"heal {self.domain}")
         if dense is not None and self._dense_steps:
-            blocks, start = self._cut(dense, blocks), dense.run.forked
-        student = self._make_student(pathway.blocks, self.domain)
-        if blocks is not pathway.blocks:
-            student = make_student(self.frozen, blocks)
-        stage = Stage(label=f"heal {self.domain}", start=start)
+            cut(student, dense.student, dense.run.fork, self.frozen)
+            stage = replace(stage, start=dense.run.forked)
+        curve = dense.run.curve if dense else ()
+        partner = dense.without_fork() if dense and settings.dense_partner else None
+        del dense
+        objective = Objective(terms=settings.terms, teacher=self._teacher(partner))
         trained = self._train(student, objective, stage)
-        adapter = None
+        adapter, blocks = None, pathway.blocks
         if settings.keep == "lora":
-            adapter, blocks = make_adapter(trained.student, self.model, settings), pathway.blocks
-            loss = trained.lowest
+            adapter, loss = make_adapter(trained.student, self.model, settings), trained.lowest
         else:
             blocks = self._fold(trained)
             loss = self._loss(blocks)
-        report = self._report(trained, partner, loss)
+        report = self._report(trained, loss, partner, curve)
         healed = Pathway(blocks=blocks, provenance=self._provenance(pathway, report))
         tuned = None
         if partner is not None and adapter is None:
             provenance = {**healed.provenance, "method": "dense, tuned equally"}
             tuned = Pathway(blocks=self._fold(partner), provenance=provenance)
         return healed, tuned, adapter, report
+
+    def _check(self, pathway: Pathway) -> None:
+        """Refuse, before anything is trained, what cannot be healed or compared."""
+        if "healing" in pathway.provenance and (self.settings.dense_partner or self._dense_steps):
+            raise PathwaysError(
+                f"The pathway {self.domain!r} was healed before, and the dense model was not: "
+                "beside it the pathway would look better than it is. Heal the pathway as it was "
+                "built, or leave out dense_partner and dense_first."
+            )
+        probe = next(make_batches(self.text.validation[:1], 1))
+        check_student(make_student(self.frozen, pathway.blocks), self.model, probe, self.domain)
 
     @property
     def _dense_steps(self) -> int:
@@ -214,29 +235,21 @@ class _Job:
             end=None if own.dense_partner else steps,
             fork=steps or None,
         )
-        student = job._make_student(everything(self.frozen), None)
+        student = self._prepare(everything(self.frozen))
         return job._train(student, Objective(terms=LANGUAGE_MODELLING), stage)
 
-    def _cut(self, dense: _Arm, blocks: tuple[BlockPathway, ...]) -> tuple[BlockPathway, ...]:
-        """Return a pathway of what the dense model was when its removed neurons were cut out."""
-        with _state(dense.student.model, dense.run.fork):
-            whole = fold(dense.student, self.frozen, self.settings, torch.float32)
-        return cut(whole, blocks, find_blocks(self.frozen))
-
-    def _make_student(self, blocks: tuple[BlockPathway, ...], domain: str | None) -> Student:
-        """Return the student of a pathway of the model, or of the dense model; it is checked."""
+    def _prepare(self, blocks: tuple[BlockPathway, ...]) -> Student:
+        """Return a pathway's student, ready to be trained."""
         student = make_student(self.frozen, blocks)
-        probe = next(make_batches(self.text.validation[:1], 1))
-        check_student(student, self.model, probe, domain)
-        return student
-
-    def _train(self, student: Student, objective: Objective, stage: Stage) -> _Arm:
-        plan = describe_plan(student.model, self.text, self.settings, stage.label)
         if self.settings.train == "lora":
             add_lora(student, self.settings)
         else:
             for leaf in student.trained_leaves():
                 student.model.get_submodule(leaf.place).weight.requires_grad_(True)
+        return student
+
+    def _train(self, student: Student, objective: Objective, stage: Stage) -> _Arm:
+        plan = describe_plan(student.model, self.text, self.settings, stage.label)
         self._reduce(student.model)
         checkpoints = Checkpoints(self.work_folder, plan)
         run = train(student.model, self.text, objective, self.settings, checkpoints, stage)
@@ -271,7 +284,13 @@ class _Job:
                 batch_size=self.settings.batch_size,
             )
 
-    def _report(self, trained: _Arm, partner: _Arm | None, healed: float) -> HealingReport:
+    def _report(
+        self,
+        trained: _Arm,
+        healed: float,
+        partner: _Arm | None,
+        dense: tuple[CurvePoint, ...],
+    ) -> HealingReport:
         curve, untrained = trained.run.curve, self.model.pathways[self.domain].blocks
         return HealingReport(
             domain=self.domain,
@@ -281,12 +300,12 @@ class _Job:
             passes=self.text.passes,
             seconds=curve[-1].seconds,
             validation_tokens=sum(len(window.ids) - 1 for window in self.text.validation),
-            dense=self._loss(None) if partner is None else partner.run.curve[0].validation,
+            dense=dense[0].validation if dense else self._loss(None),
             before=self._loss(untrained) if self._dense_steps else curve[0].validation,
             healed=healed,
             tuned=None if partner is None else partner.lowest,
             curve=curve,
-            partner_curve=() if partner is None else partner.run.curve,
+            dense_curve=dense,
         )
 
     def _provenance(self, pathway: Pathway, report: HealingReport) -> dict[str, Any]:
@@ -297,18 +316,3 @@ class _Job:
             "healing": [*known.get("healing", ()), report.to_dict()],
             "text": self.text.added_to(known.get("text", {})),
         }
-
-
-@contextmanager
-@torch.no_grad()
-def _state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give a model other values of some parameters for a while."""
-    parameters = dict(model.named_parameters())
-    own = {name: parameters[name].detach().clone() for name in state}
-    for name, value in state.items():
-        parameters[name].copy_(value)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            parameters[name].copy_(value)

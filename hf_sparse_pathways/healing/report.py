@@ -16,16 +16,17 @@ class HealingReport:
         domain: Which.
         settings: All of them.
         source: What the training text was read from.
-        tokens: Tokens trained on, up to the end of the run.
+        tokens: Tokens trained on, up to the end of the run; with what the dense model took first.
         passes: How often the text was gone through.
-        seconds: Time that training took, the dense partner's apart.
+        seconds: Time that this took; what the dense partner took besides is apart.
         validation_tokens: Tokens that the losses are means over.
         dense: The untouched dense model's loss.
         before: The pathway's loss before healing.
         healed: The loss of what was returned, folded and in its stored precision.
         tuned: The equally tuned dense model's loss; None without a dense partner.
-        curve: The run.
-        partner_curve: The dense partner's.
+        curve: The pathway's run; with ``dense_first`` from the cut on.
+        dense_curve: The dense model's run, which without a partner ends at the cut; empty if it was
+            not trained.
     """
 
     domain: str
@@ -40,7 +41,7 @@ class HealingReport:
     healed: float
     tuned: float | None
     curve: tuple[CurvePoint, ...]
-    partner_curve: tuple[CurvePoint, ...]
+    dense_curve: tuple[CurvePoint, ...]
 
     @property
     def ratio_before(self) -> float:

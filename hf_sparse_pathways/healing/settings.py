@@ -13,7 +13,7 @@ KEPT = ("folded", "lora")
 TEACHERS = ("dense", "tuned")
 TERMS = ("lm", "kl", "hidden")
 
-LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 3e-4}
+LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 2e-4}
 """By what is trained, for AdamW."""
 
 
@@ -38,7 +38,8 @@ class HealingSettings:
             loss: same steps, same batches, same kind and size of changes.
         dense_first: Fraction of the steps for which the dense model is trained, with the language-
             modelling loss, before its removed neurons are cut out: what the text teaches is learnt
-            by all neurons. The dense partner shares these steps.
+            by all neurons. The dense partner goes on from there too. The learning rate goes on as
+            it would have; the optimiser's moments begin anew, since the loss may be another.
         tokens: Training tokens; text that is used up is drawn anew, in another order.
         steps: Instead of ``tokens``: optimiser steps.
         batch_size: Windows per forward pass.
@@ -50,7 +51,8 @@ class HealingSettings:
         clip: Largest norm of a step's gradient.
         validation_tokens: Tokens on which the best state is chosen.
         validations: How often, evenly over the run.
-        patience: Stop after so many validations in a row without a new best.
+        patience: Stop after so many validations in a row without a new best; what is cut is not
+            stopped before.
         precision: Of the products: ``"model"`` (float32), ``"bfloat16"``, or ``"fastest"``.
         seed: Of the windows, their order, and the low-rank changes' first values.
     """
@@ -138,8 +140,16 @@ class HealingSettings:
         return self.batch_size * self.accumulate
 
     def dense_steps(self, steps: int) -> int:
-        """Return how many of a run's steps the dense model is trained for."""
-        return min(steps - 1, round(self.dense_first * steps))
+        """Return how many of a run's steps the dense model takes first; the pathway has one.
+
+        Raises:
+            PathwaysError: There is one step only, and both shall have a part.
+        """
+        if not self.dense_first:
+            return 0
+        if steps == 1:
+            raise PathwaysError("dense_first needs two steps or more: give more tokens.")
+        return min(steps - 1, max(1, round(self.dense_first * steps)))
 
     @property
     def terms(self) -> dict[str, float]:

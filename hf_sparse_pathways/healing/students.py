@@ -118,12 +118,6 @@ def check_student(student: Student, model: Any, batch: Batch, domain: str | None
         )
 
 
-def kept_rows(block: FfnBlock, keep: Tensor) -> Tensor:
-    """Return the rows of a block's incoming leaves that belong to the neurons of a mask, int64."""
-    kept = keep.nonzero().flatten()
-    return torch.cat([kept + part * block.d_ff for part in range(_parts(block))])
-
-
 def base_weight(frozen: nn.Module, leaf: StudentLeaf) -> Tensor:
     """Return the base's kept rows or columns of a leaf, float32, in ``nn.Linear``'s order."""
     return _kept(frozen.get_submodule(leaf.name), leaf.index, incoming=leaf.incoming)
@@ -140,15 +134,11 @@ def reduce_frozen(model: nn.Module) -> None:
                     setattr(module, name, reduced)
 
 
-def _parts(block: FfnBlock) -> int:
-    """Return how many rows of an incoming leaf a neuron has."""
-    return 2 if block.layout.fused else 1
-
-
 def _shrink(block: FfnBlock, pathway: BlockPathway) -> tuple[StudentLeaf, ...]:
     """Replace a block's leaves by those of its kept neurons, in place."""
-    kept, rows = pathway.keep.nonzero().flatten(), kept_rows(block, pathway.keep)
-    width = block.d_ff * _parts(block)
+    kept = pathway.keep.nonzero().flatten()
+    parts = 2 if block.layout.fused else 1
+    rows = torch.cat([kept + part * block.d_ff for part in range(parts)])
     whole = block.entangled is not None
     made = []
     for position, name in enumerate(block.layout.incoming):
@@ -159,9 +149,9 @@ def _shrink(block: FfnBlock, pathway: BlockPathway) -> tuple[StudentLeaf, ...]:
             StudentLeaf(
                 name=place,
                 place=place,
-                index=torch.arange(width) if whole else rows,
+                index=torch.arange(parts * block.d_ff) if whole else rows,
                 incoming=True,
-                width=width,
+                width=parts * block.d_ff,
                 trained=not whole,
             )
         )

@@ -68,8 +68,7 @@ class Stage:
         label: For the progress bar.
         start: What another run has done of the steps.
         end: Number of the step before which it ends; None to go to the last.
-        fork: Number of the step before which the state is kept, for another run to go on from. A
-            run that is stopped before gives its best.
+        fork: Number of the step before which the state is kept, for another run to go on from.
     """
 
     label: str
@@ -153,8 +152,6 @@ def train(
             bar.set_postfix_str(f"validation {run.record.curve[-1].validation:.4f}")
     run.store()
     run.restore_best()
-    if stage.fork is not None and not run.fork:
-        run.keep_fork()
     return Trained(curve=tuple(run.record.curve), fork=run.fork, forked=run.record.forked)
 
 
@@ -190,10 +187,14 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        """Whether every step was taken, or the last validations brought nothing."""
-        curve = self.record.curve
+        """Whether every step was taken, or the last validations brought nothing.
+
+        Both who go on from a fork are judged by what they did since.
+        """
+        curve, fork = self.record.curve, self.stage.fork or 0
+        since = sum(point.step > max(fork, self.stage.start.step) for point in curve)
         stale = len(curve) - 1 - curve.index(self.record.best)
-        return self.record.step >= self.end or stale >= self.settings.patience
+        return self.record.step >= self.end or min(stale, since) >= self.settings.patience
 
     def advance(self) -> None:
         """Take a step, validate and fork if it is time, and store if it is time."""
@@ -209,14 +210,10 @@ class _Run:
         if done == self.end or done * times // total > (done - 1) * times // total:
             self.validate()
         if done == self.stage.fork:
-            self.keep_fork()
+            self.record.forked = self.record.position
+            self.fork = {n: p.detach().clone() for n, p in self.parameters.items()}
         if self.checkpoints.due:
             self.store()
-
-    def keep_fork(self) -> None:
-        """Keep the present state for another run."""
-        self.record.forked = self.record.position
-        self.fork = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     def _step(self, windows: Sequence[Window]) -> float:
         """Change the parameters by one batch's gradient; return its mean loss."""

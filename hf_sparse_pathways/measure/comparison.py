@@ -185,7 +185,7 @@ def _groups(methods: Sequence[str]) -> list[list[str]]:
 def _stored_sparsities(work: Path | None) -> set[float]:
     """Return the sparsities of all steps in a work folder, whatever comparison they are of."""
     paths = [] if work is None else work.glob("*.json")
-    return {row["sparsity"] for path in paths for row in read_json(path)["rows"]}
+    return {row["sparsity"] for path in paths for row in read_json(path).get("rows", ())}
 
 
 def _stored_rows(path: Path) -> list[ComparisonRow]:

@@ -47,7 +47,7 @@ class ComparisonReport:
 
     @property
     def sparsities(self) -> list[float]:
-        """The sparsities, as given."""
+        """The sparsities, in the rows' order."""
         return list(dict.fromkeys(row.sparsity for row in self.rows))
 
     @property

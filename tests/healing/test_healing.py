@@ -80,7 +80,7 @@ def test_the_partner_is_a_control_with_the_loss_that_is_reported(healed):
     model, result = healed
     report = result.reports["code"]
     assert report.tuned < report.dense
-    assert report.tuned == min(point.validation for point in report.partner_curve)
+    assert report.tuned == min(point.validation for point in report.dense_curve)
     assert report.ratio_before == pytest.approx(math.exp(report.before - report.dense))
     assert report.ratio == pytest.approx(math.exp(report.healed - report.dense))
     assert report.ratio_tuned == pytest.approx(math.exp(report.tuned - report.dense))
@@ -149,9 +149,9 @@ def test_the_dense_model_takes_the_first_steps_and_the_pathway_the_others(train,
     assert len(partner["batches"]) == 6
     assert student["batches"] == partner["batches"][3:]
     report = result.reports["code"]
-    assert [point.step for point in report.partner_curve] == [0, 2, 4, 6]
+    assert [point.step for point in report.dense_curve] == [0, 2, 4, 6]
     assert [point.step for point in report.curve] == [3, 4, 6]
-    assert report.tokens == report.partner_curve[-1].tokens
+    assert report.tokens == report.dense_curve[-1].tokens
     assert report.curve[0].validation < report.before, "what all neurons learnt is kept"
     assert report.before == pytest.approx(heal(model, steps=1).reports["code"].before, abs=1e-4)
     seen.clear()
@@ -163,16 +163,57 @@ def test_the_dense_model_takes_the_first_steps_and_the_pathway_the_others(train,
     assert f"{TUNED}code" not in alone.pathways.controls
 
 
-def test_a_dense_model_that_learns_nothing_more_is_cut_in_its_best_state():
-    settings = {"steps": 40, "validations": 20, "patience": 2, "learning_rate": 3.0}
+def _whole():
+    """Return a model whose pathway keeps every neuron."""
     dense = build("llama")
     masks = {n: [torch.ones_like(m) for m in own] for n, own in random_masks(dense).items()}
-    model = sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
-    report = heal(model, dense_first=0.9, dense_partner=True, **settings).reports["code"]
-    assert report.partner_curve[-1].step < 36, "stopped"
-    assert report.curve[0].step == report.partner_curve[-1].step
-    assert report.curve[0].validation == pytest.approx(report.tuned, abs=1e-4)
-    assert report.tuned < report.partner_curve[-1].validation
+    return sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
+
+
+@pytest.mark.parametrize("train", ["lora", "weights"])
+@pytest.mark.parametrize("patience", [2, 99])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_pathway_that_keeps_everything_is_the_partner(train, patience, share):
+    """Whatever it does better would be an advantage in the comparison."""
+    rate = {"lora": 5e-3, "weights": 1e-3}[train]
+    settings = {"steps": 40, "validations": 20, "patience": patience, "learning_rate": rate}
+    report = heal(_whole(), train=train, dense_partner=True, dense_first=share, **settings)
+    report = report.reports["code"]
+    assert report.honest_ratio > 0.999
+    if not share:
+        assert report.honest_ratio < 1.001
+    cut = next(point for point in report.dense_curve if point.step == round(40 * share))
+    assert report.curve[0].validation == pytest.approx(cut.validation, abs=1e-4)
+
+
+def test_what_is_cut_is_not_stopped_before():
+    settings = {"steps": 40, "validations": 20, "patience": 2, "learning_rate": 3.0}
+    last = [
+        heal(_whole(), dense_first=first, dense_partner=True, **settings)
+        .reports["code"]
+        .dense_curve[-1]
+        .step
+        for first in (0.0, 0.5)
+    ]
+    assert last[0] < 20
+    assert last[1] >= 24, "two validations are given to what goes on from the cut"
+
+
+def test_a_cut_lora_keeps_its_rank():
+    result = heal(sparse(compensated=False), dense_first=0.5, dense_partner=True)
+    for name in ("code", f"{TUNED}code"):
+        for block in result.pathways[name].blocks:
+            assert {change.rank for change in (*block.incoming, block.delta)} == {4}
+
+
+def test_a_pathway_that_was_healed_has_no_equal_partner(healed):
+    model, result = healed
+    again = sp.SparsePathwaysForCausalLM.from_dense(model.to_dense(), result.pathways).eval()
+    for settings in ({"dense_partner": True}, {"dense_first": 0.5}):
+        with pytest.raises(sp.PathwaysError, match="was healed before"):
+            heal(again, **settings)
+    with pytest.raises(sp.PathwaysError, match="two steps or more"):
+        heal(model, steps=1, dense_first=0.5)
 
 
 @pytest.mark.parametrize("train", ["lora", "weights"])

@@ -60,6 +60,6 @@ def test_the_rate_goes_with_what_is_trained():
     assert sp.HealingSettings(learning_rate=0.5).rate == 0.5
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.5, 5), (0.96, 9), (0.04, 0)])
-def test_the_pathway_has_at_least_one_step(share, steps):
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.5, 5), (0.96, 9), (0.04, 1)])
+def test_both_parts_have_at_least_one_step(share, steps):
     assert sp.HealingSettings(dense_first=share).dense_steps(10) == steps
