@@ -44,13 +44,19 @@ def main() -> None:
     parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
     parser.add_argument("--learning-rate", type=float, help="as heal's")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
+    parser.add_argument(
+        "--measured", action="store_true", help="heal nothing: write what was measured before"
+    )
     arguments = parser.parse_args()
     fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
     fetch += ["--model", arguments.model, "--texts", *arguments.domains]
     if subprocess.run(fetch).returncode:
         sys.exit(1)
     benchmark = Benchmark(arguments)
-    table = to_markdown(arguments.model, benchmark.settings, benchmark.measure())
+    rows = benchmark.measure()
+    if not rows:
+        sys.exit("Nothing was measured with these settings: leave out --measured.")
+    table = to_markdown(arguments.model, benchmark.settings, rows)
     print(table)
     if arguments.readme is not None:
         write_between(arguments.readme, START, END, table)
@@ -80,11 +86,13 @@ class Benchmark:
         }
 
     def measure(self) -> list[dict[str, Any]]:
-        """Return one row per sparsity and domain, healing what was not healed before."""
+        """Return one row per sparsity and domain, healing what was not, if that is wanted."""
         rows = []
         for domain in self.texts:
             for sparsity in self.arguments.sparsity:
                 path = self.work / f"{self._name(domain, sparsity)}.json"
+                if not path.is_file() and self.arguments.measured:
+                    continue
                 if not path.is_file():
                     row = self._heal(domain, sparsity)
                     write_atomically(path, json.dumps(row, indent=1).encode())
