@@ -24,6 +24,8 @@ def cut(student: Student, dense: Student, state: Mapping[str, Tensor], frozen: n
         frozen: The dense model that both were made from.
     """
     parameters = dict(student.model.named_parameters())
+    for name in state.keys() - _names(dense):  # of the attention, which is nobody's to cut
+        parameters[name].copy_(state[name])
     for leaf, whole in zip(student.trained_leaves(), dense.trained_leaves(), strict=True):
         outer, inner = (f"{leaf.place}.{factor}" for factor in FACTORS)
         if outer in state:
@@ -33,6 +35,12 @@ def cut(student: Student, dense: Student, state: Mapping[str, Tensor], frozen: n
             name = f"{leaf.place}.weight"
             change = state[name] - base_weight(frozen, whole)
             parameters[name].add_(_kept(change, leaf, 0 if leaf.incoming else 1))
+
+
+def _names(dense: Student) -> set[str]:
+    """Return the names of all parameters that are trained in the FFN's leaves."""
+    parts = ("weight", *FACTORS)
+    return {f"{leaf.place}.{part}" for leaf in dense.trained_leaves() for part in parts}
 
 
 def _kept(tensor: Tensor, leaf: StudentLeaf, dim: int) -> Tensor:

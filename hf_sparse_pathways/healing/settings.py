@@ -99,11 +99,6 @@ class HealingSettings:
             )
         if self.keep == "lora" and self.train != "lora":
             raise PathwaysError("keep='lora' needs train='lora': whole weights are no adapter.")
-        if self.dense_first and self.keep == "lora":
-            raise PathwaysError(
-                "dense_first changes the kept weights before there is an adapter, which would not "
-                "hold that: choose keep='folded'."
-            )
         if self.teacher == "tuned" and not (self.dense_partner and set(terms) - {"lm"}):
             raise PathwaysError(
                 "teacher='tuned' is the dense partner, from which the loss has to distil: set "

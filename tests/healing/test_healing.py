@@ -170,15 +170,18 @@ def _whole():
     return sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
 
 
-@pytest.mark.parametrize("train", ["lora", "weights"])
+@pytest.mark.parametrize("how", ["lora", "attention", "weights"])
 @pytest.mark.parametrize("patience", [2, 99])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_pathway_that_keeps_everything_is_the_partner(train, patience, share):
+def test_a_pathway_that_keeps_everything_is_the_partner(how, patience, share):
     """Whatever it does better would be an advantage in the comparison."""
-    rate = {"lora": 5e-3, "weights": 1e-3}[train]
-    settings = {"steps": 40, "validations": 20, "patience": patience, "learning_rate": rate}
-    report = heal(_whole(), train=train, dense_partner=True, dense_first=share, **settings)
-    report = report.reports["code"]
+    settings = {"steps": 40, "validations": 20, "patience": patience, "dense_first": share}
+    settings |= {
+        "lora": {"learning_rate": 5e-3},
+        "attention": {"learning_rate": 5e-3, "attention": True, "keep": "lora"},
+        "weights": {"learning_rate": 1e-3, "train": "weights"},
+    }[how]
+    report = heal(_whole(), dense_partner=True, **settings).reports["code"]
     assert report.honest_ratio > 0.999
     if not share:
         assert report.honest_ratio < 1.001
@@ -299,10 +302,11 @@ def test_two_domains_are_healed_apart():
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("attention", [False, True])
-def test_a_lora_can_be_kept_as_an_adapter(attention, tmp_path):
+def test_a_lora_can_be_kept_as_an_adapter(attention, share, tmp_path):
     model = sparse()
-    result = heal(model, keep="lora", attention=attention, steps=12)
+    result = heal(model, keep="lora", attention=attention, dense_first=share, steps=12)
     report = result.reports["code"]
     assert report.healed < report.before
     seen = result.pathways["code"].provenance["text"]["digests"]

@@ -46,7 +46,6 @@ def test_what_is_no_loss_is_refused(text):
         ({"dense_first": 1.0}, "dense_first"),
         ({"dense_first": -0.1}, "dense_first"),
         ({"dense_first": float("nan")}, "dense_first"),
-        ({"dense_first": 0.5, "keep": "lora"}, "keep='folded'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given, words):
