@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
     fetch += ["--model", arguments.model, "--texts", *arguments.domains]
-    if subprocess.run(fetch).returncode:
+    if not arguments.measured and subprocess.run(fetch).returncode:
         sys.exit(1)
     benchmark = Benchmark(arguments)
     rows = benchmark.measure()
@@ -76,19 +77,32 @@ class Benchmark:
             dense_first=arguments.dense_first,
             learning_rate=arguments.learning_rate,
         )
-        base = arguments.cache / arguments.model
+        self.base: Path = arguments.cache / arguments.model
         self.work: Path = arguments.cache / "benchmarks" / arguments.model / "healing"
-        self.dense = AutoModelForCausalLM.from_pretrained(base)
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.texts: dict[str, tuple[Documents, Documents]] = {
-            name: read_documents(arguments.cache / "texts" / name, seed=0).split(HELD_OUT, 0)
-            for name in arguments.domains
+
+    @cached_property
+    def dense(self) -> Any:
+        """The dense model."""
+        return AutoModelForCausalLM.from_pretrained(self.base)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return AutoTokenizer.from_pretrained(self.base)
+
+    @cached_property
+    def texts(self) -> dict[str, tuple[Documents, Documents]]:
+        """Domain -> training and held-out documents."""
+        folder = self.arguments.cache / "texts"
+        return {
+            name: read_documents(folder / name, seed=0).split(HELD_OUT, 0)
+            for name in self.arguments.domains
         }
 
     def measure(self) -> list[dict[str, Any]]:
         """Return one row per sparsity and domain, healing what was not, if that is wanted."""
         rows = []
-        for domain in self.texts:
+        for domain in self.arguments.domains:
             for sparsity in self.arguments.sparsity:
                 path = self.work / f"{self._name(domain, sparsity)}.json"
                 if not path.is_file() and self.arguments.measured:
@@ -100,9 +114,9 @@ class Benchmark:
         return rows
 
     def _name(self, domain: str, sparsity: float) -> str:
-        given = self.arguments
-        how = f"{given.train}-{given.loss}-{given.teacher}".replace(":", "")
-        how += f"-{given.dense_first:g}-{self.settings.rate:g}"
+        given, own = self.arguments, self.settings
+        how = f"{own.train}-{own.loss}-{own.teacher}".replace(":", "")
+        how += f"-{own.dense_first:g}-{own.rate:g}"
         tokens = f"{given.max_tokens}-{given.tokens}-{given.scored_tokens}"
         return f"{domain}-{sparsity:g}-{how}-{tokens}"
 

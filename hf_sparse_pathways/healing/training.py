@@ -105,10 +105,6 @@ class _Record:
     forked: Position = Position()
 
     @property
-    def position(self) -> "Position":
-        return Position(step=self.step, tokens=self.tokens, seconds=self.seconds)
-
-    @property
     def best(self) -> CurvePoint:
         return min(self.curve, key=lambda point: point.validation)
 
@@ -210,7 +206,8 @@ class _Run:
         if done == self.end or done * times // total > (done - 1) * times // total:
             self.validate()
         if done == self.stage.fork:
-            self.record.forked = self.record.position
+            at = self.record
+            at.forked = Position(step=done, tokens=at.tokens, seconds=at.seconds)
             self.fork = {n: p.detach().clone() for n, p in self.parameters.items()}
         if self.checkpoints.due:
             self.store()
