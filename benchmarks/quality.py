@@ -16,6 +16,7 @@ from hf_sparse_pathways.measure.comparison_report import ComparisonReport, Compa
 FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 MODELS = ("smollm2-135m-instruct", "gemma3-270m")
 DOMAINS = ("code", "law", "fiction", "math")
+MAX_TOKENS = "65536"
 START, END = "<!-- comparison: written by `make benchmark` -->", "<!-- /comparison -->"
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--sparsity", default="0.2,0.3,0.5")
-    parser.add_argument("--max-tokens", default="65536", help="calibration tokens per domain")
+    parser.add_argument("--max-tokens", default=MAX_TOKENS, help="calibration tokens per domain")
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
     parser.add_argument("--methods", nargs="+", default=[], help="as compare's --method")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
@@ -33,23 +34,30 @@ def main() -> None:
         "--measured", action="store_true", help="run nothing: write what was measured before"
     )
     arguments = parser.parse_args()
-    cache: Path = arguments.cache
     if not arguments.measured:
-        measure(arguments, cache)
+        measure(arguments)
     parts = []
     for model in arguments.models:
-        report = read_report(cache / "benchmarks" / model / "comparison.json")
+        report = read_report(work_folder(arguments, model) / "comparison.json")
         parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
     if arguments.readme is not None:
         write_between(arguments.readme, START, END, "\n\n".join(parts))
 
 
-def measure(arguments: argparse.Namespace, cache: Path) -> None:
+def work_folder(arguments: argparse.Namespace, model: str) -> Path:
+    """Return where a model's finished steps lie; those of another text size lie apart."""
+    tokens = arguments.max_tokens
+    name = model if tokens == MAX_TOKENS else f"{model}-{tokens}"
+    return Path(arguments.cache) / "benchmarks" / name
+
+
+def measure(arguments: argparse.Namespace) -> None:
     """Fetch the models and texts, and compare."""
+    cache: Path = arguments.cache
     run([sys.executable, str(FETCH), "--cache", str(cache), "--texts", *DOMAINS])
     for model in arguments.models:
         run([sys.executable, str(FETCH), "--cache", str(cache), "--model", model])
-        output = cache / "benchmarks" / model
+        output = work_folder(arguments, model)
         pairs = [f"{domain}={cache / 'texts' / domain}" for domain in DOMAINS]
         command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "compare"]
         command += [str(cache / model), *(part for pair in pairs for part in ("--domain", pair))]

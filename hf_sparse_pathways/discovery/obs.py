@@ -98,8 +98,8 @@ def rank_by_obs(
     if task.missing is not None:
         more = (how.target_ridge * unit).clamp_min(LEAST_RIDGE)
         own.diagonal().add_(more)
-        factor = torch.linalg.cholesky(own)
-        weight = weight + torch.cholesky_solve(missing[:, :d_ff].T, factor).T
+        factor = torch.linalg.cholesky(own.float())  # with its ridge well enough conditioned
+        weight = weight + torch.cholesky_solve(missing[:, :d_ff].float().T, factor).T
         ridge = ridge - more
     own.diagonal().add_(ridge)
     if task.metric is not None:
