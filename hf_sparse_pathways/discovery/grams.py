@@ -56,11 +56,6 @@ class Gram:
         """Number of tokens, padding excluded."""
         return float(self.total[-1, -1])
 
-    @property
-    def activation(self) -> Tensor:
-        """E[a a^T], float32 ``(d_ff, d_ff)``."""
-        return self.total[: self.d_ff, : self.d_ff] / self.tokens
-
     def load(self) -> "Gram":
         """Return itself; what is on disk has the same method."""
         return self

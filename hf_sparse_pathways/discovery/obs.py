@@ -79,7 +79,8 @@ def rank_by_obs(
         most: How many are removed at most; all by default.
     """
     d_ff = task.gram.d_ff
-    moments = task.gram.total.double() / task.gram.tokens
+    moments = task.gram.total.to(torch.float64, copy=True).div_(task.gram.tokens)
+    unit = moments.diagonal()[:d_ff].mean()
     missing = moments.new_zeros(len(task.weight), len(moments))
     if task.missing is not None:
         missing = task.missing.double()
@@ -91,10 +92,9 @@ def rank_by_obs(
         known = moments.new_zeros(len(bypass), len(moments))
         known[:, d_ff:-1] = bypass.double()
         moments, missing = _without(moments, missing, known, how.ridge)
-    own = moments[:d_ff, :d_ff].clone()
-    unit = task.gram.activation.diagonal().mean().double()
+    own = moments[:d_ff, :d_ff]
     ridge = (how.ridge * unit).clamp_min(LEAST_RIDGE)
-    weight = task.weight.double()
+    weight = task.weight.float()
     if task.missing is not None:
         more = (how.target_ridge * unit).clamp_min(LEAST_RIDGE)
         own.diagonal().add_(more)
@@ -103,8 +103,8 @@ def rank_by_obs(
         ridge = ridge - more
     own.diagonal().add_(ridge)
     if task.metric is not None:
-        weight = _any_root(task.metric) @ weight
-    return remove_by_obs(weight.float(), own.float(), most)
+        weight = _any_root(task.metric).float() @ weight
+    return remove_by_obs(weight, own.float(), most)
 
 
 def _any_root(metric: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _any_root(metric: Tensor) -> Tensor:
 
 
 def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Regress linear functions of z out of E[z z^T] and out of E[e z^T]. Pure.
+    """Regress linear functions of z out of E[z z^T], in place, and out of E[e z^T].
 
     Args:
         moments: E[z z^T].
@@ -126,4 +126,4 @@ def _without(moments: Tensor, cross: Tensor, known: Tensor, ridge: float) -> tup
     inner = theirs @ known.T
     inner.diagonal().add_(ridge * inner.diagonal().mean() + 1e-12)
     shares = torch.linalg.solve(inner, theirs)
-    return moments - theirs.T @ shares, cross - cross @ known.T @ shares
+    return moments.addmm_(theirs.T, shares, alpha=-1), cross - cross @ known.T @ shares

@@ -107,9 +107,9 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     if not own and not one and not how.bypass_rank:
         return BlockPathway(keep=keep)
     index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
-    system = _System.of(task.gram, index, how.ridge)
+    system = _System(task.gram, index, how.ridge)
     removed = (~keep).nonzero().flatten()
-    target = task.weight[:, removed].double() @ system.moments[removed]
+    target = task.weight[:, removed].double() @ system.moments(removed)
     bypass = None
     if how.bypass_rank and len(removed):
         if not task.gram.has_input:
@@ -118,17 +118,16 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
                 "Take the profile with inputs=True, or use order='sequential'."
             )
         bypass = system.bypass(target, how.bypass_rank, task.metric)
-        target = target - bypass.product().double() @ system.moments[d_ff:-1]
+        target = target - bypass.product().double() @ system.moments(slice(d_ff, -1))
     solution = system.solve(target)
     if task.missing is not None and len(index):
         solution = solution + system.with_ridge(how.target_ridge).solve(task.missing.double())
     delta: Tensor | LowRank | None = None
     bias = solution[:, -1] if how.bias else None
     if how.refit:
-        between = system.moments[kept][:, kept]
-        delta = _stored(solution[:, : len(kept)], between, how.patch_rank)
+        delta = _stored(solution[:, : len(kept)], system, kept, how.patch_rank)
     if bias is not None and isinstance(delta, LowRank):  # the mean that truncation leaves over
-        mean = system.moments[kept, -1]
+        mean = system.moments(kept)[:, -1]
         bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
     stored = None if bias is None else bias.to(STORED_DTYPE)
     return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)
@@ -139,20 +138,19 @@ class _System:
     """The normal equations of one block.
 
     Attributes:
-        moments: G, float64.
-        d_ff: Number of neurons.
+        gram: The sums of which G is the mean.
         index: The regressors besides the bypass, entries of z.
         ridge: In units of the mean second moment, for activations and for inputs.
     """
 
-    moments: Tensor
-    d_ff: int
+    gram: Gram
     index: Tensor
     ridge: float
 
-    @classmethod
-    def of(cls, gram: Gram, index: Tensor, ridge: float) -> "_System":
-        return cls(gram.total.double() / gram.tokens, gram.d_ff, index, ridge)
+    def moments(self, rows: Tensor | slice, columns: Tensor | slice | None = None) -> Tensor:
+        """Return a part of G, float64; no more of it is held than is needed."""
+        part = self.gram.total[rows]
+        return (part if columns is None else part[:, columns]).double() / self.gram.tokens
 
     def with_ridge(self, ridge: float) -> "_System":
         """Return the same equations with another ridge; what is factored already stays so."""
@@ -161,11 +159,9 @@ class _System:
     @cached_property
     def factor(self) -> Tensor:
         """Cholesky factor of the regressors' ridged second moments."""
-        diagonal = self.moments.diagonal()[: self.d_ff].mean() * self.ridge
-        own = self.moments[self.index][:, self.index]
-        own.diagonal().add_(
-            torch.where(self.index < self.d_ff, diagonal.clamp_min(LEAST_RIDGE), 1e-9)
-        )
+        own = self.moments(self.index, self.index)
+        ridge = (self._mean(slice(self.gram.d_ff)) * self.ridge).clamp_min(LEAST_RIDGE)
+        own.diagonal().add_(torch.where(self.index < self.gram.d_ff, ridge, 1e-9))
         return torch.linalg.cholesky(own)
 
     def solve(self, target: Tensor) -> Tensor:
@@ -174,12 +170,11 @@ class _System:
 
     def bypass(self, target: Tensor, rank: int, metric: Tensor | None) -> LowRank:
         """Return the best map of a rank from the block's input, given the other regressors."""
-        inputs = slice(self.d_ff, -1)
-        own_inputs = self.moments[self.index, inputs]
+        inputs = slice(self.gram.d_ff, -1)
+        own_inputs = self.moments(self.index, inputs)
         explained = torch.cholesky_solve(own_inputs, self.factor)
-        rest = self.moments[inputs, inputs] - own_inputs.T @ explained
-        mean = self.moments[inputs, inputs].diagonal().mean()
-        rest.diagonal().add_((mean * self.ridge).clamp_min(LEAST_RIDGE))
+        rest = self.moments(inputs, inputs) - own_inputs.T @ explained
+        rest.diagonal().add_((self._mean(inputs) * self.ridge).clamp_min(LEAST_RIDGE))
         cross = target[:, inputs] - target[:, self.index] @ explained
         full = torch.linalg.solve(rest, cross.T).T
         root, inverse_root = _roots(metric, len(full))
@@ -187,6 +182,10 @@ class _System:
         vectors = torch.linalg.eigh(weighted @ rest @ weighted.T).eigenvectors[:, -rank:]
         outer, inner = inverse_root @ vectors, vectors.T @ weighted
         return LowRank(outer.to(STORED_DTYPE), inner.to(STORED_DTYPE))
+
+    def _mean(self, entries: slice) -> Tensor:
+        """Return the mean second moment of some entries of z."""
+        return self.gram.total.diagonal()[entries].double().mean() / self.gram.tokens
 
 
 def metric_root(metric: Tensor) -> Tensor:
@@ -204,9 +203,10 @@ def _roots(metric: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     return root, torch.linalg.inv(root)
 
 
-def _stored(delta: Tensor, moments: Tensor, rank: int | None) -> Tensor | LowRank:
+def _stored(delta: Tensor, system: _System, kept: Tensor, rank: int | None) -> Tensor | LowRank:
     """Return a refit as it is stored: whole, or truncated where the activation is least."""
     if rank is None or rank >= min(delta.shape):
         return delta.to(STORED_DTYPE)
+    moments = system.moments(kept, kept)
     vectors = torch.linalg.eigh(delta @ moments @ delta.T).eigenvectors[:, -rank:]
     return LowRank(vectors.to(STORED_DTYPE), (vectors.T @ delta).to(STORED_DTYPE))
