@@ -34,7 +34,10 @@ def run(  # noqa: PLR0913
         str, typer.Option(help="lm, kl, hidden, joined by + and with factors: lm+kl:0.5.")
     ] = USUAL.loss,
     teacher: Annotated[
-        str, typer.Option(help="Of kl and hidden: dense, or tuned (the dense partner).")
+        str,
+        typer.Option(
+            help="Of kl and hidden: dense, tuned (the dense partner), or cut (dense, at the cut)."
+        ),
     ] = USUAL.teacher,
     dense_partner: Annotated[
         bool, typer.Option("--dense-partner", help="Tune the dense model equally, to compare.")

@@ -192,9 +192,9 @@ class _Job:
             cut(student, dense.student, dense.run.fork, self.frozen)
             stage = replace(stage, start=dense.run.forked)
         curve = dense.run.curve if dense else ()
+        objective = Objective(terms=settings.terms, teacher=self._teacher(dense))
         partner = dense.without_fork() if dense and settings.dense_partner else None
         del dense
-        objective = Objective(terms=settings.terms, teacher=self._teacher(partner))
         trained = self._train(student, objective, stage)
         adapter, blocks = None, pathway.blocks
         if settings.keep == "lora":
@@ -255,13 +255,19 @@ class _Job:
         run = train(student.model, self.text, objective, self.settings, checkpoints, stage)
         return _Arm(student, run)
 
-    def _teacher(self, partner: _Arm | None) -> Any:
+    def _teacher(self, dense: _Arm | None) -> Any:
         """Return the model to distil from; None if the loss does not."""
         if not set(self.settings.terms) - set(LANGUAGE_MODELLING):
             return None
-        if partner is not None and self.settings.teacher == "tuned":
-            return partner.student.model
-        teacher = make_student(self.frozen, everything(self.frozen)).model
+        if dense is not None and self.settings.teacher == "tuned":
+            return dense.student.model
+        whole = everything(self.frozen)
+        if dense is not None and self.settings.teacher == "cut":
+            teacher = self._prepare(whole).model
+            teacher.load_state_dict(dense.run.fork, strict=False)
+            teacher.requires_grad_(False)
+        else:
+            teacher = make_student(self.frozen, whole).model
         self._reduce(teacher)
         return teacher
 

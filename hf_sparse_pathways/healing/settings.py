@@ -10,7 +10,7 @@ from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 TRAINED = ("lora", "weights")
 KEPT = ("folded", "lora")
-TEACHERS = ("dense", "tuned")
+TEACHERS = ("dense", "tuned", "cut")
 TERMS = ("lm", "kl", "hidden")
 
 LEARNING_RATES: Mapping[str, float] = {"lora": 1e-3, "weights": 2e-4}
@@ -32,8 +32,9 @@ class HealingSettings:
         loss: Terms joined by ``+``, each with an optional factor, as in ``"lm+kl:0.5"``: ``lm``
             (next-token cross-entropy), ``kl`` (divergence from the teacher's predictions),
             ``hidden`` (relative squared distance from the teacher's hidden states).
-        teacher: ``"dense"`` (the untouched model), or ``"tuned"`` (the dense partner after its own
-            training).
+        teacher: ``"dense"`` (the untouched model), ``"tuned"`` (the dense partner after its own
+            training, which has learnt the batches by heart that it teaches), or ``"cut"`` (the
+            dense model at the cut, which has not seen them).
         dense_partner: Whether the dense model is trained equally, with the language-modelling
             loss: same steps, same batches, same kind and size of changes.
         dense_first: Fraction of the steps for which the dense model is trained, with the language-
@@ -103,6 +104,11 @@ class HealingSettings:
             raise PathwaysError(
                 "teacher='tuned' is the dense partner, from which the loss has to distil: set "
                 "dense_partner and a loss with 'kl' or 'hidden'."
+            )
+        if self.teacher == "cut" and not (self.dense_first and set(terms) - {"lm"}):
+            raise PathwaysError(
+                "teacher='cut' is the dense model when its neurons are cut out, from which the "
+                "loss has to distil: set dense_first and a loss with 'kl' or 'hidden'."
             )
 
     def _check_numbers(self) -> None:

@@ -189,6 +189,34 @@ def test_a_pathway_that_keeps_everything_is_the_partner(how, patience, share):
     assert report.curve[0].validation == pytest.approx(cut.validation, abs=1e-4)
 
 
+@pytest.mark.parametrize("how", ["lora", "attention", "weights"])
+def test_the_teacher_can_be_the_dense_model_at_the_cut(how, monkeypatch):
+    settings = {
+        "lora": {},
+        "attention": {"attention": True, "keep": "lora"},
+        "weights": {"train": "weights"},
+    }[how]
+    found = []
+    call = Objective.__call__
+
+    def watch(self, model, batch):
+        if self.teacher is not None:
+            found.append([m(IDS).logits.detach() for m in (model, self.teacher)])
+        return call(self, model, batch)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    settings |= {"dense_first": 0.5, "loss": "kl", "precision": "model"}
+    whole = _whole()
+    heal(whole, teacher="cut", **settings)
+    own, taught = found[0]
+    assert torch.allclose(own, taught, atol=1e-4), "where nothing is cut out, they are the same"
+    assert not torch.allclose(taught, whole(IDS).logits, atol=1e-3), "it has learnt"
+    assert torch.equal(found[-1][1], taught), "it learns no more"
+    found.clear()
+    heal(whole, teacher="tuned", dense_partner=True, **settings)
+    assert not torch.allclose(found[0][1], taught, atol=1e-3), "the partner has gone on"
+
+
 def test_what_is_cut_is_not_stopped_before():
     settings = {"steps": 40, "validations": 20, "patience": 2, "learning_rate": 3.0}
     last = [

@@ -34,6 +34,8 @@ def test_what_is_no_loss_is_refused(text):
         ({"keep": "lora", "train": "weights"}, "no adapter"),
         ({"teacher": "tuned", "loss": "kl"}, "dense_partner"),
         ({"teacher": "tuned", "dense_partner": True}, "'kl' or 'hidden'"),
+        ({"teacher": "cut", "loss": "kl"}, "dense_first"),
+        ({"teacher": "cut", "dense_first": 0.5}, "'kl' or 'hidden'"),
         ({"rank": 0}, "rank"),
         ({"steps": 0}, "steps"),
         ({"tokens": 1.5}, "tokens"),
