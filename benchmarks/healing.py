@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--scored-tokens", type=int, default=16384, help="held out, per domain")
     parser.add_argument("--train", default="weights", help="lora or weights")
     parser.add_argument("--loss", default="kl", help="terms joined by +")
-    parser.add_argument("--teacher", default="tuned", help="dense or tuned")
+    parser.add_argument("--teacher", default="tuned", help="dense, tuned or cut")
     parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
     parser.add_argument("--learning-rate", type=float, help="as heal's")
     parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")

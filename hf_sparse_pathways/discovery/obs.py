@@ -16,6 +16,7 @@ applied to columns as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089; batches 
 import torch
 from torch import Tensor
 
+from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, BlockTask, Repair, metric_root
 
@@ -64,6 +65,7 @@ def remove_by_obs(weight: Tensor, second_moment: Tensor, most: int | None = None
     return Removal(torch.tensor(order), torch.tensor(error, dtype=torch.float64))
 
 
+@full_precision()
 def rank_by_obs(
     task: BlockTask, how: Repair, bypass: Tensor | None = None, *, most: int | None = None
 ) -> Removal:
@@ -104,7 +106,9 @@ def rank_by_obs(
     own.diagonal().add_(ridge)
     if task.metric is not None:
         weight = _any_root(task.metric).float() @ weight
-    return remove_by_obs(weight, own.float(), most)
+    reduced = own.float()
+    del own, moments, missing
+    return remove_by_obs(weight, reduced, most)
 
 
 def _any_root(metric: Tensor) -> Tensor:

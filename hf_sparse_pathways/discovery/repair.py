@@ -127,7 +127,7 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     if how.refit:
         delta = _stored(solution[:, : len(kept)], system, kept, how.patch_rank)
     if bias is not None and isinstance(delta, LowRank):  # the mean that truncation leaves over
-        mean = system.moments(kept)[:, -1]
+        mean = system.moments(kept, slice(-1, None))[:, 0]
         bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
     stored = None if bias is None else bias.to(STORED_DTYPE)
     return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.passes import (
     PRECISIONS,
@@ -50,6 +50,7 @@ from hf_sparse_pathways.healing.training import (
     Stage,
     Trained,
     describe_plan,
+    restore,
     train,
 )
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
@@ -192,9 +193,11 @@ class _Job:
             cut(student, dense.student, dense.run.fork, self.frozen)
             stage = replace(stage, start=dense.run.forked)
         curve = dense.run.curve if dense else ()
-        objective = Objective(terms=settings.terms, teacher=self._teacher(dense))
+        fork = dense.run.fork if dense and settings.teacher == "cut" else {}
         partner = dense.without_fork() if dense and settings.dense_partner else None
         del dense
+        objective = Objective(terms=settings.terms, teacher=self._teacher(partner, fork))
+        del fork
         trained = self._train(student, objective, stage)
         adapter, blocks = None, pathway.blocks
         if settings.keep == "lora":
@@ -255,16 +258,16 @@ class _Job:
         run = train(student.model, self.text, objective, self.settings, checkpoints, stage)
         return _Arm(student, run)
 
-    def _teacher(self, dense: _Arm | None) -> Any:
-        """Return the model to distil from; None if the loss does not."""
+    def _teacher(self, partner: _Arm | None, fork: Mapping[str, Tensor]) -> Any:
+        """Return the model to distil from, a fork's if there is one; None if the loss does not."""
         if not set(self.settings.terms) - set(LANGUAGE_MODELLING):
             return None
-        if dense is not None and self.settings.teacher == "tuned":
-            return dense.student.model
+        if partner is not None and self.settings.teacher == "tuned":
+            return partner.student.model
         whole = everything(self.frozen)
-        if dense is not None and self.settings.teacher == "cut":
+        if fork:
             teacher = self._prepare(whole).model
-            teacher.load_state_dict(dense.run.fork, strict=False)
+            restore(teacher, fork)
             teacher.requires_grad_(False)
         else:
             teacher = make_student(self.frozen, whole).model

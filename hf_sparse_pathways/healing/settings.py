@@ -33,8 +33,8 @@ class HealingSettings:
             (next-token cross-entropy), ``kl`` (divergence from the teacher's predictions),
             ``hidden`` (relative squared distance from the teacher's hidden states).
         teacher: ``"dense"`` (the untouched model), ``"tuned"`` (the dense partner after its own
-            training, which has learnt the batches by heart that it teaches), or ``"cut"`` (the
-            dense model at the cut, which has not seen them).
+            training, on the batches that it teaches among others), or ``"cut"`` (the dense model
+            at the cut, which has not seen them unless the text was used up before).
         dense_partner: Whether the dense model is trained equally, with the language-modelling
             loss: same steps, same batches, same kind and size of changes.
         dense_first: Fraction of the steps for which the dense model is trained, with the language-

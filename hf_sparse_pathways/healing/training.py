@@ -147,7 +147,7 @@ def train(
             bar.update(run.record.tokens - before)
             bar.set_postfix_str(f"validation {run.record.curve[-1].validation:.4f}")
     run.store()
-    run.restore_best()
+    restore(model, run.best)
     return Trained(curve=tuple(run.record.curve), fork=run.fork, forked=run.record.forked)
 
 
@@ -301,11 +301,13 @@ class _Run:
         ):
             group["lr"] = base * factor(step)
 
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        """Give the model its best state, in place."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.best[name])
+
+@torch.no_grad()
+def restore(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Give a model's parameters the values that they had, in place."""
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        parameters[name].copy_(value)
 
 
 def describe_plan(

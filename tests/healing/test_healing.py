@@ -189,32 +189,53 @@ def test_a_pathway_that_keeps_everything_is_the_partner(how, patience, share):
     assert report.curve[0].validation == pytest.approx(cut.validation, abs=1e-4)
 
 
-@pytest.mark.parametrize("how", ["lora", "attention", "weights"])
-def test_the_teacher_can_be_the_dense_model_at_the_cut(how, monkeypatch):
-    settings = {
-        "lora": {},
-        "attention": {"attention": True, "keep": "lora"},
-        "weights": {"train": "weights"},
-    }[how]
+_TRAINED = {
+    "lora": {},
+    "attention": {"attention": True, "keep": "lora"},
+    "weights": {"train": "weights"},
+}
+
+
+def _see_teacher(monkeypatch):
+    """Record at every batch the logits of the student and of its teacher."""
     found = []
     call = Objective.__call__
 
     def watch(self, model, batch):
         if self.teacher is not None:
-            found.append([m(IDS).logits.detach() for m in (model, self.teacher)])
+            found.append([m(IDS).logits.detach().float() for m in (model, self.teacher)])
         return call(self, model, batch)
 
     monkeypatch.setattr(Objective, "__call__", watch)
-    settings |= {"dense_first": 0.5, "loss": "kl", "precision": "model"}
+    return found
+
+
+@pytest.mark.parametrize("how", _TRAINED)
+def test_the_teacher_can_be_the_dense_model_at_the_cut(how, monkeypatch):
+    found = _see_teacher(monkeypatch)
+    settings = {"dense_first": 0.5, "loss": "lm+kl", "precision": "model", **_TRAINED[how]}
     whole = _whole()
     heal(whole, teacher="cut", **settings)
     own, taught = found[0]
     assert torch.allclose(own, taught, atol=1e-4), "where nothing is cut out, they are the same"
     assert not torch.allclose(taught, whole(IDS).logits, atol=1e-3), "it has learnt"
     assert torch.equal(found[-1][1], taught), "it learns no more"
+    assert not torch.allclose(found[-1][0], own, atol=1e-3), "the student does"
     found.clear()
     heal(whole, teacher="tuned", dense_partner=True, **settings)
     assert not torch.allclose(found[0][1], taught, atol=1e-3), "the partner has gone on"
+
+
+@pytest.mark.parametrize("precision", ["model", "bfloat16"])
+@pytest.mark.parametrize("how", _TRAINED)
+def test_the_teacher_at_the_cut_has_all_neurons(how, precision, monkeypatch):
+    found = _see_teacher(monkeypatch)
+    settings = {"dense_first": 0.5, "loss": "kl", "precision": precision, **_TRAINED[how]}
+    heal(_whole(), teacher="cut", **settings)
+    heal(sparse(), teacher="cut", **settings)
+    (_, dense), (pruned, taught) = found[0], found[len(found) // 2]
+    assert torch.allclose(taught, dense, atol=1e-4), "whatever the pathway keeps"
+    assert not torch.allclose(pruned, dense, atol=1e-2)
 
 
 def test_what_is_cut_is_not_stopped_before():
