@@ -15,13 +15,15 @@ from tests.healing.healings import same
 SHORT = ("--steps", 4, "--batch-size", 2, "--accumulate", 1, "--rank", 2, "--validations", 2)
 
 
-def test_heal_can_begin_with_the_dense_model(places, tmp_path):
-    options = ("--train", "weights", "--loss", "kl", "--teacher", "tuned", "--dense-partner")
+@pytest.mark.parametrize("teacher", ["tuned", "cut"])
+def test_heal_can_begin_with_the_dense_model(teacher, places, tmp_path):
+    options = ("--train", "weights", "--loss", "kl", "--teacher", teacher, "--dense-partner")
     options += ("--dense-first", 0.5, "--output", tmp_path / "out")
     run_well("heal", places.built, "--domain", f"code={places.code}", *SHORT, *options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     (entry,) = model.pathways["code"].provenance["healing"]
     assert entry["settings"]["dense_first"] == 0.5
+    assert entry["settings"]["teacher"] == teacher
     assert [point["step"] for point in entry["dense_curve"]] == [0, 2, 4]
     assert [point["step"] for point in entry["curve"]] == [2, 4]
     again = run("heal", tmp_path / "out", "--domain", f"code={places.code}", *SHORT, *options)
