@@ -34,11 +34,9 @@ def main() -> None:
         "--measured", action="store_true", help="run nothing: write what was measured before"
     )
     arguments = parser.parse_args()
-    if arguments.readme is not None and arguments.max_tokens != MAX_TOKENS:
-        parser.error(f"--readme is for --max-tokens {MAX_TOKENS}: the text beside it says so.")
     if not arguments.measured:
         measure(arguments)
-    parts = []
+    parts = [f"Calibrated on {arguments.max_tokens} tokens per domain."]
     for model in arguments.models:
         report = read_report(work_folder(arguments, model) / "comparison.json")
         parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")

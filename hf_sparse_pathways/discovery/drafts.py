@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.evidence import Evidence
 from hf_sparse_pathways.discovery.obs import rank_by_obs
-from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.discovery.repair import BlockTask, Repair, repair
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window
@@ -33,7 +32,6 @@ class Draft:
     repairs: Repair
     provenance: dict[str, Any]
 
-    @full_precision()
     def block(self, index: int, task: BlockTask | None) -> BlockPathway:
         """Choose and repair one block; without a task from the profile alone."""
         if task is None and self.repairs.needs_grams:

@@ -111,7 +111,6 @@ class Evidence:
             metric=self.metric(index),
         )
 
-    @full_precision()
     def removal(
         self, index: int, task: BlockTask | None = None, *, most: int | None = None
     ) -> Removal:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
+from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
@@ -92,6 +93,7 @@ class BlockTask:
     metric: Tensor | None = None
 
 
+@full_precision()
 def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     """Return a block's pathway with its compensation. Pure.
 

@@ -281,8 +281,8 @@ class _Run:
         record, groups = stored
         self.record = _Record.of(record)
         state = self.optimizer.optimizer.state
+        restore(self.model, groups["parameters"])
         for name, parameter in self.parameters.items():
-            parameter.copy_(groups["parameters"][name])
             self.best[name] = groups["best"][name].to(parameter.device)
             if self.record.step > self.stage.start.step:
                 moments = {m: groups[m][name].to(parameter.device) for m in _MOMENTS}

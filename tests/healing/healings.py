@@ -6,6 +6,7 @@ from transformers import BitNetConfig, BitNetForCausalLM
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.healing.batches import draw_text
+from hf_sparse_pathways.healing.losses import Objective
 from hf_sparse_pathways.healing.students import frozen_copy, make_student
 from tests.architectures import LLAMA_LIKE, build, compensate, random_masks
 from tests.texts import documents, tiny_tokenizer
@@ -73,3 +74,17 @@ def same(first, second):
     """Whether two pathways hold the same tensors, bit for bit."""
     mine, theirs = parts(first), parts(second)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def watch_batches(monkeypatch):
+    """Record the batches that each model is trained on, and its teacher."""
+    seen = {}
+    call = Objective.__call__
+
+    def watch(self, model, batch):
+        record = seen.setdefault(id(model), {"batches": [], "model": model, "objective": self})
+        record["batches"].append(tuple(window.ids for window in batch.windows))
+        return call(self, model, batch)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    return seen
