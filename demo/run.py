@@ -1,7 +1,8 @@
 """The whole product on a real model: fetch, build, reload in a fresh process, measure, generate.
 
 ``make demo`` runs it; ``MODEL=`` (a Hub id or folder) and ``DOMAINS="name=path name=path"`` put
-your own in place of the fetched ones. What was built with the same settings is used again.
+your own in place of the fetched ones. What the same code built with the same settings is used
+again.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from hf_sparse_pathways import __version__
+from hf_sparse_pathways.files import code_digest
 
 HERE = Path(__file__).parent
 TEXTS = ("code", "law", "medicine")
@@ -50,12 +51,12 @@ def fetch_missing(cache: Path, model: str, domains: list[str]) -> tuple[str, lis
 
 
 def build_once(folder: Path, model: str, domains: list[str], options: list[str]) -> Path:
-    """Build the pathways with the command line, unless the same ones are there."""
+    """Build the pathways with the command line, unless the same code has built the same ones."""
     settings = {
         "model": model,
         "domains": domains,
         "options": options,
-        "version": __version__,
+        "code": code_digest(),
     }
     record = folder / "settings.json"
     output = folder / "model"
