@@ -70,9 +70,17 @@ def test_commands_then_python(workplace, monkeypatch, capsys):
 
 
 EXAMPLES = {
-    "quickstart.py": ["base", "code=src", "law=law", "--output", "out", "--max-tokens", "200"],
+    "quickstart.py": ["base code=src law=law --output out --max-tokens 200"],
     "own_masks.py": ["base"],
+    "own_method.py": ["base src law"],
+    "profile_in_parts.py": [
+        "part base code=src one",
+        "part base law=law two",
+        "part base law=src three",
+        "join base joined one two three",
+    ],
     "mixed_batch.py": ["built"],
+    "heal.py": ["built code src healed 2000"],
 }
 
 
@@ -83,8 +91,7 @@ def test_every_example_is_listed():
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, monkeypatch, capsys):
-    arguments = EXAMPLES[name]
-    if "built" in arguments:
+    if EXAMPLES[name][0].startswith("built"):
         made = "build base --domain code=src --domain law=law --output built --max-tokens 200"
         monkeypatch.setattr(sys, "argv", ["sparse-pathways", *made.split()])
         with pytest.raises(SystemExit):
@@ -92,7 +99,8 @@ def test_examples_run(name, monkeypatch, capsys):
     path = ROOT / "examples" / name
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-    runpy.run_path(str(path), run_name="__main__")
+    for arguments in EXAMPLES[name]:
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments.split()])
+        runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) >= 3
