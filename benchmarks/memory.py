@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery.memory import parse_memory
+from hf_sparse_pathways.memory import parse_memory
 
 VOCABULARY = 256
 TOKENS = 4096

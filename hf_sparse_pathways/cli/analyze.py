@@ -13,9 +13,9 @@ from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
 from hf_sparse_pathways.cli.report_folder import load_plots, write_report
 from hf_sparse_pathways.cli.tables import print_table
-from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.measure.paper import PERCENTILE
+from hf_sparse_pathways.memory import MAX_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -18,8 +18,8 @@ from hf_sparse_pathways.cli.profile import (
     split_texts,
     take_profile,
 )
-from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.memory import MAX_MEMORY
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile

@@ -17,8 +17,8 @@ from hf_sparse_pathways.cli.profile import (
     take_profile,
 )
 from hf_sparse_pathways.cli.tables import print_table
-from hf_sparse_pathways.discovery.memory import MAX_MEMORY
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.memory import MAX_MEMORY
 
 
 def run(  # noqa: PLR0913

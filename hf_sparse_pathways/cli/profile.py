@@ -9,7 +9,7 @@ import typer
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
-from hf_sparse_pathways.discovery.memory import MAX_MEMORY
+from hf_sparse_pathways.memory import MAX_MEMORY
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile

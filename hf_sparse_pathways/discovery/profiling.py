@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
 from hf_sparse_pathways.discovery.grams import GramSource
-from hf_sparse_pathways.discovery.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.discovery.passes import (
     Finished,
     calibration_precision,
@@ -46,6 +45,7 @@ from hf_sparse_pathways.discovery.windows import (
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
+from hf_sparse_pathways.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.pathways.base import BaseModel
 
 MIN_TOKENS = 32

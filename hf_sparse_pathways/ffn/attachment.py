@@ -18,6 +18,7 @@ from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
+from hf_sparse_pathways.ffn.executors import copy_bytes, kept_weights
 from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
     OutgoingLeaf,
@@ -25,6 +26,7 @@ from hf_sparse_pathways.ffn.leaves import (
     restore_leaf,
     swap_leaf,
 )
+from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -34,6 +36,7 @@ class Attachment:
     Attributes:
         key: The model's identity among the choices.
         blocks: One entry per FFN block, in layer order.
+        residents: Which pathways have copies of their kept weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +46,10 @@ class Attachment:
             UnsupportedModelError: No FFN block was found.
         """
         self.key = ModelKey()
-        self.blocks = tuple(AttachedBlock(block, self.key) for block in find_blocks(model))
+        self.residents = Residents(self.copy_bytes, self._drop_pathway)
+        self.blocks = tuple(
+            AttachedBlock(block, self.key, self.residents) for block in find_blocks(model)
+        )
         self._samples: Tensor | None = None
 
     def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
@@ -57,6 +63,24 @@ class Attachment:
         for attached in self.blocks:
             attached.drop_copies()
 
+    def copy_bytes(self, pathway: int) -> int:
+        """Return how many bytes the copies of a pathway's kept weights take."""
+        return sum(copy_bytes(leaf, pathway) for leaf in self._compact_leaves)
+
+    def make_copies(self, pathway: int) -> None:
+        """Make the copies of a pathway's kept weights that are not there or out of date."""
+        for leaf in self._compact_leaves:
+            kept_weights(leaf, pathway)
+
+    def _drop_pathway(self, pathway: int) -> None:
+        for attached in self.blocks:
+            for leaf in attached.leaves.values():
+                leaf.copies.pop(pathway, None)
+
+    @property
+    def _compact_leaves(self) -> list[PathwayLeaf]:
+        return [leaf for attached in self.blocks for leaf in attached.compact_leaves]
+
     def check_copies(self) -> None:
         """Drop copies whose weights were written past autograd's version counter.
 
@@ -64,7 +88,7 @@ class Attachment:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        leaves = [leaf for block in self.blocks for leaf in block.compact_leaves]
+        leaves = self._compact_leaves
         if torch.compiler.is_compiling() or not leaves:
             return
         samples = torch.stack([_sample(leaf) for leaf in leaves])
@@ -90,9 +114,9 @@ class Attachment:
 class AttachedBlock:
     """One FFN block with swapped leaves."""
 
-    def __init__(self, block: FfnBlock, key: ModelKey) -> None:
+    def __init__(self, block: FfnBlock, key: ModelKey, residents: Residents | None = None) -> None:
         self.block = block
-        self.state = BlockState(key, block.d_ff)
+        self.state = BlockState(key, block.d_ff, residents)
         rows = 2 if block.layout.fused else 1
         for position, leaf in enumerate(block.incoming):
             swap_leaf(leaf, IncomingLeaf, self.state, rows=rows, position=position)
@@ -106,7 +130,7 @@ class AttachedBlock:
     def drop_copies(self) -> None:
         """Forget the copies of kept weights."""
         for leaf in self.leaves.values():
-            leaf.copies.clear()
+            leaf.drop_copies()
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""

@@ -31,6 +31,7 @@ class Choice:
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
+        pinned: Whether the pathway's copies have to stay until then.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
     """
 
@@ -40,6 +41,7 @@ class Choice:
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
+    pinned: bool = False
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 

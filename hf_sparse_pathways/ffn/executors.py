@@ -13,6 +13,7 @@ To add one, write the two functions, register them in ``EXECUTORS``, and ``tests
 compares it with zeroed weights on every architecture.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +29,8 @@ from hf_sparse_pathways.ffn.state import needed_input
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+
+_MAKING = threading.Lock()
 
 AUTO_EXECUTOR = "compact"
 """What ``"auto"`` means: the fastest executor that is exact for every model."""
@@ -73,14 +76,14 @@ class Compact:
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
-        kept = _kept_weights(leaf, pathway)
+        kept = kept_weights(leaf, pathway)
         return functional.linear(x, kept.weight, kept.bias)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
     ) -> Tensor:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
-        kept = _kept_weights(leaf, pathway)
+        kept = kept_weights(leaf, pathway)
         output = functional.linear(x, kept.weight, kept.bias)
         if kept.bypass is not None:
             output = output + kept.bypass(needed_input(block_input))
@@ -118,15 +121,32 @@ class KeptWeights:
     stamp: tuple[object, ...]
 
 
-def _kept_weights(leaf: "PathwayLeaf", pathway: int) -> KeptWeights:
+def kept_weights(leaf: "PathwayLeaf", pathway: int) -> KeptWeights:
     """Return a leaf's copy for a pathway, made again if the weights have changed since."""
     if torch.compiler.is_compiling():
         return _copy_kept(leaf, pathway, ())
     stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
     copy = leaf.copies.get(pathway)
     if copy is None or copy.stamp != stamp:
-        copy = leaf.copies[pathway] = _copy_kept(leaf, pathway, stamp)
+        with _MAKING:  # two threads with one pathway would make two copies
+            copy = leaf.copies.get(pathway)
+            if copy is None or copy.stamp != stamp:
+                leaf.copies.pop(pathway, None)
+                copy = leaf.copies[pathway] = _copy_kept(leaf, pathway, stamp)
     return copy
+
+
+def copy_bytes(leaf: "PathwayLeaf", pathway: int) -> int:
+    """Return how many bytes a leaf's copy for a pathway takes."""
+    own = leaf.state.pathways[pathway]
+    width = leaf.weight.numel() // leaf.state.d_ff  # of a neuron's rows, or of its column
+    values = own.kept * width
+    if leaf.neuron_dim == 0:
+        values += 0 if leaf.bias is None else own.kept * leaf.rows_per_neuron
+    else:
+        values += 0 if own.bias is None else own.bias.numel()
+        values += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
+    return values * leaf.weight.element_size()
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
@@ -147,12 +167,28 @@ def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> 
         bias = leaf.bias
         if bias is not None and leaf.neuron_dim == 0:
             bias = bias[index]
-        kept = weight.index_select(leaf.neuron_dim, index).contiguous()
+        kept = _rows(weight, index) if leaf.neuron_dim == 0 else _columns(weight, index)
         if leaf.neuron_dim == 0:
             changes = leaf.state.pathways[pathway].incoming
             delta = changes[leaf.position] if leaf.position < len(changes) else None
             return KeptWeights(_changed(kept, delta), bias, None, stamp)
         return _compensated(kept, bias, leaf.state.pathways[pathway], stamp)
+
+
+def _rows(weight: Tensor, index: Tensor) -> Tensor:
+    return weight.index_select(0, index).contiguous()
+
+
+def _columns(weight: Tensor, index: Tensor) -> Tensor:
+    """Return columns of a matrix, contiguous.
+
+    For two-byte types torch's selection of columns has no vector code on the CPU; gathering them as
+    integers takes a third to a half of the time.
+    """
+    if weight.device.type == "cpu" and weight.element_size() == 2:
+        bits = weight.view(torch.int16)
+        return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)
+    return weight.index_select(1, index).contiguous()
 
 
 def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:

@@ -51,8 +51,16 @@ class PathwayLeaf(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast as any module, and drop the copies of what was before."""
-        self.copies.clear()
+        self.drop_copies()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def drop_copies(self) -> None:
+        """Forget the copies of kept weights; no pathway is resident without them."""
+        if not self.copies:
+            return
+        self.copies.clear()
+        if self.state.residents is not None:
+            self.state.residents.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the leaf's own class, without the weights' copies."""

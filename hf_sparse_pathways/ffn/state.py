@@ -10,6 +10,7 @@ from torch.nn import functional
 from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey
+from hf_sparse_pathways.ffn.residents import Residents
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,17 @@ class BlockState:
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
+        residents: Which of the model's pathways have copies; None if nobody counts them.
     """
 
-    def __init__(self, key: ModelKey, d_ff: int) -> None:
+    def __init__(self, key: ModelKey, d_ff: int, residents: Residents | None = None) -> None:
         self.key = key
         self.d_ff = d_ff
         self.pathways: tuple[BlockPathway, ...] = ()
         self.bypassed = False
         self.masked_only = False
         self.masked_outside = False
+        self.residents = residents
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}

@@ -23,7 +23,6 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForCausalLM,
 )
 
-from hf_sparse_pathways.ffn.choices import remove_choice
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
@@ -84,7 +83,7 @@ def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]
         try:
             return base_forward(self, *args, **kwargs)
         finally:
-            remove_choice(choice)
+            self.leave_forward(choice)
 
     signature = inspect.signature(base_forward)
     parameters = list(signature.parameters.values())

@@ -27,6 +27,7 @@ from hf_sparse_pathways.ffn.choices import (
     remove_choice,
 )
 from hf_sparse_pathways.ffn.executors import resolve_executor
+from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
 from hf_sparse_pathways.pathways.base import BaseModel
@@ -95,6 +96,9 @@ class SparsePathwaysModel(_Base):
         self._attachment.load([pathway.blocks for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
+        if self._attachment.residents.limit is None:
+            sizes = (p.numel() * p.element_size() for p in self.parameters())
+            self._attachment.residents.limit = sum(sizes)
 
     @property
     def domains(self) -> list[str]:
@@ -110,6 +114,64 @@ class SparsePathwaysModel(_Base):
         resolve_executor(executor)
         self.config.executor = executor
         self._attachment.drop_copies()
+
+    @property
+    def max_resident_bytes(self) -> int:
+        """Most bytes that copies of kept weights take; by default the bytes of all weights.
+
+        Where a pathway does not fit, others that were used longer ago give way; if it does not
+        fit alone, or because other threads are using theirs, it is computed by ``masked``.
+        """
+        limit = self._attachment.residents.limit
+        assert limit is not None  # from the start: see set_pathways
+        return limit
+
+    @max_resident_bytes.setter
+    def max_resident_bytes(self, size: int | str) -> None:
+        self._attachment.residents.limit = parse_memory(size)
+        self._attachment.drop_copies()
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Bytes of the copies by pathway, those used longest ago first."""
+        sizes = self._attachment.residents.sizes
+        return {self._named[pathway]: size for pathway, size in sizes.items()}
+
+    def prepare(self, domain: str) -> bool:
+        """Make the copies that a domain's first call would make, ahead of it.
+
+        Args:
+            domain: A domain.
+
+        Returns:
+            Whether they are there. They are not where other threads are using the memory, or
+            where the executor is ``masked``, which needs none.
+
+        Raises:
+            UnknownNameError: An unknown domain.
+            PathwaysError: They would take more than ``max_resident_bytes``.
+        """
+        pathway = self._resolve(domain)
+        if not isinstance(pathway, int):
+            raise PathwaysError(f"prepare takes one domain, got {domain!r}.")
+        self._look_at_weights()
+        if resolve_executor(self.config.executor) == "masked":
+            return False
+        needed = self._attachment.copy_bytes(pathway)
+        if needed > self.max_resident_bytes:
+            raise PathwaysError(
+                f"The kept weights of {domain!r} take {format_memory(needed)}, and "
+                f"max_resident_bytes is {format_memory(self.max_resident_bytes)}. Raise it "
+                "(model.max_resident_bytes = ...), or let 'masked' compute this domain."
+            )
+        residents = self._attachment.residents
+        if not residents.pin(pathway):
+            return False
+        try:
+            self._attachment.make_copies(pathway)
+        finally:
+            residents.unpin(pathway)
+        return True
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; copies of kept weights are dropped, since training changes weights."""
@@ -138,8 +200,12 @@ class SparsePathwaysModel(_Base):
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
-        named = [] if self._pathways is None else [*self.domains, *self._pathways.controls]
-        return resolve_domain(domain, named)
+        return resolve_domain(domain, self._named)
+
+    @property
+    def _named(self) -> list[str]:
+        """Names of all pathways, in the order of their indices."""
+        return [] if self._pathways is None else [*self.domains, *self._pathways.controls]
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -155,7 +221,7 @@ class SparsePathwaysModel(_Base):
     def enter_forward(
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Choice:
-        """Make the choice for one forward pass; ``remove_choice`` takes it back."""
+        """Make the choice for one forward pass; ``leave_forward`` takes it back."""
         chosen, expand = self._chosen(domain)
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, batch_size(args, kwargs), expand=expand)
@@ -168,7 +234,24 @@ class SparsePathwaysModel(_Base):
                 executor = resolve_executor(self.config.executor)
                 if executor != "masked" and not expand:  # generate has looked, for all its steps
                     self._attachment.check_copies()
-        return push_choice(self._attachment.key, chosen, executor=executor)
+        pinned = executor != "masked" and self._pin(chosen)
+        choice = push_choice(
+            self._attachment.key, chosen, executor=executor if pinned else "masked"
+        )
+        choice.pinned = pinned and not torch.compiler.is_compiling()
+        return choice
+
+    def leave_forward(self, choice: Choice) -> None:
+        """Take back what ``enter_forward`` did."""
+        remove_choice(choice)
+        if choice.pinned:
+            self._attachment.residents.unpin(choice.pathway)
+
+    def _pin(self, chosen: int | Tensor | None) -> bool:
+        """Make room for a pathway's copies; whether there is any. Compiled code makes none."""
+        if torch.compiler.is_compiling():
+            return True
+        return isinstance(chosen, int) and self._attachment.residents.pin(chosen)
 
     def _look_at_weights(self) -> None:
         """Notice what has become of the leaves and their weights since the last call."""
@@ -219,6 +302,7 @@ class SparsePathwaysModel(_Base):
         pathways: "Pathways | str | PathLike[str] | None" = None,
         executor: str | None = None,
         default_domain: str | None = None,
+        max_resident_bytes: int | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load weights, configuration and pathways.
@@ -230,6 +314,7 @@ class SparsePathwaysModel(_Base):
                 beside the weights.
             executor: How kept neurons are computed; by default as saved.
             default_domain: The domain when ``domain`` is omitted; by default as saved.
+            max_resident_bytes: Most bytes of copies of kept weights, also as ``"2GB"``.
             kwargs: As the base's.
 
         Raises:
@@ -245,6 +330,8 @@ class SparsePathwaysModel(_Base):
         model.set_pathways(pathways)
         if executor is not None:
             model.set_executor(executor)
+        if max_resident_bytes is not None:
+            model.max_resident_bytes = max_resident_bytes
         return loaded
 
     def __reduce_ex__(self, protocol: Any) -> Any:

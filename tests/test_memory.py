@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_sparse_pathways.discovery.memory import parse_memory
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.memory import parse_memory
 
 SIZES = {
     "4GB": 4_000_000_000,
