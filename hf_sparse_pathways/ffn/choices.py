@@ -31,7 +31,7 @@ class Choice:
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
-        pinned: Whether the pathway's copies have to stay until then.
+        pinned: The pathway whose copies stay until then, if it has any.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
     """
 
@@ -41,7 +41,7 @@ class Choice:
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
-    pinned: bool = False
+    pinned: int | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 

@@ -234,24 +234,21 @@ class SparsePathwaysModel(_Base):
                 executor = resolve_executor(self.config.executor)
                 if executor != "masked" and not expand:  # generate has looked, for all its steps
                     self._attachment.check_copies()
-        pinned = executor != "masked" and self._pin(chosen)
-        choice = push_choice(
-            self._attachment.key, chosen, executor=executor if pinned else "masked"
-        )
-        choice.pinned = pinned and not torch.compiler.is_compiling()
+        pinned = None
+        if executor != "masked" and not torch.compiler.is_compiling():  # which makes no copies
+            if isinstance(chosen, int) and self._attachment.residents.pin(chosen):
+                pinned = chosen
+            else:
+                executor = "masked"
+        choice = push_choice(self._attachment.key, chosen, executor=executor)
+        choice.pinned = pinned
         return choice
 
     def leave_forward(self, choice: Choice) -> None:
         """Take back what ``enter_forward`` did."""
         remove_choice(choice)
-        if choice.pinned:
-            self._attachment.residents.unpin(choice.pathway)
-
-    def _pin(self, chosen: int | Tensor | None) -> bool:
-        """Make room for a pathway's copies; whether there is any. Compiled code makes none."""
-        if torch.compiler.is_compiling():
-            return True
-        return isinstance(chosen, int) and self._attachment.residents.pin(chosen)
+        if choice.pinned is not None:
+            self._attachment.residents.unpin(choice.pinned)
 
     def _look_at_weights(self) -> None:
         """Notice what has become of the leaves and their weights since the last call."""
