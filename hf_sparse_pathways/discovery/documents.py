@@ -33,8 +33,12 @@ class Document:
 
     @cached_property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits of SHA-256 over the text without outer white space."""
-        return hashlib.sha256(self.text.strip().encode(errors="replace")).hexdigest()[:16]
+        """Sixteen hexadecimal digits of SHA-256 over the text without outer white space.
+
+        Lines that end in CR LF are as those that end in LF.
+        """
+        text = self.text.strip().replace("\r\n", "\n")
+        return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,9 +135,9 @@ class Evidence:
             return self.removal(index).scores
         block = self.blocks[index]
         check_statistics(self.name, block.name, self.domain.blocks[index])
-        given = ScoreInput(
-            statistics=self.domain.blocks[index],
-            down=outgoing_weight(block.outgoing),
+        given = ScoreInput(  # all of it copied: a user's function may write into it
+            statistics=self.domain.blocks[index].copy(),
+            down=outgoing_weight(block.outgoing).clone(),
             generator=_generator(self.recipe.seed, self.name, index),
             incoming=incoming_weights(block.incoming, block.d_ff),
             positive_by_domain=torch.stack(

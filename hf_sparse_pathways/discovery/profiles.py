@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
-from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class DomainProfile:
         """Return the statistics of both together. Pure.
 
         Gram matrices stay if both have them, and the blocks' inputs in them if both hold those.
+        What one was validated on and the other calibrated on is no validation text any more.
         """
         pairs = zip(self.blocks, other.blocks, strict=True)
         return replace(
@@ -52,8 +55,23 @@ class DomainProfile:
             provenance=_merged_provenance(self.provenance, other.provenance),
             grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
             windows=self.windows + other.windows,
-            validation=self.validation + other.validation,
+            validation=self._validation_beside(other) + other._validation_beside(self),
         )
+
+    def _validation_beside(self, other: Self) -> tuple[Window, ...]:
+        """Return the validation windows of documents that another profile was not taken from.
+
+        Where a stored profile does not know the windows' documents, none if any is shared.
+        """
+        taken = [other.provenance.get(name, ()) for name in ("digests", "cut_digests")]
+        names = ("validation_digests", "validation_cut_digests")
+        own = chain.from_iterable(self.provenance.get(name, ()) for name in names)
+        if set(own).isdisjoint(chain(*taken)):
+            return self.validation
+        known = [window for window in self.validation if window.document is not None]
+        documents = tuple(window.document for window in known if window.document is not None)
+        fresh = Documents(items=documents, source="").without(*taken)
+        return tuple(window for window in known if window.document in fresh.items)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -88,10 +106,13 @@ class Profile:
 
         Raises:
             MismatchError: The other was taken from another model.
+            PathwaysError: A domain's text is the same in both, so that it would count twice.
         """
         self.base.check_same(other.base)
         together = dict(self.by_domain)
         for name, theirs in other.by_domain.items():
+            if name in together:
+                _check_differ(name, together[name], theirs)
             together[name] = together[name].merged(theirs) if name in together else theirs
         return replace(self, by_domain=together)
 
@@ -137,6 +158,16 @@ class Profile:
     def __repr__(self) -> str:
         tokens = ", ".join(f"{name} {p.tokens} tokens" for name, p in self.by_domain.items())
         return f"Profile(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, {tokens})"
+
+
+def _check_differ(domain: str, mine: DomainProfile, theirs: DomainProfile) -> None:
+    ids = [{window.ids for window in part.windows} for part in (mine, theirs)]
+    if ids[0] and ids[0] == ids[1]:
+        raise PathwaysError(
+            f"Domain {domain!r}: both profiles were taken from the same text of "
+            f"{mine.provenance['source']}, which would count twice. Merge profiles of "
+            "different text."
+        )
 
 
 def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class BlockStatistics:
         """P(a > 0), float64 ``(d_ff,)``."""
         return self.positive / self.tokens
 
+    def copy(self) -> Self:
+        """Return the same in tensors of its own. Pure."""
+        return replace(self, **{name: getattr(self, name).clone() for name in TENSORS})
+
     def merged(self, other: Self) -> Self:
         """Return the statistics of both token streams together. Pure."""
         return replace(

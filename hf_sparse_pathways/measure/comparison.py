@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import resolve_length
-from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.errors import TextError, UnknownNameError
 from hf_sparse_pathways.files import code_digest, read_json, write_atomically
 from hf_sparse_pathways.measure.arms import (
     DENSE,
@@ -38,13 +38,15 @@ from hf_sparse_pathways.measure.peers import PEERS
 from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
-from hf_sparse_pathways.pathways.storage import JSON_NAME
 from hf_sparse_pathways.version import __version__
 
 logger = logging.getLogger(__name__)
 
 PATHWAY = "pathway"
 """The method whose pooled and random partners are measured too."""
+
+_CODE = "code"
+"""File beside stored pathways that names the code which has selected them."""
 
 CONTEXT = 0.5
 """Part of each window that is context only: the prompt of prompt-adaptive methods."""
@@ -149,21 +151,23 @@ def compare(
 
     Raises:
         UnknownNameError: An unknown method.
+        TextError: All held-out documents of a domain were calibrated on.
     """
     what.check()
     length = resolve_length(model, what.max_length)
-    texts = {
-        name: ScoredText.draw(
+    texts = {}
+    for name, documents in held_out.items():
+        fresh, excluded = _leave_out_seen(name, documents, profile)
+        texts[name] = ScoredText.draw(
             name,
-            documents,
+            fresh,
             tokenizer,
             max_tokens=what.max_tokens,
             max_length=length,
             seed=what.seed,
+            excluded=excluded,
             context=CONTEXT,
         )
-        for name, documents in held_out.items()
-    }
     rows: list[ComparisonRow] = []
     for sparsity in sorted({*what.sparsities, *_stored_sparsities(work)}):
         steps = _Steps(model, profile, texts, what, sparsity, work)
@@ -172,6 +176,21 @@ def compare(
             rows.extend(steps.measure(methods))
         rows.extend(steps.measured_before(wanted))
     return ComparisonReport(base=profile.base.name, rows=tuple(rows))
+
+
+def _leave_out_seen(domain: str, documents: Documents, profile: Profile) -> tuple[Documents, int]:
+    """Return the documents that no domain's statistics were taken from, and how many were.
+
+    Raises:
+        TextError: None is left.
+    """
+    fresh, seen = documents.unseen(own.provenance for own in profile.by_domain.values())
+    if not fresh.items:
+        raise TextError(
+            f"Domain {domain!r}: all {seen} documents of {documents.source} that were held out are "
+            "also calibration text of another domain. Give domains that do not share documents."
+        )
+    return fresh, seen
 
 
 def _groups(methods: Sequence[str]) -> list[list[str]]:
@@ -198,6 +217,12 @@ def _stored_rows(path: Path) -> list[ComparisonRow]:
             __version__,
         )
     return [ComparisonRow.from_dict(row) for row in record["rows"]]
+
+
+def _is_by_this_code(folder: Path) -> bool:
+    """Whether a folder holds pathways, and this code has selected them."""
+    path = folder / _CODE
+    return path.is_file() and path.read_text(encoding="utf-8") == code_digest()
 
 
 @dataclass(frozen=True)
@@ -271,7 +296,7 @@ class _Steps:
     def _selected(self, method: str) -> Pathways:
         """Return a method's pathways, from the work folder if they are there."""
         folder = None if self.work is None else self.work / self._name(method)
-        if folder is not None and (folder / JSON_NAME).is_file():
+        if folder is not None and _is_by_this_code(folder):
             return Pathways.from_pretrained(folder)
         options = dict(CONTENDERS[method].options)
         if options["method"] == OBS:
@@ -287,6 +312,7 @@ class _Steps:
         )
         if folder is not None:
             pathways.save_pretrained(folder)
+            write_atomically(folder / _CODE, code_digest().encode())
         return pathways
 
     def _static(
@@ -299,7 +325,9 @@ class _Steps:
             if method == PATHWAY:
                 if POOLED in pathways.controls:
                     arms[method][POOLED] = pathways[POOLED]
-                arms[method]["random"] = random_partner(pathways[domain], self.what.seed)
+                arms[method]["random"] = random_partner(
+                    pathways[domain], self.profile.base.blocks, self.what.seed
+                )
         named = {label: pathway for own in arms.values() for label, pathway in own.items()}
         together = Pathways(base=self.profile.base, by_domain={}, controls=named)
         sparse = SparsePathwaysForCausalLM.from_dense(self.model, together)
@@ -318,6 +346,14 @@ class _Steps:
             method: PEERS[method](self.model, calibration, self.sparsity, CONTEXT)
             for method in methods
         }
+        for method, arm in arms.items():
+            if arm is None:
+                logger.warning(
+                    "%s cannot be measured with %.0f%% of the FFN removed: these FFN blocks are "
+                    "not made for it, or what it always computes costs more.",
+                    method,
+                    100 * self.sparsity,
+                )
         return {method: {method: arm} for method, arm in arms.items() if arm is not None}
 
     def _rows(

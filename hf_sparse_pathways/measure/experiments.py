@@ -193,7 +193,8 @@ def _opposites(
     ratios = [block[index] for block in activation_ratios(profile)]
     kept = [block.kept for block in negative.blocks]
     positive = Pathway.from_keep(map(keep_largest, ratios, kept))
-    return {NEGATIVE: negative, POSITIVE: positive, RANDOM: random_partner(negative, seed)}
+    random = random_partner(negative, profile.base.blocks, seed)
+    return {NEGATIVE: negative, POSITIVE: positive, RANDOM: random}
 
 
 def keep_largest(values: Tensor, count: int) -> Tensor:

@@ -6,7 +6,7 @@ All arms see the same windows, one batch at a time. Documents that the pathways 
 are left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_sparse_pathways.measure.arms import (
 )
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.base import BlockShape
 from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
 
 RANDOM = "random:"  # no domain's name holds a colon
@@ -126,7 +127,7 @@ def _prepared(
     """Give the model random partners of its pathways, and evaluation mode, for a while."""
     if seed is not None:
         partners = {
-            f"{RANDOM} {name}": random_partner(pathway, seed)
+            f"{RANDOM} {name}": random_partner(pathway, pathways.base.blocks, seed)
             for name, pathway in pathways.by_domain.items()
         }
         model.set_pathways(pathways.with_controls(partners))
@@ -137,10 +138,19 @@ def _prepared(
         model.set_pathways(pathways)
 
 
-def random_partner(pathway: Pathway, seed: int) -> Pathway:
-    """Return a pathway that keeps as many neurons of each block, chosen at random. Pure."""
+def random_partner(pathway: Pathway, shapes: Sequence[BlockShape], seed: int) -> Pathway:
+    """Return a pathway of the same FLOPs whose neurons are chosen at random. Pure.
+
+    Of each block it keeps as many neurons, and as many more as a bypass costs.
+    """
     generator = torch.Generator().manual_seed(seed)
-    keep = [mask[torch.randperm(len(mask), generator=generator)] for mask in pathway.keep]
+    keep = []
+    for block, shape in zip(pathway.blocks, shapes, strict=True):
+        order = torch.randperm(shape.d_ff, generator=generator)
+        mask = block.keep[order]
+        bypass = shape.flops(block) // shape.flops_per_neuron - block.kept
+        mask[(~mask).nonzero().flatten()[:bypass]] = True
+        keep.append(mask)
     return Pathway.from_keep(keep, {"method": "random", "seed": seed})
 
 

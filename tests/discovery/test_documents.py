@@ -157,3 +157,8 @@ def test_sections_and_wholes_know_each_other(tmp_path):
     assert len(sections.without([], [whole]).items) == len(sections.items)
     half = [section.digest for section in sections.items[::2]]
     assert len(sections.without(half, [whole]).items) == len(sections.items) - len(half)
+
+
+def test_a_copy_with_other_ends_of_lines_is_the_same_document():
+    first, second = (Document(f"one{end}two{end}", "") for end in ("\n", "\r\n"))
+    assert first.digest == second.digest

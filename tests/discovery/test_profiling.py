@@ -319,3 +319,39 @@ def test_bfloat16_models_are_summed_in_full_precision():
     expected = _oracle(model, TEXTS["code"])
     taken = _take(model, {"code": TEXTS["code"]}, batch_size=1)["code"]
     _assert_same(taken.blocks, expected)
+
+
+def _profiled(texts, seed=0):
+    return profile(tiny_llama(), tiny_tokenizer(), {"code": texts}, max_tokens=300, seed=seed)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_one_part_was_calibrated_on_validates_no_other(stored, tmp_path):
+    texts = documents("code", count=40)
+    parts = [_profiled(texts, seed) for seed in (0, 1)]
+    if stored:
+        for part, name in zip(parts, "ab", strict=True):
+            part.save_pretrained(tmp_path / name)
+        parts = [Profile.from_pretrained(tmp_path / name) for name in "ab"]
+    merged = parts[0].merged(parts[1])["code"]
+    calibrated = {*merged.provenance["digests"]}
+    shared = [calibrated & {*part["code"].provenance["validation_digests"]} for part in parts]
+    assert all(shared), "the test needs parts that overlap"
+    if stored:
+        assert merged.validation == ()
+    else:
+        assert merged.validation
+        assert all(w.document.digest not in calibrated for w in merged.validation)
+
+
+def test_parts_of_other_text_keep_their_validation():
+    texts = documents("code", count=80)
+    parts = [_profiled(half) for half in (texts[:40], texts[40:])]
+    merged = parts[0].merged(parts[1])["code"]
+    assert merged.validation == parts[0]["code"].validation + parts[1]["code"].validation != ()
+
+
+def test_the_same_text_is_not_merged_twice():
+    part = _profiled(documents("code", count=40))
+    with pytest.raises(PathwaysError, match="would count twice"):
+        part.merged(part)

@@ -380,3 +380,20 @@ def test_sparsities_in_any_container(make):
     listed = select(MODEL, PROFILE, sparsity=[0.0, 0.25, 0.5])
     made = select(MODEL, PROFILE, sparsity=make([0.0, 0.25, 0.5]))
     assert _keep(made, "law") == _keep(listed, "law")
+
+
+def test_a_users_score_cannot_write_into_the_model_or_the_profile():
+    model = tiny_llama()
+    taken = random_profile(model)
+    weights = [p.clone() for p in model.parameters()]
+    sums = [block.abs_sum.clone() for block in taken["code"].blocks]
+
+    def greedy(given):
+        given.down.square_()
+        given.incoming.zero_()
+        given.statistics.abs_sum.neg_()
+        return given.down.sum(0)
+
+    select(model, taken, sparsity=0.5, method=greedy)
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert all(map(torch.equal, (b.abs_sum for b in taken["code"].blocks), sums))

@@ -231,3 +231,53 @@ def test_a_step_of_other_code_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(comparison, "code_digest", lambda: "another")
     assert _compare(what, work=tmp_path) == first
     assert "was measured by other code" in caplog.text
+
+
+def test_pathways_that_other_code_selected_are_selected_anew(tmp_path, monkeypatch):
+    what = replace(WHAT, sparsities=(0.3,), methods=("wanda",))
+    _compare(what, work=tmp_path)
+    (record,) = tmp_path.glob("wanda-*.json")
+    record.unlink()
+    monkeypatch.setattr(comparison, "select", None)
+    _compare(what, work=tmp_path)  # they are there
+    record.unlink()
+    monkeypatch.setattr(comparison, "code_digest", lambda: "another")
+    with pytest.raises(TypeError):
+        _compare(what, work=tmp_path)
+
+
+def test_held_out_text_that_another_domain_was_calibrated_on_is_left_out():
+    calibrated = [window.document for window in PROFILE["law"].windows[:2]]
+    mixed = read_documents([*documents("code", 6, 20), *(d.text for d in calibrated)])
+    what = replace(WHAT, sparsities=(0.3,), methods=("wanda",))
+    found = compare(MODEL, TOKENIZER, PROFILE, {**HELD_OUT, "code": mixed}, what)
+    clean = _compare(what)
+    for row, expected in zip(found.rows, clean.rows, strict=True):
+        excluded = 2 if row.quality.domain == "code" else 0
+        assert row.quality == replace(expected.quality, excluded=excluded)
+    nothing = read_documents([document.text for document in calibrated])
+    with pytest.raises(TextError, match="calibration text of another domain"):
+        compare(MODEL, TOKENIZER, PROFILE, {**HELD_OUT, "code": nothing}, what)
+
+
+def test_a_method_that_does_not_fit_is_named(caplog):
+    what = replace(WHAT, sparsities=(0.7,), methods=("cats", "wanda"))
+    assert {row.method for row in _compare(what).rows} == {"dense", "wanda"}
+    assert "cats cannot be measured with 70%" in caplog.text
+
+
+def test_random_costs_what_a_pathway_with_a_bypass_costs():
+    profile = sp.profile(
+        MODEL,
+        TOKENIZER,
+        {name: documents(name, 12, 30, seed=5) for name in HELD_OUT},
+        max_length=64,
+        inputs=True,
+    )
+    options = {"order": "one-shot", "compensation": "refit+bias+bypass:8"}
+    what = replace(WHAT, sparsities=(0.3,), methods=("pathway",), options=options)
+    report = compare(MODEL, TOKENIZER, profile, HELD_OUT, what)
+    neuron = 1 / MODEL.config.intermediate_size
+    for domain, row in report.find("random", 0.3).items():
+        flops = report.find("pathway", 0.3)[domain].flops
+        assert flops - neuron < row.flops <= flops + 1e-9

@@ -16,6 +16,7 @@ from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
 from hf_sparse_pathways.measure.quality import evaluate, random_partner
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from tests.architectures import build, random_masks, repaired, zeroed
 from tests.texts import documents, tiny_tokenizer
@@ -69,7 +70,7 @@ def test_perplexities_equal_naive_ones(case, batch_size, executor):
         if row.role in ("pathway", "other", "pooled"):
             plain = repaired(dense, model.pathways[row.pathway])
         elif row.role == "random":
-            partner = random_partner(model.pathways[row.domain], 0)
+            partner = random_partner(model.pathways[row.domain], model.pathways.base.blocks, 0)
             plain = zeroed(dense, partner.keep)
         expected, tokens = _naive(plain, TEXTS[row.domain])
         assert row.perplexity == pytest.approx(expected, rel=1e-4), (row.domain, row.role)
@@ -111,13 +112,14 @@ def test_a_random_partner_keeps_as_many_of_each_block(seed):
     model = build("deepseek_v3")
     pathway = Pathway.from_keep(random_masks(model, keep=0.3)["code"])
     before = [mask.clone() for mask in pathway.keep]
-    partner, again = (random_partner(pathway, seed) for _ in range(2))
+    shapes = BaseModel.of(model).blocks
+    partner, again = (random_partner(pathway, shapes, seed) for _ in range(2))
     for mine, theirs in zip(pathway.blocks, partner.blocks, strict=True):
         assert mine.kept == theirs.kept
         assert mine.keep.shape == theirs.keep.shape
     assert all(map(torch.equal, partner.keep, again.keep))
     assert not all(map(torch.equal, partner.keep, pathway.keep))
-    assert not all(map(torch.equal, partner.keep, random_partner(pathway, seed + 1).keep))
+    assert not all(map(torch.equal, partner.keep, random_partner(pathway, shapes, seed + 1).keep))
     assert all(map(torch.equal, pathway.keep, before))
 
 
