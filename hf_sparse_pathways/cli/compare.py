@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import load_dense
+from hf_sparse_pathways.cli.loading import check_output, load_dense
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
@@ -41,7 +41,9 @@ def run(  # noqa: PLR0913
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     held_out: opt.HeldOut = HELD_OUT,
     max_memory: opt.MaxMemory = MAX_MEMORY,
-    precision: opt.Precision = "fastest",
+    precision: Annotated[
+        str, typer.Option(help="Of all passes, scored ones too: model, bfloat16 or fastest.")
+    ] = "fastest",
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",
 ) -> None:
@@ -64,6 +66,8 @@ def run(  # noqa: PLR0913
         seed=seed,
     )
     what.check()
+    if not (output / "steps").is_dir():
+        check_output(output, overwrite=True, marker="comparison.json")
     if not 0.0 < held_out < 1.0:
         raise PathwaysError("--held-out has to be in (0, 1): methods are compared on that text.")
     texts = split_texts(parse_texts(domain), held_out, seed)

@@ -38,12 +38,22 @@ def calibration_precision(model: nn.Module, precision: str) -> Iterator[None]:
     Raises:
         UnknownNameError: None of these.
     """
+    device, reduced = next(model.parameters()).device.type, _reduces(model, precision)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
+        yield
+
+
+def product_dtype(model: nn.Module, precision: str) -> str:
+    """Return the name of the dtype in which a precision multiplies on this machine."""
+    dtype = torch.bfloat16 if _reduces(model, precision) else next(model.parameters()).dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _reduces(model: nn.Module, precision: str) -> bool:
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     device = next(model.parameters()).device.type
-    reduced = precision == "bfloat16" or (precision == "fastest" and has_fast_bfloat16(device))
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
-        yield
+    return precision == "bfloat16" or (precision == "fastest" and has_fast_bfloat16(device))
 
 
 def has_fast_bfloat16(device: str) -> bool:

@@ -16,7 +16,11 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.discovery.passes import calibration_precision, evaluation_mode
+from hf_sparse_pathways.discovery.passes import (
+    calibration_precision,
+    evaluation_mode,
+    product_dtype,
+)
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 from hf_sparse_pathways.discovery.resumption import digest_plan
@@ -101,7 +105,7 @@ class Comparison:
         max_tokens: Tokens per domain of held-out text, in windows.
         max_length: Most tokens per window.
         batch_size: Windows per forward pass.
-        precision: While the model runs over calibration text.
+        precision: Of the model's products, on calibration and on held-out text.
         options: More options of ``select`` for ``obs``.
         seed: Of windows, random masks and resampling.
     """
@@ -114,6 +118,17 @@ class Comparison:
     precision: str = "model"
     options: Mapping[str, Any]
     seed: int = 0
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings that all rows share as JSON values."""
+        options = {name: getattr(given, "__name__", given) for name, given in self.options.items()}
+        return {
+            "scored_tokens": self.max_tokens,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "options": options,
+            "seed": self.seed,
+        }
 
     def check(self) -> None:
         """Check names and options.
@@ -175,7 +190,10 @@ def compare(
         for methods in _groups(wanted):
             rows.extend(steps.measure(methods))
         rows.extend(steps.measured_before(wanted))
-    return ComparisonReport(base=profile.base.name, rows=tuple(rows))
+    settings = {**what.described(), "max_length": length, "version": __version__}
+    settings["products"] = product_dtype(model, what.precision)
+    settings["calibration_tokens"] = {n: own.tokens for n, own in profile.by_domain.items()}
+    return ComparisonReport(base=profile.base.name, rows=tuple(rows), settings=settings)
 
 
 def _leave_out_seen(domain: str, documents: Documents, profile: Profile) -> tuple[Documents, int]:

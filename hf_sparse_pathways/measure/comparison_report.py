@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
@@ -40,10 +40,12 @@ class ComparisonReport:
     Attributes:
         base: Name of the base model.
         rows: One per method, sparsity and domain.
+        settings: What all of them were measured with, as JSON values.
     """
 
     base: str
     rows: tuple[ComparisonRow, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sparsities(self) -> list[float]:
@@ -91,9 +93,9 @@ class ComparisonReport:
         documents = min(row.documents for row in dense)
         perplexities = ", ".join(f"{row.domain} {format_figure(row.perplexity)}" for row in dense)
         return (
-            f"{sparsity:.0%} of the FFN FLOPs removed: perplexity ratio to dense (95 % interval "
-            f"over documents) on at least {tokens} tokens of {documents} held-out documents per "
-            f"domain; dense perplexity: {perplexities}"
+            f"{100 * sparsity:.4g}% of the FFN FLOPs removed: perplexity ratio to dense (95 % "
+            f"interval over documents) on at least {tokens} tokens of {documents} held-out "
+            f"documents per domain; dense perplexity: {perplexities}"
         )
 
     def verdict(self, method: str, sparsity: float) -> str:

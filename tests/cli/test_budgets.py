@@ -237,6 +237,14 @@ def test_compare_writes_its_tables_and_goes_on(places, tmp_path):
     assert run_well("compare", places.dense, *places.texts, *words, "--method", "teal")
 
 
+def test_compare_leaves_other_folders_alone(places, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    words = (*places.texts, "--output")
+    assert_error(run("compare", places.dense, *words, tmp_path), "was not written by this command")
+    assert_error(run("compare", places.dense, *words, tmp_path / "notes.txt"), "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_compare_takes_a_bypass(places, tmp_path):
     words = ("--sparsity", "0.3", "--compensation", "refit+bias+bypass:2", *SMALL)
     words = (*words, "--method", "pathway", "--method", "one-shot", "--output", tmp_path / "out")

@@ -162,7 +162,7 @@ def test_a_table_shows_the_best_first_and_the_json_is_plain(report):
     assert {row[0] for row in rows} == {*WHAT.methods, "pooled", "random"}
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     again = tuple(ComparisonRow.from_dict(row) for row in data["rows"])
-    assert ComparisonReport(base=data["base"], rows=again) == report
+    assert ComparisonReport(base=data["base"], rows=again, settings=data["settings"]) == report
     assert report.to_markdown().count("geometric mean") == 2
 
 
@@ -281,3 +281,17 @@ def test_random_costs_what_a_pathway_with_a_bypass_costs():
     for domain, row in report.find("random", 0.3).items():
         flops = report.find("pathway", 0.3)[domain].flops
         assert flops - neuron < row.flops <= flops + 1e-9
+
+
+def test_the_settings_are_told(report):
+    assert report.settings == {
+        "scored_tokens": 16384,
+        "batch_size": 2,
+        "precision": "model",
+        "products": "float32",
+        "options": {"order": "one-shot"},
+        "seed": 0,
+        "max_length": 64,
+        "version": sp.__version__,
+        "calibration_tokens": {name: PROFILE[name].tokens for name in HELD_OUT},
+    }
