@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory clean
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ benchmark: install
 
 benchmark-healing: install
 	$(BIN)/python benchmarks/healing.py --cache "$(CACHE)" --readme README.md
+
+benchmark-memory: install
+	$(BIN)/python benchmarks/memory.py
 
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
