@@ -45,6 +45,7 @@ LAZY = {
     ("cli.budgets", "discovery.selection"),
     ("cli.budgets", "measure.quality"),
     ("cli.budgets", "measure.speed_target"),
+    ("cli.build", "discovery.allocation"),
     ("cli.build", "discovery.goal"),
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),

@@ -163,7 +163,7 @@ class _Job:
         """Profile, select, and write the checkpoint."""
         known = None if self.profile is None else self._saved_profile(self.profile)
         dense, tokenizer = load_dense(self.model, self.dtype)
-        _check_model(dense, limits)
+        _check_model(dense, limits, rule["multiple"])
         limits = timed(dense, limits)
         held_out = {name: split[1] for name, split in texts.items() if split[1] is not None}
         sources = {name: split[0].source for name, split in texts.items()}
@@ -224,13 +224,16 @@ def _parse_ridge(text: str) -> str | float:
         raise PathwaysError(f"--ridge {text!r} does not fit; write auto or 0.01.") from None
 
 
-def _check_model(dense: Any, limits: Limits) -> None:
+def _check_model(dense: Any, limits: Limits, multiple: int) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
+    from hf_sparse_pathways.discovery.allocation import check_multiple
     from hf_sparse_pathways.ffn.blocks import find_blocks
     from hf_sparse_pathways.modeling.structure import check_convertible
 
     check_convertible(dense)
-    limits.check(len(find_blocks(dense)))
+    blocks = find_blocks(dense)
+    limits.check(len(blocks))
+    check_multiple(multiple, (block.d_ff for block in blocks))
 
 
 def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
