@@ -306,7 +306,7 @@ def test_a_users_widths_have_to_be_multiples_or_everything():
 @pytest.mark.parametrize("multiple", [1, 33, 96])
 def test_a_multiple_above_the_widest_block_is_refused(multiple):
     check_multiple(multiple, [48, 96, 33])
-    with pytest.raises(PathwaysError, match="multiple 97 .* 96 neurons"):
+    with pytest.raises(PathwaysError, match=r"multiple 97 .* 96 neurons"):
         check_multiple(97, [48, 96, 33])
 
 
@@ -314,9 +314,7 @@ def test_a_multiple_above_the_widest_block_is_refused(multiple):
 @pytest.mark.parametrize(("multiple", "overhead"), [(1, 30.0), (32, 0.0), (16, 11.0)])
 @pytest.mark.parametrize("count", [1, 3, 10])
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_what_leaves_room_for_a_multiple_and_the_bypass_fits(
-    name, count, multiple, overhead, kept
-):
+def test_what_leaves_room_for_a_multiple_and_the_bypass_fits(name, count, multiple, overhead, kept):
     blocks = _blocks([(100, 96)] * count)
     assert multiple + overhead <= kept * 100
     allocate(name, blocks, _budget(blocks, kept, multiple, overhead))
