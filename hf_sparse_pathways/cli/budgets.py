@@ -24,7 +24,7 @@ class Limits:
 
     sparsity: float | list[float] | None
     percentile: float | None
-    pool: str
+    pool: str | None
     max_perplexity_increase: float | None
     target_speedup: float | None
 

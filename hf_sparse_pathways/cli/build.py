@@ -53,7 +53,9 @@ def run(  # noqa: PLR0913
     percentile: Annotated[
         float | None, typer.Option(help="Instead: remove neurons scoring below this percentile.")
     ] = None,
-    pool: Annotated[str, typer.Option(help="Percentile over one layer, or the model.")] = "layer",
+    pool: Annotated[
+        str | None, typer.Option(help="Percentile over one layer, or the model. [layer]")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(

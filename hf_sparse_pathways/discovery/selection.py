@@ -43,7 +43,7 @@ def select(  # noqa: PLR0913
     *,
     sparsity: float | Sequence[float] | Mapping[str, float] | None = None,
     percentile: float | None = None,
-    pool: str = "layer",
+    pool: str | None = None,
     method: str | ScoreFunction | None = None,
     score: str | ScoreFunction | None = None,
     allocation: str | Callable[..., list[int]] | None = None,
@@ -68,7 +68,8 @@ def select(  # noqa: PLR0913
             block, or one per domain's name. By default 0.3.
         percentile: Instead of a sparsity: remove neurons that score below this percentile of the
             domain's scores, in [0, 100).
-        pool: What the percentile is taken over, ``"layer"`` (one FFN block) or ``"model"``.
+        pool: What the percentile is taken over, ``"layer"`` (one FFN block, the default) or
+            ``"model"``.
         method: ``"obs"``, a name in ``SCORES``, or a function of a ``ScoreInput``. By default
             ``"obs"`` if the profile holds Gram matrices, else ``"wanda"``; with a percentile
             ``"mean_abs"``, as in the paper.
