@@ -188,8 +188,18 @@ def allocate(
 
 
 def most_sparsity(shapes: Sequence[BlockShape], *, bypass_rank: int, multiple: int) -> float:
-    """Return the sparsity that leaves some block one multiple of neurons beside its bypass."""
-    return min(_room(s.d_ff, s.bypass_width(bypass_rank), multiple) for s in shapes)
+    """Return the largest sparsity that leaves every block a multiple of neurons and its bypass.
+
+    Raises:
+        PathwaysError: There is none: nothing could be removed.
+    """
+    room = min(_room(s.d_ff, s.bypass_width(bypass_rank), multiple) for s in shapes)
+    if not room > 0.0:
+        raise PathwaysError(
+            f"Some FFN block is too narrow for a bypass of rank {bypass_rank} and widths in "
+            f"multiples of {multiple}: nothing could be removed. Choose smaller ones."
+        )
+    return room
 
 
 def check_multiple(multiple: int, d_ff: Iterable[int]) -> None:
