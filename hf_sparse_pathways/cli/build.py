@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.budgets import Limits, choose_pathways, parse_percentage, timed
+from hf_sparse_pathways.cli.budgets import (
+    Limits,
+    choose_pathways,
+    largest_sparsity,
+    parse_increase,
+    timed,
+)
 from hf_sparse_pathways.cli.info import print_summary
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
-from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
     Sampling,
@@ -41,7 +47,7 @@ def run(  # noqa: PLR0913
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="Fraction of FFN FLOPs removed: one, or one per block, commas. [0.3]"),
+        typer.Option(help="FFN FLOPs removed, 0.3 or 30%: one, or one per block, commas. [0.3]"),
     ] = None,
     max_perplexity_increase: Annotated[
         str | None,
@@ -53,7 +59,9 @@ def run(  # noqa: PLR0913
     percentile: Annotated[
         float | None, typer.Option(help="Instead: remove neurons scoring below this percentile.")
     ] = None,
-    pool: Annotated[str, typer.Option(help="Percentile over one layer, or the model.")] = "layer",
+    pool: Annotated[
+        str | None, typer.Option(help="Percentile over one layer, or the model. [layer]")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -100,11 +108,12 @@ def run(  # noqa: PLR0913
         raise PathwaysError("Give --domain NAME=PATH (once per domain) or --profile DIR.")
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
+    sparsities = None if sparsity is None else parse_sparsities(sparsity)
     limits = Limits(
-        sparsity=parse_sparsity(sparsity),
+        sparsity=sparsities[0] if sparsities and len(sparsities) == 1 else sparsities,
         percentile=percentile,
         pool=pool,
-        max_perplexity_increase=parse_percentage(max_perplexity_increase),
+        max_perplexity_increase=parse_increase(max_perplexity_increase),
         target_speedup=target_speedup,
     )
     rule = {
@@ -163,8 +172,8 @@ class _Job:
         """Profile, select, and write the checkpoint."""
         known = None if self.profile is None else self._saved_profile(self.profile)
         dense, tokenizer = load_dense(self.model, self.dtype)
-        _check_model(dense, limits)
-        limits = timed(dense, limits)
+        _check_model(dense, limits, rule)
+        limits = timed(dense, limits, rule)
         held_out = {name: split[1] for name, split in texts.items() if split[1] is not None}
         sources = {name: split[0].source for name, split in texts.items()}
         with unfinished_work(self._key, sources, sampling) as work:
@@ -203,19 +212,6 @@ class _Job:
         return taken
 
 
-def parse_sparsity(text: str | None) -> float | list[float] | None:
-    """Return ``0.3`` as a number and ``0.1,0.2`` as a list."""
-    if text is None:
-        return None
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PathwaysError(
-            f"--sparsity {text!r} does not fit; write 0.3, or 0.1,0.2,... with one per block."
-        ) from None
-    return values[0] if len(values) == 1 else values
-
-
 def _parse_ridge(text: str) -> str | float:
     """Return ``0.01`` as a number and ``auto`` as it is."""
     try:
@@ -224,13 +220,18 @@ def _parse_ridge(text: str) -> str | float:
         raise PathwaysError(f"--ridge {text!r} does not fit; write auto or 0.01.") from None
 
 
-def _check_model(dense: Any, limits: Limits) -> None:
+def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
-    from hf_sparse_pathways.ffn.blocks import find_blocks
+    from hf_sparse_pathways.discovery.allocation import check_multiple
     from hf_sparse_pathways.modeling.structure import check_convertible
+    from hf_sparse_pathways.pathways.base import BaseModel
 
     check_convertible(dense)
-    limits.check(len(find_blocks(dense)))
+    shapes = BaseModel.of(dense).blocks
+    limits.check(len(shapes))
+    check_multiple(rule["multiple"], (shape.d_ff for shape in shapes))
+    if limits.max_perplexity_increase is not None:
+        largest_sparsity(shapes, rule)
 
 
 def _check_rule(rule: dict[str, Any], limits: Limits) -> None:

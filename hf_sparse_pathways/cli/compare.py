@@ -8,7 +8,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense
-from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
     Sampling,
@@ -53,11 +53,13 @@ def run(  # noqa: PLR0913
     an interrupted comparison, or one with more methods or sparsities, goes on from there; the
     tables show everything that was measured on the same text.
     """
+    from hf_sparse_pathways.discovery.goal import check_sparsity
     from hf_sparse_pathways.measure.comparison import DEFAULT_METHODS, Comparison, compare
 
     chosen = {"compensation": compensation, "allocation": allocation}
+    sparsities = parse_sparsities(sparsity)
     what = Comparison(
-        sparsities=_parse(sparsity),
+        sparsities=tuple(check_sparsity(sparsities, len(sparsities))),
         methods=tuple(method) or DEFAULT_METHODS,
         max_tokens=scored_tokens,
         max_length=max_length,
@@ -90,16 +92,6 @@ def run(  # noqa: PLR0913
     _write(output, report)
     for share in report.sparsities:
         print_table(report.caption(share), *report.table(share))
-
-
-def _parse(text: str) -> tuple[float, ...]:
-    from hf_sparse_pathways.discovery.goal import check_sparsity
-
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise PathwaysError(f"--sparsity {text!r} does not fit; write 0.2,0.3,0.5.") from None
-    return tuple(check_sparsity(values, len(values)))
 
 
 def _write(output: Path, report: Any) -> None:

@@ -60,3 +60,27 @@ def parse_texts(pairs: list[str]) -> dict[str, Path]:
             raise PathwaysError(f"--domain {name!r} was given twice; use one glob or folder.")
         texts[name] = Path(path)
     return texts
+
+
+def parse_fraction(text: str) -> float:
+    """Return ``0.3`` or ``30%`` as a fraction.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return float(text.removesuffix("%")) / 100.0 if text.endswith("%") else float(text)
+
+
+def parse_sparsities(text: str) -> list[float]:
+    """Return ``0.3`` or ``30%``, one or several with commas, as fractions.
+
+    Raises:
+        PathwaysError: One is neither.
+    """
+    try:
+        return [parse_fraction(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise PathwaysError(
+            f"--sparsity {text!r} does not fit; write 0.3 or 30%, or several with commas: "
+            "0.2,0.3,0.5."
+        ) from None

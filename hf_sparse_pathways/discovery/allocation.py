@@ -9,7 +9,7 @@ where a budget makes much of it: ``balanced`` goes half the way.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.pathways.base import BlockShape
 
 MOST_REMOVED = 0.9
 """Water-filling leaves a tenth of each block if the budget allows it: beyond, error curves say
@@ -30,7 +31,7 @@ class Budget:
 
     Attributes:
         kept: Fraction of the dense FFN FLOPs, in (0, 1].
-        multiple: Widths are rounded to multiples of this, downwards.
+        multiple: Widths are rounded to multiples of this, downwards; not in narrower blocks.
         overhead: FLOPs per block that are not neurons (the bypass), in neurons.
     """
 
@@ -82,9 +83,12 @@ def depth(blocks: Sequence[BlockCosts], budget: Budget) -> list[int]:
         for weight, block in zip(weights, blocks, strict=True)
     )
     removed = (1.0 - budget.kept) * total
-    inner = min(MOST_REMOVED, removed / middle) if middle else 0.0
+    parts = zip(blocks, budget.overhead, strict=True)
+    room = min(_room(block.d_ff, overhead, budget.multiple) for block, overhead in parts)
+    most = min(MOST_REMOVED, room)
+    inner = min(most, removed / middle) if middle else 0.0
     outer = max(0.0, removed - inner * middle) / max(total - middle, 1e-9)
-    if outer > MOST_REMOVED:  # nothing is left to protect
+    if outer > most:  # nothing is left to protect
         inner = outer = 1.0 - budget.kept
     kept = [1.0 - (inner if weight else outer) for weight in weights]
     return [
@@ -168,6 +172,49 @@ def resolve_allocation(name: str | AllocationFunction) -> tuple[str, AllocationF
     return name, ALLOCATIONS[name]
 
 
+def allocate(
+    given: str | AllocationFunction, blocks: Sequence[BlockCosts], budget: Budget
+) -> list[int]:
+    """Return an allocation's widths, checked.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+        PathwaysError: The widths do not fit the blocks or the budget.
+    """
+    name, function = resolve_allocation(given)
+    widths = check_widths(name, function(blocks, budget), blocks)
+    check_budget(name, widths, blocks, budget)
+    return widths
+
+
+def most_sparsity(shapes: Sequence[BlockShape], *, bypass_rank: int, multiple: int) -> float:
+    """Return the largest sparsity that leaves every block a multiple of neurons and its bypass.
+
+    Raises:
+        PathwaysError: There is none: nothing could be removed.
+    """
+    room = min(_room(s.d_ff, s.bypass_width(bypass_rank), multiple) for s in shapes)
+    if not room > 0.0:
+        raise PathwaysError(
+            f"Some FFN block is too narrow for a bypass of rank {bypass_rank} and widths in "
+            f"multiples of {multiple}: nothing could be removed. Choose smaller ones."
+        )
+    return room
+
+
+def check_multiple(multiple: int, d_ff: Iterable[int]) -> None:
+    """Check that the widest of some FFN blocks holds a multiple of neurons.
+
+    Raises:
+        PathwaysError: It does not.
+    """
+    if multiple > (widest := max(d_ff)):
+        raise PathwaysError(
+            f"multiple {multiple} is more than the {widest} neurons of the widest FFN block. "
+            "Choose a smaller one."
+        )
+
+
 def check_widths(name: str, widths: Any, blocks: Sequence[BlockCosts]) -> list[int]:
     """Return an allocation's widths, checked.
 
@@ -188,6 +235,37 @@ def check_widths(name: str, widths: Any, blocks: Sequence[BlockCosts]) -> list[i
     return listed
 
 
+def check_budget(
+    name: str, widths: Sequence[int], blocks: Sequence[BlockCosts], budget: Budget
+) -> None:
+    """Check that widths are multiples, and that they and the bypass are within the budget.
+
+    A block may keep all of its neurons, which need no bypass, and one whatever the budget.
+
+    Raises:
+        PathwaysError: They are not.
+    """
+    for width, block in zip(widths, blocks, strict=True):
+        step = _step(block.d_ff, budget.multiple)
+        if width != block.d_ff and width % step:
+            raise PathwaysError(
+                f"Allocation {name!r} returned the width {width}; it has to be a multiple of "
+                f"{step}, or all {block.d_ff} neurons."
+            )
+    used = allowed = 0.0
+    for width, block, extra in zip(widths, blocks, budget.overhead, strict=True):
+        used += (width + extra * (width < block.d_ff)) * block.flops_per_neuron
+        allowed += (max(1.0, budget.kept * block.d_ff) + 1e-5) * block.flops_per_neuron
+    share = used / sum(block.d_ff * block.flops_per_neuron for block in blocks)
+    if used > allowed:
+        raise PathwaysError(
+            f"Allocation {name!r} would keep {share:.1%} of the FFN FLOPs, bypass included; "
+            f"sparsity {1.0 - budget.kept:.3g} allows {budget.kept:.1%}. Choose a sparsity of at "
+            f"most {math.floor(1000.0 * (1.0 - share) + 1e-6) / 1000.0:.3g}, a smaller multiple "
+            "or bypass, or an allocation of narrower widths."
+        )
+
+
 def _rounded(width: float, d_ff: int, multiple: int) -> int:
     """Round a width down to a multiple, but to at least one multiple (or one neuron)."""
     step = _step(d_ff, multiple)
@@ -195,7 +273,12 @@ def _rounded(width: float, d_ff: int, multiple: int) -> int:
 
 
 def _step(d_ff: int, multiple: int) -> int:
-    return multiple if 1 <= multiple < d_ff else 1
+    return multiple if multiple <= d_ff else 1
+
+
+def _room(d_ff: int, overhead: float, multiple: int) -> float:
+    """Return the fraction of a block that can go if one multiple of neurons has to stay."""
+    return 1.0 - (_step(d_ff, multiple) + overhead) / d_ff
 
 
 def _hull(curve: Sequence[float], stops: Sequence[int]) -> list[tuple[int, int]]:

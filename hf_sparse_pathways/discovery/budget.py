@@ -34,11 +34,13 @@ class Search:
         limit: Largest rise of the loss, in nats per token.
         rises: Sparsity -> measured rise.
         pathway: That of the best guess; None if there is none.
+        most: Largest sparsity to try.
     """
 
     limit: float
     rises: dict[float, float] = field(default_factory=dict)
     pathway: Pathway | None = None
+    most: float = MOST_SPARSITY
 
     @property
     def best(self) -> float:
@@ -49,7 +51,7 @@ class Search:
     def done(self) -> bool:
         """Whether the best guess is close to the limit, or cannot be raised."""
         rise = self.rises.get(self.best, -math.inf)
-        return rise >= (1.0 - CLOSE) * self.limit or self.best >= MOST_SPARSITY
+        return rise >= (1.0 - CLOSE) * self.limit or self.best >= self.most
 
     def measured(self, sparsity: float, pathway: Pathway, rise: float) -> None:
         """Take down what a guess gave."""
@@ -60,11 +62,11 @@ class Search:
     def guess(self) -> float:
         """Return the next sparsity to try."""
         if not self.rises:
-            return FIRST_SPARSITY
+            return min(FIRST_SPARSITY, self.most)
         low = self.best
         too_far = min((s for s, rise in self.rises.items() if rise > self.limit), default=None)
         if too_far is None:
-            return min(MOST_SPARSITY, max(self._scaled(low), low + 0.01))
+            return min(self.most, max(self._scaled(low), low + 0.01))
         if not low:
             return self._scaled(too_far)
         rises = (max(self.rises[low], 1e-6), max(self.rises[too_far], 1e-6))
@@ -77,7 +79,7 @@ class Search:
         """Return where the limit would be met if the rise were the usual power of the sparsity."""
         rise = max(self.rises[sparsity], 1e-6)
         scaled = sparsity * (0.97 * self.limit / rise) ** (1.0 / USUAL_POWER)
-        return min(max(scaled, 0.25 * sparsity), MOST_SPARSITY)
+        return min(max(scaled, 0.25 * sparsity), self.most)
 
 
 def fit_sparsities(
@@ -86,6 +88,7 @@ def fit_sparsities(
     *,
     max_perplexity_increase: float,
     choose: Callable[[Mapping[str, float]], Pathways],
+    room: float = 1.0,
     rounds: int = 4,
 ) -> dict[str, Search]:
     """Find each domain's largest sparsity within a rise of perplexity on validation text.
@@ -95,6 +98,7 @@ def fit_sparsities(
         profile: Its profile, with validation text.
         max_perplexity_increase: As a fraction: 0.05 is 5 %.
         choose: Makes the pathways of some domains with given sparsities, as ``select`` does.
+        room: Largest sparsity that the pathways can have, as ``most_sparsity`` finds it.
         rounds: Most times that pathways are made.
 
     Returns:
@@ -116,7 +120,8 @@ def fit_sparsities(
         )
     blocks = find_blocks(model)
     limit = math.log1p(max_perplexity_increase)
-    searches = {name: Search(limit) for name in profile.domains}
+    most = min(MOST_SPARSITY, room)
+    searches = {name: Search(limit, most=most) for name in profile.domains}
     dense = {
         name: mean_loss(model, profile[name].validation, None, blocks) for name in profile.domains
     }

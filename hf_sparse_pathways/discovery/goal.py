@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_sparse_pathways.discovery.percentile import check_percentile
+from hf_sparse_pathways.discovery.percentile import POOLS, check_percentile
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 DEFAULT_SPARSITY = 0.3
@@ -36,7 +36,7 @@ class Goal:
 def make_goals(
     sparsity: float | Sequence[float] | Mapping[str, float] | None,
     percentile: float | None,
-    pool: str,
+    pool: str | None,
     *,
     domains: Sequence[str],
     blocks: int,
@@ -44,7 +44,8 @@ def make_goals(
     """Return every domain's goal, checked.
 
     Raises:
-        PathwaysError: A number is out of range, or both rules were given.
+        PathwaysError: A number is out of range, both rules were given, or a pool without a
+            percentile.
         UnknownNameError: An unknown pool, or a domain that the profile does not have.
     """
     if not isinstance(sparsity, Mapping):
@@ -88,14 +89,23 @@ def mean_goal(goals: Sequence[Goal]) -> Goal:
 
 
 def make_goal(
-    sparsity: float | Sequence[float] | None, percentile: float | None, pool: str, blocks: int
+    sparsity: float | Sequence[float] | None,
+    percentile: float | None,
+    pool: str | None,
+    blocks: int,
 ) -> Goal:
     """Return a checked goal.
 
     Raises:
-        PathwaysError: A number is out of range, or both rules were given.
+        PathwaysError: A number is out of range, both rules were given, or a pool without a
+            percentile.
         UnknownNameError: An unknown pool.
     """
+    if percentile is None and pool is not None:
+        raise PathwaysError(
+            f"A percentile is taken over a pool: leave out pool {pool!r}, or give a percentile."
+        )
+    pool = POOLS[0] if pool is None else pool
     if percentile is not None:
         if sparsity is not None:
             raise PathwaysError("Give a sparsity or a percentile, not both.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 
 POOLS = ("layer", "model")
+"""The default first."""
 
 
 def check_percentile(percentile: float, pool: str) -> None:

@@ -11,10 +11,9 @@ from functools import cached_property
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.allocation import (
-    ALLOCATIONS,
     BlockCosts,
     Budget,
-    check_widths,
+    allocate,
     resolve_allocation,
 )
 from hf_sparse_pathways.discovery.drafts import Draft
@@ -104,7 +103,9 @@ class _Plan:
             return self._allocate(float(sparsity or 0.0))
         parts = enumerate(zip(self.costs, sparsity, strict=True))
         widths = [
-            ALLOCATIONS["uniform"]([cost], self._budget([index], fraction))[0]
+            allocate("uniform", [cost], self._budget([index], fraction))[0]
+            if fraction
+            else cost.d_ff
             for index, (cost, fraction) in parts
         ]
         return widths, "given"
@@ -120,15 +121,17 @@ class _Plan:
 
     def _allocate(self, sparsity: float) -> tuple[list[int], str]:
         recipe = self.evidence.recipe
+        if sparsity == 0.0 and isinstance(recipe.allocation, str):
+            return [cost.d_ff for cost in self.costs], "uniform"
         budget = self._budget(range(len(self.costs)), sparsity)
         if recipe.allocation == "sensitivity":
-            return ALLOCATIONS["water_filling"](self._measured_costs(), budget), "sensitivity"
+            return allocate("water_filling", self._measured_costs(), budget), "sensitivity"
         if recipe.allocation != "auto":
-            name, function = resolve_allocation(recipe.allocation)
-            return check_widths(name, function(self.costs, budget), self.costs), name
-        if not self.evidence.metrics or sparsity == 0.0:
-            return ALLOCATIONS["uniform"](self.costs, budget), "uniform"
-        candidates = {name: ALLOCATIONS[name](self.costs, budget) for name in AUTO}
+            name, _ = resolve_allocation(recipe.allocation)
+            return allocate(recipe.allocation, self.costs, budget), name
+        if not self.evidence.metrics:
+            return allocate("uniform", self.costs, budget), "uniform"
+        candidates = {name: allocate(name, self.costs, budget) for name in AUTO}
         if not self.trial:
             return candidates[AUTO[0]], AUTO[0]
         masks = {name: self.keep(widths) for name, widths in candidates.items()}
@@ -138,11 +141,9 @@ class _Plan:
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
         rank = self.evidence.recipe.repair.bypass_rank
         shapes = [self.evidence.profile.base.blocks[index] for index in blocks]
-        if sparsity == 0.0:
-            rank = 0
-        overhead = tuple(rank * (s.d_in + s.d_out) / s.flops_per_neuron for s in shapes)
+        overhead = tuple(shape.bypass_width(rank) for shape in shapes)
         for shape, neurons in zip(shapes, overhead, strict=True):
-            if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1:
+            if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1 + 1e-6:
                 raise PathwaysError(
                     f"A bypass of rank {rank} costs as much as {neurons:.1f} neurons of "
                     f"{shape.name}; at sparsity {sparsity:.3g} only "

@@ -186,11 +186,13 @@ def check_scores(name: str, scores: object, d_ff: int) -> Tensor:
     """Return scores as float64 on the CPU, checked.
 
     Raises:
-        PathwaysError: They are no ``(d_ff,)`` tensor, or hold NaN.
+        PathwaysError: They are no ``(d_ff,)`` tensor, or not finite.
     """
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (d_ff,):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PathwaysError(f"Score {name!r} returned {shape}; it has to be a ({d_ff},) tensor.")
-    if bool(scores.isnan().any()):
-        raise PathwaysError(f"Score {name!r} returned NaN for {int(scores.isnan().sum())} neurons.")
+    if odd := int((~scores.isfinite()).sum()):
+        raise PathwaysError(
+            f"Score {name!r} returned NaN or infinity for {odd} neurons; give finite numbers."
+        )
     return scores.detach().double().cpu()

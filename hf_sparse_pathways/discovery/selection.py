@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse_pathways.discovery.allocation import check_multiple
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
@@ -42,7 +43,7 @@ def select(  # noqa: PLR0913
     *,
     sparsity: float | Sequence[float] | Mapping[str, float] | None = None,
     percentile: float | None = None,
-    pool: str = "layer",
+    pool: str | None = None,
     method: str | ScoreFunction | None = None,
     score: str | ScoreFunction | None = None,
     allocation: str | Callable[..., list[int]] | None = None,
@@ -67,7 +68,8 @@ def select(  # noqa: PLR0913
             block, or one per domain's name. By default 0.3.
         percentile: Instead of a sparsity: remove neurons that score below this percentile of the
             domain's scores, in [0, 100).
-        pool: What the percentile is taken over, ``"layer"`` (one FFN block) or ``"model"``.
+        pool: What the percentile is taken over, ``"layer"`` (one FFN block, the default) or
+            ``"model"``.
         method: ``"obs"``, a name in ``SCORES``, or a function of a ``ScoreInput``. By default
             ``"obs"`` if the profile holds Gram matrices, else ``"wanda"``; with a percentile
             ``"mean_abs"``, as in the paper.
@@ -84,7 +86,8 @@ def select(  # noqa: PLR0913
             least loss on validation text.
         order: ``"sequential"``, ``"one-shot"``, or ``"auto"``: sequential for ``"obs"`` where the
             model's layers can be run one at a time.
-        multiple: Widths are rounded down to multiples of this.
+        multiple: Widths are rounded down to multiples of this; a user's allocation has to return
+            multiples.
         precision: Of the model's products while it runs over calibration text: ``"model"``,
             ``"bfloat16"``, or ``"fastest"``, which is bfloat16 where the processor is built for it.
         seed: For scores that draw numbers, and labels that are drawn.
@@ -93,8 +96,8 @@ def select(  # noqa: PLR0913
 
     Raises:
         MismatchError: The profile was taken from another model.
-        PathwaysError: A number is out of range, both rules were given, or the profile lacks what
-            the method needs.
+        PathwaysError: A number is out of range, both rules were given, the profile lacks what the
+            method needs, or the blocks' widths and bypasses are together above the budget.
         UnknownNameError: An unknown method, allocation, order, precision or pool, or a domain in
             ``made`` that the profile does not have.
         UnsupportedModelError: ``order="sequential"``, but the layers cannot be run one at a time.
@@ -114,6 +117,7 @@ def select(  # noqa: PLR0913
         seed=seed,
     )
     check_division(sparsity, percentile, allocation, multiple)
+    check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
     goals = make_goals(
         sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks)
     )

@@ -53,6 +53,10 @@ class BlockShape:
         """Multiply-adds per token of the dense block."""
         return self.d_ff * self.flops_per_neuron
 
+    def bypass_width(self, rank: int) -> float:
+        """Return what a bypass of some rank computes, in neurons."""
+        return rank * (self.d_in + self.d_out) / self.flops_per_neuron
+
     def flops(self, pathway: BlockPathway) -> int:
         """Return a pathway's multiply-adds per token, those of its bypass included.
 

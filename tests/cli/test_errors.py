@@ -335,8 +335,11 @@ def test_a_default_domain_that_a_profile_does_not_have_is_refused_before_the_mod
         ("--percentile", 50, "--multiple", 8),
         ("--percentile", 50, "--allocation", "depth"),
         ("--sparsity", "0.3,0.3,0.3", "--allocation", "depth"),
+        ("--sparsity", 0.3, "--pool", "model"),
+        ("--max-perplexity-increase", "5%", "--pool", "layer"),
+        ("--target-speedup", 1.2, "--pool", "model"),
     ],
-    ids=lambda words: words[2],
+    ids=lambda words: " ".join(map(str, words)),
 )
 def test_options_that_another_makes_void_are_refused(places, tmp_path, words):
     words = (*words, "--output", tmp_path / "out")

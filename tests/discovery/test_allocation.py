@@ -9,6 +9,8 @@ from hf_sparse_pathways.discovery.allocation import (
     ALLOCATIONS,
     BlockCosts,
     Budget,
+    allocate,
+    check_multiple,
     check_widths,
     resolve_allocation,
 )
@@ -249,3 +251,70 @@ def test_widths_in_any_container_are_taken(wrap):
     widths = check_widths("mine", wrap([1, 12, 5]), _blocks([(12, 5)] * 3))
     assert widths == [1, 12, 5]
     assert all(type(width) is int for width in widths)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_multiples_too_coarse_for_the_budget_are_refused_with_what_fits(name):
+    blocks = _blocks([(160, 96)] * 3)
+    with pytest.raises(PathwaysError, match=r"80\.0%.*0\.5 allows 50\.0%.*at most 0\.2, a small"):
+        allocate(name, blocks, _budget(blocks, 0.5, 128))
+    assert allocate(name, blocks, _budget(blocks, 0.8, 128)) == [128] * 3
+    with pytest.raises(PathwaysError, match=r"bypass included.*at most 0\.15"):
+        allocate(name, blocks, _budget(blocks, 0.8, 128, overhead=8))
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [[48, 96, 33], [24, 48, 17], [25, 48, 17], [48, 40, 1]],
+    ids=["everything", "one more", "two more", "unequal"],
+)
+def test_widths_above_the_budget_are_refused(widths):
+    blocks = _blocks([(48, 96), (96, 96), (33, 96)])
+    with pytest.raises(PathwaysError, match=r"'<lambda>' would keep .*narrower widths"):
+        allocate(lambda *_: widths, blocks, _budget(blocks, 0.5))
+    fitting = [24, 48, 16]
+    assert allocate(lambda *_: fitting, blocks, _budget(blocks, 0.5)) == fitting
+
+
+def test_a_bypass_counts_in_a_users_widths_but_not_where_nothing_is_removed():
+    blocks = _blocks([(100, 96)] * 2)
+    budget = _budget(blocks, 0.75, overhead=10)
+    for widths in ([65, 65], [100, 40]):
+        assert allocate(lambda *_, w=widths: w, blocks, budget) == widths
+    for widths in ([66, 65], [100, 41]):
+        with pytest.raises(PathwaysError, match="bypass included"):
+            allocate(lambda *_, w=widths: w, blocks, budget)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_one_neuron_per_block_is_always_allowed(name):
+    blocks = _blocks([(10, 96), (20, 30)])
+    assert allocate(name, blocks, _budget(blocks, 0.001)) == [1, 1]
+    with pytest.raises(PathwaysError, match="narrower widths"):
+        allocate(lambda *_: [1, 2], blocks, _budget(blocks, 0.001))
+
+
+def test_a_users_widths_have_to_be_multiples_or_everything():
+    blocks = _blocks([(160, 96)] * 2)
+    budget = _budget(blocks, 0.75, 16)
+    for widths in ([16, 160], [80, 160], [112, 128]):
+        assert allocate(lambda *_, w=widths: w, blocks, budget) == widths
+    with pytest.raises(PathwaysError, match=r"width 77; .* multiple of 16, or all 160"):
+        allocate(lambda *_: [80, 77], blocks, budget)
+
+
+@pytest.mark.parametrize("multiple", [1, 33, 96])
+def test_a_multiple_above_the_widest_block_is_refused(multiple):
+    check_multiple(multiple, [48, 96, 33])
+    with pytest.raises(PathwaysError, match=r"multiple 97 .* 96 neurons"):
+        check_multiple(97, [48, 96, 33])
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.6, 0.5, 0.4, 0.34])
+@pytest.mark.parametrize(("multiple", "overhead"), [(1, 30.0), (32, 0.0), (16, 11.0)])
+@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_what_leaves_room_for_a_multiple_and_the_bypass_fits(name, count, multiple, overhead, kept):
+    blocks = _blocks([(100, 96)] * count)
+    assert multiple + overhead <= kept * 100
+    allocate(name, blocks, _budget(blocks, kept, multiple, overhead))

@@ -149,6 +149,29 @@ def test_a_users_allocation_is_given_the_blocks_and_the_budget(llama):
         assert (block.error.diff() >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"multiple": 32, "sparsity": 0.5}, "66.7%"),
+        ({"multiple": 32, "sparsity": 0.5, "method": "wanda"}, "66.7%"),
+        ({"multiple": 32, "sparsity": [0.5, 0.1, 0.0]}, "66.7%"),
+        ({"multiple": 49}, "49"),
+        ({"sparsity": 0.5, "allocation": lambda blocks, _: [b.d_ff for b in blocks]}, "100.0%"),
+        ({"multiple": 8, "sparsity": 0.5, "allocation": lambda *_: [13] * 3}, "multiple of 8"),
+    ],
+)
+def test_what_is_above_the_budget_is_refused(llama, options, part):
+    with pytest.raises(PathwaysError, match=part):
+        select(*llama, order="one-shot", **options)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, [0.0] * 3], ids=str)
+@pytest.mark.parametrize("options", [{}, {"compensation": "bypass:200"}])
+def test_nothing_removed_is_everything_kept_whatever_the_multiple(llama, sparsity, options):
+    pathways = select(*llama, sparsity=sparsity, multiple=32, order="one-shot", **options)
+    assert pathways.flops("code") == pathways.flops("pooled") == 1.0
+
+
 @pytest.mark.parametrize("widths", [[10, 20], [10, 20, 49], [0, 1, 1], None, "abc"], ids=repr)
 def test_a_users_allocation_that_returns_nonsense_is_refused(llama, widths):
     with pytest.raises(PathwaysError, match="one width per FFN block"):

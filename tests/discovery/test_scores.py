@@ -215,8 +215,10 @@ def test_an_unknown_score_is_refused_with_those_that_exist(name):
         [0.0] * D_FF,
         None,
         torch.tensor([0.0] * (D_FF - 1) + [float("nan")]),
+        torch.tensor([0.0] * (D_FF - 1) + [math.inf]),
+        torch.tensor([-math.inf] + [0.0] * (D_FF - 1)),
     ],
-    ids=["short", "two dimensions", "none", "list", "None", "NaN"],
+    ids=["short", "two dimensions", "none", "list", "None", "NaN", "infinity", "minus infinity"],
 )
 def test_scores_that_do_not_fit_are_refused_by_name(scores):
     with pytest.raises(PathwaysError, match="'mine'"):

@@ -245,6 +245,13 @@ def test_two_rules_are_refused(options):
         select(MODEL, PROFILE, **options)
 
 
+@pytest.mark.parametrize("pool", ["layer", "model", "modle"])
+@pytest.mark.parametrize("sparsity", [None, 0.3, {"code": 0.3, "law": 0.3}], ids=str)
+def test_a_pool_without_a_percentile_is_refused(pool, sparsity):
+    with pytest.raises(PathwaysError, match=rf"'{pool}'.*give a percentile"):
+        select(MODEL, PROFILE, sparsity=sparsity, pool=pool)
+
+
 @pytest.mark.parametrize("multiple", [0, -1, 1.5, True, "8", None], ids=repr)
 def test_a_multiple_that_is_none_is_refused(multiple):
     with pytest.raises(PathwaysError, match="multiple"):
