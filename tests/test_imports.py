@@ -49,6 +49,7 @@ LAZY = {
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),
     ("cli.build", "discovery.recipe"),
+    ("cli.build", "discovery.selection"),
     ("cli.build", "ffn.blocks"),
     ("cli.build", "modeling.causal_lm"),
     ("cli.build", "modeling.structure"),

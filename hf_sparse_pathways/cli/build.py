@@ -169,7 +169,8 @@ class _Job:
         sources = {name: split[0].source for name, split in texts.items()}
         with unfinished_work(self._key, sources, sampling) as work:
             taken = known or self._profile(dense, tokenizer, texts, sampling, work)
-            pathways = choose_pathways(dense, tokenizer, taken, limits, rule, held_out)
+            settled = _settle_method(rule, taken, limits)
+            pathways = choose_pathways(dense, tokenizer, taken, limits, settled, held_out)
             self._write(dense, tokenizer, pathways)
 
     def _write(self, dense: Any, tokenizer: Any, pathways: "Pathways") -> None:
@@ -231,6 +232,13 @@ def _check_model(dense: Any, limits: Limits) -> None:
 
     check_convertible(dense)
     limits.check(len(find_blocks(dense)))
+
+
+def _settle_method(rule: dict[str, Any], taken: "Profile", limits: Limits) -> dict[str, Any]:
+    """Return a rule with its method, so that a search, which selects often, is told once. Pure."""
+    from hf_sparse_pathways.discovery.selection import usual_method
+
+    return {**rule, "method": rule["method"] or usual_method(taken, limits.percentile)}
 
 
 def _check_rule(rule: dict[str, Any], limits: Limits) -> None:

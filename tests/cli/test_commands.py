@@ -258,3 +258,19 @@ def test_help_imports_nothing_heavy():
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "Usage" in ran.stdout
+
+
+def test_a_profile_without_gram_matrices_is_built_from_with_a_word_said_once(
+    places, tmp_path, caplog
+):
+    taken = tmp_path / "profile"
+    options = ("--max-tokens", 80, "--no-grams", "--output", taken)
+    run_well("profile", places.dense, *places.texts, *options)
+    command = ("build", places.dense, "--profile", taken, "--max-perplexity-increase", "30%")
+    run_well(*command, "--output", tmp_path / "silent", "--method", "wanda")
+    assert "wanda" not in caplog.text
+    run_well(*command, "--output", tmp_path / "built")
+    assert _info(tmp_path / "built")["domains"]["code"]["method"] == "wanda"
+    assert caplog.text.count("neurons are chosen by 'wanda' instead") == 1
+    for part in ("grams=True (--grams)", "method='wanda' (--method wanda)", "'obs'"):
+        assert part in caplog.text
