@@ -10,7 +10,7 @@ from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.budgets import Limits, choose_pathways, parse_percentage, timed
 from hf_sparse_pathways.cli.info import print_summary
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
-from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.options import parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
     Sampling,
@@ -33,6 +33,7 @@ VALIDATION_SHARE = 0.1
 
 
 def run(  # noqa: PLR0913
+    ctx: typer.Context,
     model: opt.Model,
     output: opt.Output,
     domain: opt.Texts = [],  # noqa: B006
@@ -98,6 +99,8 @@ def run(  # noqa: PLR0913
     """Find each domain's neurons and save weights, configuration, tokenizer and pathways."""
     if bool(domain) == (profile is not None):
         raise PathwaysError("Give --domain NAME=PATH (once per domain) or --profile DIR.")
+    if profile is not None:
+        refuse_beside(ctx, "--profile", (*opt.PROFILING, "max_length", "batch_size"))
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
     limits = Limits(

@@ -343,6 +343,18 @@ def test_options_that_another_makes_void_are_refused(places, tmp_path, words):
     assert_error(run("build", tmp_path / "no model", *places.texts, *words), "leave out")
 
 
+VOID = ("--max-tokens", "--max-length", "--batch-size", "--held-out", "--max-memory")
+
+
+@pytest.mark.parametrize("given", [VOID[:1], VOID[2:4], VOID], ids=len)
+def test_what_a_saved_profile_makes_void_is_refused_by_name(tmp_path, given):
+    values = {"--held-out": "0.5", "--max-memory": "4GB"}
+    words = [word for option in given for word in (option, values.get(option, "99"))]
+    words += ["--profile", tmp_path / "profile", "--output", tmp_path / "out"]
+    ran = run("build", tmp_path / "no model", *words, "--seed", 0, "--precision", "model")
+    assert_error(ran, f"With --profile these do nothing: {', '.join(given)}. Leave them out.")
+
+
 def test_tables_show_brackets_as_they_are(capsys):
     print_table("[a] title", ["of [/x]", "n"], [["law/[a-m]*.txt", "[bold]1"]])
     shown = capsys.readouterr().out
