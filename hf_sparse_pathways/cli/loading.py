@@ -54,7 +54,7 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
     Raises:
         PathwaysError: It may not.
     """
-    _staging(folder, option)
+    _try_writing(folder, option)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_dir() and (folder / marker).is_file():
@@ -65,6 +65,23 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
         f"{folder} exists and was not written by this command (it has no {marker}), so it is "
         f"left alone. Choose another {option}."
     )
+
+
+def _try_writing(folder: Path, option: str) -> None:
+    """Make and delete a folder where the output will be prepared: permissions do not say it all.
+
+    Raises:
+        PathwaysError: It cannot be made.
+    """
+    try:
+        place = _staging(folder, option)
+        while not place.exists():
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=f".{folder.absolute().name}."))
+    except OSError as error:
+        raise PathwaysError(
+            f"{folder} cannot be written ({error.strerror}). Choose another {option}."
+        ) from error
 
 
 def _staging(folder: Path, option: str = "--output") -> Path:
