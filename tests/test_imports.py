@@ -64,6 +64,7 @@ LAZY = {
     ("cli.loading", "modeling.causal_lm"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
+    ("cli.profile", "discovery.windows"),
     ("cli.profile", "pathways.pathway"),
     ("cli.report_folder", "measure.plots"),
 }

@@ -184,7 +184,8 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
             blocks = prune_sequentially(model, _arms(drafts))
         except UnsupportedModelError as error:
             if recipe.order == "sequential":
-                raise UnsupportedModelError(f"{error} Choose order='one-shot'.") from error
+                way_out = named("order", "one-shot")
+                raise UnsupportedModelError(f"{error} Choose {way_out}.") from error
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"
     if order == "one-shot":
@@ -204,8 +205,8 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
     for name, domain in drafts[0].evidence.profile.by_domain.items():
         if not domain.windows:
             raise PathwaysError(
-                f"Domain {name!r}: order='sequential' needs the text's tokens, and the profile "
-                "holds none. Take it again, or choose order='one-shot'."
+                f"Domain {name!r}: {named('order', 'sequential')} needs the text's tokens, and the "
+                f"profile holds none. Take it again, or choose {named('order', 'one-shot')}."
             )
         own[name] = list(make_batches(domain.windows, BATCH_SIZE))
     arms = []

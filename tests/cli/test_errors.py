@@ -56,6 +56,8 @@ BUILDS = {
     "no tokens": (("{dense}", "{texts}", "--max-tokens", "0"), "max_tokens"),
     "few tokens": (("{dense}", "{texts}", "--max-tokens", "5"), "5 tokens"),
     "no length": (("{dense}", "{texts}", "--max-length", "0"), "max_length"),
+    "length 1": (("{dense}", "{texts}", "--max-length", "1"), "max_length (--max-length)"),
+    "no memory": (("{dense}", "{texts}", "--max-memory", "1"), "raise max_memory (--max-memory)"),
     "no batch": (("{dense}", "{texts}", "--batch-size", "0"), "batch_size"),
     "absent profile": (("{dense}", "--profile", "{tmp}/absent"), "profile.json"),
     "a model with pathways": (("{built}", "{texts}"), "pathways"),
@@ -341,6 +343,17 @@ def test_a_default_domain_that_a_profile_does_not_have_is_refused_before_the_mod
 def test_options_that_another_makes_void_are_refused(places, tmp_path, words):
     words = (*words, "--output", tmp_path / "out")
     assert_error(run("build", tmp_path / "no model", *places.texts, *words), "leave out")
+
+
+@pytest.mark.parametrize("command", ["profile", "build", "analyze"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-memory", "4XB"), ("--max-length", "1"), ("--max-length", "-3")]
+)
+def test_what_needs_no_model_is_checked_before_it_is_loaded(
+    places, tmp_path, command, option, value
+):
+    words = (tmp_path / "no model", *places.texts, "--output", tmp_path / "out", option, value)
+    assert_error(run(command, *words), value)
 
 
 VOID = ("--max-tokens", "--max-length", "--batch-size", "--held-out", "--max-memory")

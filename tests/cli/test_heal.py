@@ -96,6 +96,7 @@ def test_an_interrupted_command_goes_on(places, tmp_path, monkeypatch, cache):
         (["--domain", "code={code}", "--attention"], ["--keep lora"]),
         (["--domain", "code={code}", "--loss", "ce"], ["'ce'", "lm, kl, hidden"]),
         (["--domain", "code={code}", "--rank", "0"], ["rank"]),
+        (["--domain", "code={code}", "--tokens", "1"], ["--tokens", "at least 2"]),
         (["--domain", "code={code}", "--teacher", "tuned"], ["dense_partner"]),
         (["--domain", "code=nowhere/at/all"], ["nowhere/at/all"]),
     ],

@@ -171,6 +171,7 @@ def test_the_default_is_obs_in_sequence_where_the_profile_allows_it(llama):
 def test_that_a_profile_decides_against_obs_is_said(llama, caplog):
     model, taken = llama
     silent = _take(model, grams=False)
+    caplog.clear()
     select(model, taken, sparsity=0.3)
     select(model, silent, sparsity=0.3, method="wanda")
     select(model, silent, percentile=50)
