@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.memory import format_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -109,7 +110,8 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
     """Yield a folder for a job's unfinished work, deleted when the block succeeds.
 
     After an interruption or error it stays in the Hugging Face cache (``HF_HOME``), so that the
-    same job goes on from there; what nobody came back to is deleted after a week.
+    same job goes on from there, and a note of the error says so; what nobody came back to is
+    deleted by the next job after a week.
 
     Args:
         job: What identifies the job: values whose ``repr`` is the same next time.
@@ -121,7 +123,17 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
         if time.time() - other.stat().st_mtime > UNFINISHED_DAYS * 86400:
             shutil.rmtree(other, ignore_errors=True)
     folder = place / hashlib.sha256(repr(job).encode()).hexdigest()[:16]
-    yield folder
+    try:
+        yield folder
+    except BaseException as error:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size:
+            error.add_note(
+                f"Unfinished work ({format_memory(size)}) is kept in {folder} for "
+                f"{UNFINISHED_DAYS} days: the same command goes on from there. Delete the folder "
+                "to free the space."
+            )
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -280,6 +281,56 @@ def test_a_build_that_fails_midway_leaves_what_was_there(
     assert ran.status == status
     assert content(tmp_path) == before
     assert len(ran.err.strip().splitlines()) == 1
+
+
+def _stop(monkeypatch, place, error):
+    def stop(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(place, stop)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "start"),
+    [
+        (KeyboardInterrupt, 130, "interrupted; no output is left half-written. Unfinished work ("),
+        (lambda: OSError(28, "No space left"), 1, "error: [Errno 28] No space left. Unfinished"),
+    ],
+    ids=["interrupted", "failed"],
+)
+def test_where_unfinished_work_is_kept_is_said(
+    places, tmp_path, monkeypatch, cache, error, status, start
+):
+    with monkeypatch.context() as patch:
+        _stop(patch, FAILURES["selecting"], error())
+        ran = _build(places, tmp_path / "out")
+    assert ran.status == status
+    assert ran.err.startswith(start)
+    assert ran.err.count("\n") == 1
+    told = re.search(r"is kept in (\S+) for 7 days: the same command goes on from there", ran.err)
+    work = Path(told[1])
+    assert work.is_relative_to(cache)
+    assert list(work.rglob("0000-0.safetensors"))
+    assert _build(places, tmp_path / "out").status == 0
+    assert not work.exists()
+
+
+def test_an_interruption_with_nothing_to_keep_promises_nothing(places, tmp_path, monkeypatch):
+    _stop(monkeypatch, FAILURES["profiling"], KeyboardInterrupt())
+    ran = _build(places, tmp_path / "out")
+    assert ran.err == "interrupted; no output is left half-written.\n"
+    _stop(monkeypatch, "hf_sparse_pathways.measure.quality.evaluate", KeyboardInterrupt())
+    ran = run("evaluate", places.built, *places.texts)
+    assert ran.err == "interrupted; no output is left half-written.\n"
+
+
+def test_an_interrupted_comparison_says_that_its_steps_are_kept(places, tmp_path, monkeypatch):
+    _stop(monkeypatch, "hf_sparse_pathways.measure.comparison.compare", KeyboardInterrupt())
+    words = ("compare", places.dense, *places.texts, "--output", tmp_path / "out")
+    ran = run(*words)
+    assert ran.status == 130
+    assert ran.err.startswith("interrupted; finished steps are kept in the output folder")
+    assert list((tmp_path / "out" / "steps").rglob("*.safetensors")), "as it says"
 
 
 def test_the_real_program_fails_in_one_line(places):
