@@ -33,3 +33,21 @@ class ArtefactError(PathwaysError):
 
 class TextError(PathwaysError):
     """A text source cannot be read, or holds too little text."""
+
+
+def named(argument: str, value: object) -> str:
+    """Return a setting as Python and as the command line spell it: ``keep='lora' (--keep lora)``.
+
+    Args:
+        argument: The argument's name; the option has the same, with dashes.
+        value: Its value; True and False stand for the option and its ``--no-`` form.
+    """
+    option = argument.replace("_", "-")
+    if isinstance(value, bool):
+        return f"{argument}={value} (--{'' if value else 'no-'}{option})"
+    return f"{argument}={value!r} (--{option} {value})"
+
+
+def option(argument: str) -> str:
+    """Return an argument as Python and as the command line call it: ``tokens (--tokens)``."""
+    return f"{argument} (--{argument.replace('_', '-')})"

@@ -12,7 +12,7 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "files", "memory"),
+    ("errors", "version", "files", "memory", "shares"),
     ("ffn",),
     ("pathways",),
     ("discovery",),
@@ -52,6 +52,7 @@ LAZY = {
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),
     ("cli.build", "discovery.recipe"),
+    ("cli.build", "discovery.selection"),
     ("cli.build", "modeling.causal_lm"),
     ("cli.build", "modeling.structure"),
     ("cli.build", "pathways.base"),
@@ -66,6 +67,7 @@ LAZY = {
     ("cli.loading", "modeling.causal_lm"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
+    ("cli.profile", "discovery.windows"),
     ("cli.profile", "pathways.pathway"),
     ("cli.report_folder", "measure.plots"),
 }

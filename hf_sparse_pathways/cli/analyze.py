@@ -9,7 +9,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work
-from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.options import parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
 from hf_sparse_pathways.cli.report_folder import load_plots, write_report
 from hf_sparse_pathways.cli.tables import print_table
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 TOKENS = 8192
 EVALUATION_TOKENS = 2048
 
+RUNNING = ("eval_tokens", "max_length", "batch_size", "seed", "precision")
+"""Parameters that do nothing where the model is not run."""
+
 
 def run(  # noqa: PLR0913
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")
     ] = None,
@@ -68,6 +72,10 @@ def run(  # noqa: PLR0913
     as_json: opt.Json = False,
 ) -> None:
     """Analyse specialisation, skippable neurons, overlap and layer roles; compare models."""
+    if compare:
+        refuse_beside(ctx, "--compare", ("percentile", "experiments", *opt.PROFILING, *RUNNING))
+    if profile is not None:
+        refuse_beside(ctx, "--profile", opt.PROFILING if domain else (*opt.PROFILING, *RUNNING))
     delivery = Delivery(output=output, plots=plots, as_json=as_json)
     delivery.check(overwrite, "models.json" if compare else "analysis.json")
     if compare:

@@ -16,7 +16,7 @@ from hf_sparse_pathways.cli.budgets import (
 )
 from hf_sparse_pathways.cli.info import print_summary
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
-from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts
+from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
     Sampling,
@@ -39,6 +39,7 @@ VALIDATION_SHARE = 0.1
 
 
 def run(  # noqa: PLR0913
+    ctx: typer.Context,
     model: opt.Model,
     output: opt.Output,
     domain: opt.Texts = [],  # noqa: B006
@@ -106,6 +107,8 @@ def run(  # noqa: PLR0913
     """Find each domain's neurons and save weights, configuration, tokenizer and pathways."""
     if bool(domain) == (profile is not None):
         raise PathwaysError("Give --domain NAME=PATH (once per domain) or --profile DIR.")
+    if profile is not None:
+        refuse_beside(ctx, "--profile", (*opt.PROFILING, "max_length", "batch_size"))
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
     sparsities = None if sparsity is None else parse_sparsities(sparsity)
@@ -178,7 +181,8 @@ class _Job:
         sources = {name: split[0].source for name, split in texts.items()}
         with unfinished_work(self._key, sources, sampling) as work:
             taken = known or self._profile(dense, tokenizer, texts, sampling, work)
-            pathways = choose_pathways(dense, tokenizer, taken, limits, rule, held_out)
+            settled = _settle_method(rule, taken, limits)
+            pathways = choose_pathways(dense, tokenizer, taken, limits, settled, held_out)
             self._write(dense, tokenizer, pathways)
 
     def _write(self, dense: Any, tokenizer: Any, pathways: "Pathways") -> None:
@@ -232,6 +236,13 @@ def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     check_multiple(rule["multiple"], (shape.d_ff for shape in shapes))
     if limits.max_perplexity_increase is not None:
         largest_sparsity(shapes, rule)
+
+
+def _settle_method(rule: dict[str, Any], taken: "Profile", limits: Limits) -> dict[str, Any]:
+    """Return a rule with its method, so that a search, which selects often, is told once. Pure."""
+    from hf_sparse_pathways.discovery.selection import usual_method
+
+    return {**rule, "method": rule["method"] or usual_method(taken, limits.percentile)}
 
 
 def _check_rule(rule: dict[str, Any], limits: Limits) -> None:

@@ -1,5 +1,6 @@
 """``sparse-pathways heal``: train what the pathways of a saved model keep."""
 
+from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,9 @@ from hf_sparse_pathways.healing.settings import LEARNING_RATES, HealingSettings
 if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed
     from hf_sparse_pathways.healing.report import HealingReport
+
+ADAPTERS = "adapters"
+"""Folder within the output that holds one adapter per domain."""
 
 USUAL = HealingSettings()
 _RATES = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
@@ -50,7 +54,11 @@ def run(  # noqa: PLR0913
         bool, typer.Option("--attention", help="LoRA on the attention too; needs --keep lora.")
     ] = False,
     keep: Annotated[
-        str, typer.Option(help="folded into the pathway, or lora: a PEFT adapter in adapters/.")
+        str,
+        typer.Option(
+            help="folded into the pathway, or lora: a PEFT adapter in adapters/DOMAIN of the "
+            "output, for PeftModel.from_pretrained(model, ...)."
+        ),
     ] = USUAL.keep,
     learning_rate: Annotated[float | None, typer.Option(help=f"Highest rate. [{_RATES}]")] = None,
     batch_size: opt.BatchSize = USUAL.batch_size,
@@ -112,6 +120,8 @@ def run(  # noqa: PLR0913
     for report in healed.reports.values():
         _print_report(report)
     typer.echo(f"{healed.pathways} -> {output}")
+    if healed.adapters:
+        typer.echo(_describe_adapters(output, list(healed.adapters)))
 
 
 def _check_domains(folder: str, texts: dict[str, Path]) -> None:
@@ -131,7 +141,23 @@ def _write(model: Any, tokenizer: Any, healed: "Healed", output: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for name, adapter in healed.adapters.items():
-            adapter.save_pretrained(partial / "adapters" / name)
+            adapter.save_pretrained(partial / ADAPTERS / name)
+
+
+def _describe_adapters(output: Path, domains: Sequence[str]) -> str:
+    """Say where adapters lie, and how one is used: by itself the model does not put it on."""
+    folders = {name: str(output / ADAPTERS / name) for name in domains}
+    name, folder = next(iter(folders.items()))
+    return "\n".join(
+        [
+            "adapters, which the model does not put on by itself:",
+            *(f"  {folder}" for folder in folders.values()),
+            f"to use one with the model of {output}:",
+            "  from peft import PeftModel",
+            f"  adapted = PeftModel.from_pretrained(model, {folder!r})",
+            f"and name its domain: adapted.generate(**inputs, domain={name!r})",
+        ]
+    )
 
 
 def _print_report(report: "HealingReport") -> None:

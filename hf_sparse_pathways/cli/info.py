@@ -9,9 +9,13 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.shares import format_share
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.pathways.pathway import Pathways
+
+CHOICES = ("method", "allocation", "ridge", "order", "compensation")
+"""What the provenance of a pathway that ``select`` made says of how, one column each."""
 
 
 def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
@@ -73,19 +77,33 @@ def print_summary(source: str | PathLike[str]) -> None:
     typer.echo(f"  pathways: {facts['bytes'] / 1e6:.2f} MB{beside}")
     if facts["dense_experts"]:
         typer.echo(f"  routed experts in {len(facts['dense_experts'])} layers stay dense")
+    controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
+    arms = {**facts["domains"], **controls}
     rows = [
         [
-            f"{name} (control)" if name in facts["controls"] else name,
-            f"{arm['sparsity']:.1%}",
-            f"{arm['flops']:.1%}",
+            name,
+            format_share(arm["sparsity"], 1),
+            format_share(arm["flops"], 1),
             str(arm["text"].get("tokens", "-")),
             str(arm["text"].get("documents", "-")),
             _shorten(str(arm["text"].get("source", arm.get("method", "-")))),
         ]
-        for name, arm in {**facts["domains"], **facts["controls"]}.items()
+        for name, arm in arms.items()
     ]
     header = ["domain", "sparsity", "FFN FLOPs", "tokens", "documents", "text"]
     print_table("domains", header, rows)
+    if any("allocation" in arm for arm in arms.values()):
+        chosen = [[name, *_choices(arm)] for name, arm in arms.items()]
+        print_table("what was chosen", ["domain", *CHOICES], chosen)
+
+
+def _choices(arm: dict[str, Any]) -> list[str]:
+    """Return how a pathway was made, in the order of ``CHOICES``; "-" where nothing is known."""
+    solved = arm.get("compensation") != "none"
+    return [
+        _shorten(str(arm[name])) if name in arm and (solved or name != "ridge") else "-"
+        for name in CHOICES
+    ]
 
 
 def print_blocks(source: str | PathLike[str]) -> None:
@@ -93,11 +111,11 @@ def print_blocks(source: str | PathLike[str]) -> None:
     facts = describe(source)
     arms = {**facts["domains"], **facts["controls"]}
     rows = [
-        [block, *(f"{arm['sparsity_per_block'][index]:.1%}" for arm in arms.values())]
+        [block, *(format_share(arm["sparsity_per_block"][index], 1) for arm in arms.values())]
         for index, block in enumerate(facts["blocks"])
     ]
     print_table("sparsity per FFN block", ["block", *arms], rows)
 
 
-def _shorten(text: str, length: int = 40) -> str:
+def _shorten(text: str, length: int = 32) -> str:
     return text if len(text) <= length else f"...{text[3 - length :]}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.memory import format_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -54,7 +55,7 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
     Raises:
         PathwaysError: It may not.
     """
-    _staging(folder, option)
+    _try_writing(folder, option)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if folder.is_dir() and (folder / marker).is_file():
@@ -65,6 +66,23 @@ def check_output(folder: Path, overwrite: bool, marker: str, option: str = "--ou
         f"{folder} exists and was not written by this command (it has no {marker}), so it is "
         f"left alone. Choose another {option}."
     )
+
+
+def _try_writing(folder: Path, option: str) -> None:
+    """Make and delete a folder where the output will be prepared: permissions do not say it all.
+
+    Raises:
+        PathwaysError: It cannot be made.
+    """
+    try:
+        place = _staging(folder, option)
+        while not place.exists():
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(dir=place, prefix=f".{folder.absolute().name}."))
+    except OSError as error:
+        raise PathwaysError(
+            f"{folder} cannot be written ({error.strerror}). Choose another {option}."
+        ) from error
 
 
 def _staging(folder: Path, option: str = "--output") -> Path:
@@ -92,7 +110,8 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
     """Yield a folder for a job's unfinished work, deleted when the block succeeds.
 
     After an interruption or error it stays in the Hugging Face cache (``HF_HOME``), so that the
-    same job goes on from there; what nobody came back to is deleted after a week.
+    same job goes on from there, and a note of the error says so; what nobody came back to is
+    deleted by the next job after a week.
 
     Args:
         job: What identifies the job: values whose ``repr`` is the same next time.
@@ -104,7 +123,17 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
         if time.time() - other.stat().st_mtime > UNFINISHED_DAYS * 86400:
             shutil.rmtree(other, ignore_errors=True)
     folder = place / hashlib.sha256(repr(job).encode()).hexdigest()[:16]
-    yield folder
+    try:
+        yield folder
+    except BaseException as error:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size:
+            error.add_note(
+                f"Unfinished work ({format_memory(size)}) is kept in {folder} for "
+                f"{UNFINISHED_DAYS} days: the same command goes on from there. Delete the folder "
+                "to free the space."
+            )
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 

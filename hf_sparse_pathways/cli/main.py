@@ -6,6 +6,7 @@ stderr and exit status 1 (with SPARSE_PATHWAYS_TRACEBACK set, its traceback); wr
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
 
@@ -58,14 +59,37 @@ def main() -> None:
         app()
     except SystemExit as stopped:
         if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word
-            sys.stderr.write("interrupted; no output was written\n")
+            sys.stderr.write(f"{' '.join([_interrupted(sys.argv[1:]), *_notes(stopped)])}\n")
         raise
     except Exception as error:
         if os.environ.get("SPARSE_PATHWAYS_TRACEBACK"):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        sys.stderr.write(f"error: {' '.join(line.strip() for line in lines[:3])}\n")
+        told = " ".join(line.strip() for line in lines[:3])
+        notes = _notes(error)
+        if notes and not told.endswith("."):
+            told += "."
+        sys.stderr.write(f"error: {' '.join([told, *notes])}\n")
         sys.exit(1)
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    """Say what an interrupted command leaves; what it keeps elsewhere is in the error's notes."""
+    if arguments[:1] == ["compare"]:
+        return (
+            "interrupted; finished steps are kept in the output folder, and the same command goes "
+            "on from there."
+        )
+    return "interrupted; no output is left half-written."
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    """Return the notes of an error, and of those that led to it."""
+    notes: list[str] = []
+    while error is not None:
+        notes += getattr(error, "__notes__", ())
+        error = error.__cause__ or error.__context__
+    return notes
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,9 @@ import typer
 from hf_sparse_pathways.errors import PathwaysError
 
 CALIBRATION_TOKENS = 16384
+
+PROFILING = ("max_tokens", "held_out", "max_memory")
+"""Parameters that only say how a profile is taken, and nothing beside a saved one."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")]
 Folder = Annotated[
@@ -43,6 +47,24 @@ Dtype = Annotated[
     str, typer.Option(help="Weights' dtype: auto (as saved), float32, bfloat16 or float16.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def refuse_beside(ctx: typer.Context, option: str, names: Sequence[str]) -> None:
+    """Check that no option was given that another one makes void.
+
+    Args:
+        ctx: The command's.
+        option: The other one, as it is written.
+        names: The parameters that do nothing beside it.
+
+    Raises:
+        PathwaysError: Some of them were given.
+    """
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    typed = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    given = [written.opts[0] for written in ctx.command.params if written.name in typed]
+    if given:
+        raise PathwaysError(f"With {option} these do nothing: {', '.join(given)}. Leave them out.")
 
 
 def parse_texts(pairs: list[str]) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import typer
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
-from hf_sparse_pathways.memory import MAX_MEMORY
+from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile
@@ -30,6 +30,18 @@ class Sampling:
     max_memory: str
     inputs: bool = False
     validation_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check what needs no model to be checked.
+
+        Raises:
+            PathwaysError: It is no size of memory, or windows are too short.
+        """
+        from hf_sparse_pathways.discovery.windows import check_length
+
+        parse_memory(self.max_memory)
+        if self.max_length is not None:
+            check_length(self.max_length)
 
 
 def needs_inputs(compensation: str | None) -> bool:

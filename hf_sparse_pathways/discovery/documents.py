@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.errors import PathwaysError, TextError, option
 
 SECTION_CHARACTERS = 4_000
 FEW_DOCUMENTS = 5
@@ -107,7 +107,7 @@ class Documents:
             TextError: There are fewer than two documents.
         """
         if not 0.0 < held_out < 1.0:
-            raise PathwaysError(f"held_out has to be in (0, 1), got {held_out!r}.")
+            raise PathwaysError(f"{option('held_out')} has to be in (0, 1), got {held_out!r}.")
         if len(self.items) < 2:
             raise TextError(
                 f"{self.source} has {len(self.items)} document(s), too few to hold any out. Give "

@@ -20,7 +20,7 @@ from hf_sparse_pathways.discovery.scores import NEED_SALIENCY, Saliency, ScoreIn
 from hf_sparse_pathways.discovery.sensitivity import measure_metrics, measure_saliency
 from hf_sparse_pathways.discovery.statistics import check_statistics
 from hf_sparse_pathways.discovery.weights import weight_digest
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.layouts import incoming_weights, outgoing_weight
 
@@ -100,9 +100,9 @@ class Evidence:
         """Return a block as the dense model computes it on the calibration text."""
         if not self.domain.grams:
             raise PathwaysError(
-                f"Domain {self.name!r}: repair and method='obs' need Gram matrices, and the "
-                "profile holds none. Take it again with grams=True, or choose a score (method="
-                "'wanda') with compensation='none'."
+                f"Domain {self.name!r}: repair and {named('method', 'obs')} need Gram matrices, "
+                f"and the profile holds none. Take it again with {named('grams', True)}, or choose "
+                f"a score, as {named('method', 'wanda')}, with {named('compensation', 'none')}."
             )
         block = self.blocks[index]
         return BlockTask(

@@ -10,6 +10,7 @@ other methods (``scores.py``, ``obs.py``).
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -42,7 +43,7 @@ from hf_sparse_pathways.discovery.windows import (
     make_batches,
     resolve_length,
 )
-from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.errors import PathwaysError, TextError, named, option
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.memory import MAX_MEMORY, format_memory, parse_memory
@@ -50,6 +51,11 @@ from hf_sparse_pathways.pathways.base import BaseModel
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
+
+FEW_TOKENS = 1024
+"""Of fewer it is said that they are few."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def group_blocks(
     sizes = [4 * (block.d_ff + (block.d_in if inputs else 0) + 1) ** 2 for block in blocks]
     needed = max(2 * max(sizes), domains_kept * sum(sizes))
     if needed > max_memory:
-        way_out = "raise max_memory, or pass grams=False"
+        way_out = f"raise {option('max_memory')}, or take the profile with {named('grams', False)}"
         if 2 * max(sizes) <= max_memory:
             way_out += ", or pass work_folder= to keep them on disk"
         raise PathwaysError(
@@ -301,6 +307,15 @@ def _draw(  # noqa: PLR0913
         raise TextError(
             f"Domain {domain!r} has {tokens} tokens of text ({documents.source}); at least "
             f"{MIN_TOKENS} are needed, and tens of thousands for a good selection."
+        )
+    if tokens < FEW_TOKENS:
+        logger.warning(
+            "Domain %r has only %d tokens of calibration text (%s): which neurons it needs is hard "
+            "to tell from so few. Give more text, or raise %s; tens of thousands are usual.",
+            domain,
+            tokens,
+            documents.source,
+            option("max_tokens"),
         )
     digests, cut = list_digests(windows)
     kept: list[Window] = []

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.discovery.passes import full_precision
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 
 LEAST_RIDGE = 1e-9
@@ -117,7 +117,8 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         if not task.gram.has_input:
             raise PathwaysError(
                 "A bypass is regressed on the block's input, which the Gram matrices do not hold. "
-                "Take the profile with inputs=True, or use order='sequential'."
+                f"Take the profile with {named('inputs', True)}, or use "
+                f"{named('order', 'sequential')}."
             )
         bypass = system.bypass(target, how.bypass_rank, task.metric)
         target = target - bypass.product().double() @ system.moments(slice(d_ff, -1))

@@ -26,7 +26,12 @@ from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
 from hf_sparse_pathways.discovery.sequential import Arm, prune_sequentially
 from hf_sparse_pathways.discovery.windows import Batch, make_batches
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.errors import (
+    PathwaysError,
+    UnknownNameError,
+    UnsupportedModelError,
+    named,
+)
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
@@ -35,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 """Windows per forward pass."""
+
+WITHOUT_GRAMS = "wanda"
+"""The method where a profile holds no Gram matrices and none is given."""
 
 
 def select(  # noqa: PLR0913
@@ -104,10 +112,8 @@ def select(  # noqa: PLR0913
     """
     if method is not None and score is not None:
         raise PathwaysError("Give a method or a score, not both: a score is a method.")
-    whole = all(domain.grams for domain in profile.by_domain.values())
-    usual = (OBS if whole else "wanda") if percentile is None else "mean_abs"
     recipe = make_recipe(
-        method or score or usual,
+        method or score or usual_method(profile, percentile),
         allocation=allocation,
         compensation=compensation,
         ridge=ridge,
@@ -142,6 +148,28 @@ def select(  # noqa: PLR0913
     )
 
 
+def usual_method(profile: Profile, percentile: float | None = None) -> str:
+    """Return the method where none is given; where the profile decides against obs, that is said.
+
+    Args:
+        profile: The activation profile.
+        percentile: Below which neurons are removed, if that is the rule.
+    """
+    if percentile is not None:
+        return "mean_abs"
+    if all(domain.grams for domain in profile.by_domain.values()):
+        return OBS
+    logger.warning(
+        "The profile holds no Gram matrices, which %r needs: neurons are chosen by %r instead, and "
+        "by default nothing repairs what is left. Take the profile with %s, or choose %s yourself.",
+        OBS,
+        WITHOUT_GRAMS,
+        named("grams", True),
+        named("method", WITHOUT_GRAMS),
+    )
+    return WITHOUT_GRAMS
+
+
 def _dense(model: Any) -> nn.Module:
     """Return a model's dense form, whose leaves are its own."""
     dense: nn.Module = model.to_dense() if hasattr(model, "to_dense") else model
@@ -160,7 +188,8 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
             blocks = prune_sequentially(model, _arms(drafts))
         except UnsupportedModelError as error:
             if recipe.order == "sequential":
-                raise UnsupportedModelError(f"{error} Choose order='one-shot'.") from error
+                way_out = named("order", "one-shot")
+                raise UnsupportedModelError(f"{error} Choose {way_out}.") from error
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"
     if order == "one-shot":
@@ -180,8 +209,8 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
     for name, domain in drafts[0].evidence.profile.by_domain.items():
         if not domain.windows:
             raise PathwaysError(
-                f"Domain {name!r}: order='sequential' needs the text's tokens, and the profile "
-                "holds none. Take it again, or choose order='one-shot'."
+                f"Domain {name!r}: {named('order', 'sequential')} needs the text's tokens, and the "
+                f"profile holds none. Take it again, or choose {named('order', 'one-shot')}."
             )
         own[name] = list(make_batches(domain.windows, BATCH_SIZE))
     arms = []

@@ -49,7 +49,7 @@ def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
         source: One of
             - a string: a file, folder or glob if there is one of that name, else a text;
             - a ``Path``;
-            - a list of texts, or of paths;
+            - a list of texts, or of paths; what has white space in it and is no file is a text;
             - a ``datasets`` Dataset or IterableDataset, or any iterable of texts or of rows with
               a text column (``text``, ``content``, or the only one that holds strings).
         seed: Decides what is read of a source that is larger than ``MAX_CHARACTERS``.
@@ -219,11 +219,26 @@ def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Docume
         elif isinstance(item, Path) or (isinstance(item, str) and _is_file(item)):
             yield from _read_file(Path(item), seed)
         elif isinstance(item, str):
-            if _names_a_file(item):
-                raise TextError(f"{place}: there is no file {item!r}. Check the path.")
+            _check_no_path(item, place)
             yield Document(item, place)
         else:
             raise TextError(f"{place} is a {type(item).__name__}, not a text, path or row.")
+
+
+def _check_no_path(text: str, place: str) -> None:
+    """Refuse a text of a list that is a path to nothing.
+
+    With white space in it it may be either, so it is a text; from a root on that is said.
+
+    Raises:
+        TextError: It is a path.
+    """
+    if not _names_a_file(text):
+        return
+    if not any(character.isspace() for character in text):
+        raise TextError(f"{place}: there is no file {text!r}. Check the path.")
+    if text.startswith(("/", "./", "../", "~")) or text[1:3] in (":\\", ":/"):
+        logger.warning("%s: there is no file %r, so it is taken for a text.", place, text)
 
 
 def _sampled(rows: Iterable[Any], path: Path, seed: int) -> list[Any]:

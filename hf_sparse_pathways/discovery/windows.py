@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.documents import Document, Documents, spans
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, option
 
 CHARACTERS_PER_TOKEN = 3
 """Cautious: English prose has 4 to 5, code about 3. A span that is too long is halved."""
 
 
 DEFAULT_LENGTH = 512
+
+LEAST_LENGTH = 2
+"""Of one token alone there is nothing that a model could have read before it."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,35 @@ class Batch:
     windows: tuple[Window, ...]
 
 
+def check_length(max_length: int) -> None:
+    """Check the most tokens of a window.
+
+    Raises:
+        PathwaysError: They are too few.
+    """
+    if max_length < LEAST_LENGTH:
+        raise PathwaysError(
+            f"{option('max_length')} has to be at least {LEAST_LENGTH}, got {max_length!r}: a "
+            "token alone has no context. Leave it out for the usual length."
+        )
+
+
 def resolve_length(model: Any, max_length: int | None) -> int:
     """Return the most tokens of a window: as given, or the default within the model's positions.
 
     Raises:
-        PathwaysError: The model has fewer positions than asked for.
+        PathwaysError: The model has fewer positions than asked for, or it is too short.
     """
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text_config, "max_position_embeddings", None) or DEFAULT_LENGTH
     if max_length is None:
         return min(DEFAULT_LENGTH, positions)
+    check_length(max_length)
     if max_length > positions and hasattr(text_config, "max_position_embeddings"):
         raise PathwaysError(
-            f"max_length {max_length} is more than the model's {positions} positions. Give at "
-            f"most {positions}."
+            f"{option('max_length')} {max_length} is more than the model's {positions} "
+            f"positions. Give at most {positions}."
         )
     return max_length
 
@@ -82,7 +99,7 @@ def draw_windows(
     """
     for name, value in (("max_tokens", max_tokens), ("max_length", max_length)):
         if value < 1:
-            raise PathwaysError(f"{name} has to be at least 1, got {value!r}.")
+            raise PathwaysError(f"{option(name)} has to be at least 1, got {value!r}.")
     pieces = [
         (document, start, end)
         for document in documents.items
@@ -137,7 +154,7 @@ def make_batches(windows: Sequence[Window], batch_size: int) -> Iterator[Batch]:
         PathwaysError: The batch size is not positive.
     """
     if batch_size < 1:
-        raise PathwaysError(f"batch_size has to be at least 1, got {batch_size!r}.")
+        raise PathwaysError(f"{option('batch_size')} has to be at least 1, got {batch_size!r}.")
     ordered = sorted(windows, key=lambda window: -len(window.ids))
     for start in range(0, len(ordered), batch_size):
         rows = tuple(ordered[start : start + batch_size])

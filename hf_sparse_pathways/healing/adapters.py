@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.ffn.block_pathway import LowRank
 from hf_sparse_pathways.healing.settings import HealingSettings
 from hf_sparse_pathways.healing.students import Student, StudentLeaf
@@ -61,7 +61,7 @@ def import_peft() -> Any:
     except ImportError as error:
         raise PathwaysError(
             "Low-rank healing needs PEFT. Install it with `pip install hf-sparse-pathways[peft]`, "
-            "or choose train='weights'."
+            f"or choose {named('train', 'weights')}."
         ) from error
     return peft
 

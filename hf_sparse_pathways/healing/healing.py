@@ -26,7 +26,7 @@ from hf_sparse_pathways.discovery.repair import STORED_DTYPE
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import make_batches, resolve_length
-from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named, option
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.healing.adapters import Adapter, add_lora, import_peft, make_adapter
@@ -152,7 +152,7 @@ def _check_settings(model: SparsePathwaysForCausalLM, settings: HealingSettings)
     if settings.keep == "lora" and model.pathways.base.routed:
         raise PathwaysError(
             "PEFT renames the targets of adapters for models with routed experts, so that an "
-            "adapter of this one would not load: choose keep='folded'."
+            f"adapter of this one would not load: choose {named('keep', 'folded')}."
         )
 
 
@@ -219,7 +219,7 @@ class _Job:
             raise PathwaysError(
                 f"The pathway {self.domain!r} was healed before, and the dense model was not: "
                 "beside it the pathway would look better than it is. Heal the pathway as it was "
-                "built, or leave out dense_partner and dense_first."
+                f"built, or leave out {option('dense_partner')} and {option('dense_first')}."
             )
         probe = next(make_batches(self.text.validation[:1], 1))
         check_student(make_student(self.frozen, pathway.blocks), self.model, probe, self.domain)

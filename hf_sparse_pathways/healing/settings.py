@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named, option
 
 TRAINED = ("lora", "weights")
 KEPT = ("folded", "lora")
@@ -96,34 +96,40 @@ class HealingSettings:
         if self.attention and self.keep != "lora":
             raise PathwaysError(
                 "Changes of the attention belong to all domains and cannot be folded into one "
-                "domain's pathway: choose keep='lora' (--keep lora), or leave the attention out."
+                f"domain's pathway: choose {named('keep', 'lora')}, or leave the attention out."
             )
         if self.keep == "lora" and self.train != "lora":
-            raise PathwaysError("keep='lora' needs train='lora': whole weights are no adapter.")
+            raise PathwaysError(
+                f"{named('keep', 'lora')} needs {named('train', 'lora')}: whole weights are no "
+                "adapter."
+            )
         if self.teacher == "tuned" and not (self.dense_partner and set(terms) - {"lm"}):
             raise PathwaysError(
-                "teacher='tuned' is the dense partner, from which the loss has to distil: set "
-                "dense_partner and a loss with 'kl' or 'hidden'."
+                f"{named('teacher', 'tuned')} is the dense partner, from which the loss has to "
+                f"distil: choose {named('dense_partner', True)} and a loss with 'kl' or 'hidden'."
             )
         if self.teacher == "cut" and not (self.dense_first and set(terms) - {"lm"}):
             raise PathwaysError(
-                "teacher='cut' is the dense model when its neurons are cut out, from which the "
-                "loss has to distil: set dense_first and a loss with 'kl' or 'hidden'."
+                f"{named('teacher', 'cut')} is the dense model when its neurons are cut out, from "
+                f"which the loss has to distil: give {option('dense_first')} and a loss with 'kl' "
+                "or 'hidden'."
             )
 
     def _check_numbers(self) -> None:
-        for name in ("rank", "tokens", "batch_size", "accumulate", "validation_tokens"):
-            _check_whole(name, getattr(self, name))
-        for name in ("validations", "patience"):
-            _check_whole(name, getattr(self, name))
-        for name in ("steps", "max_length"):
+        for name in ("rank", "batch_size", "accumulate", "validations", "patience"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in ("tokens", "validation_tokens"):  # of the first one nothing is predicted
+            _check_whole(name, getattr(self, name), 2)
+        for name, least in (("steps", 1), ("max_length", 2)):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name))
+                _check_whole(name, getattr(self, name), least)
         _check_positive("clip", self.clip)
         if self.learning_rate is not None:
             _check_positive("learning_rate", self.learning_rate)
         if not 0.0 <= self.dense_first < 1.0:
-            raise PathwaysError(f"dense_first has to be in [0, 1), got {self.dense_first!r}.")
+            raise PathwaysError(
+                f"{option('dense_first')} has to be in [0, 1), got {self.dense_first!r}."
+            )
         if not 0.0 <= self.warmup < 1.0 or not 0.0 <= self.weight_decay < math.inf:
             raise PathwaysError(
                 f"warmup has to be in [0, 1) and weight_decay not negative, got {self.warmup!r} "
@@ -149,7 +155,10 @@ class HealingSettings:
         if not self.dense_first:
             return 0
         if steps == 1:
-            raise PathwaysError("dense_first needs two steps or more: give more tokens.")
+            raise PathwaysError(
+                f"{option('dense_first')} needs two steps or more: raise {option('tokens')} or "
+                f"{option('steps')}."
+            )
         return min(steps - 1, max(1, round(self.dense_first * steps)))
 
     @property
@@ -186,9 +195,11 @@ def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
         raise UnknownNameError(kind, name, known)
 
 
-def _check_whole(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise PathwaysError(f"{name} has to be a whole number of at least 1, got {value!r}.")
+def _check_whole(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise PathwaysError(
+            f"{option(name)} has to be a whole number of at least {least}, got {value!r}."
+        )
 
 
 def _check_positive(name: str, value: float) -> None:

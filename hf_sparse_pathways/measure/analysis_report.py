@@ -7,6 +7,7 @@ from hf_sparse_pathways.measure.experiments import MeasuredRule
 from hf_sparse_pathways.measure.figures import Section, format_figure
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion, Specialisation
 from hf_sparse_pathways.measure.statements import compare_statements
+from hf_sparse_pathways.shares import format_share
 
 
 def to_markdown(analysis: Analysis, plots: Sequence[str] = ()) -> str:
@@ -154,7 +155,7 @@ def _overlaps(analysis: Analysis) -> Section:
     pairs = [f"{pair.first} / {pair.second}" for pair in analysis.overlaps[0].pairs]
     rows = [
         [
-            f"{overlap.sparsity:.0%}",
+            format_share(overlap.sparsity),
             *(f"{pair.jaccard:.2f}" for pair in overlap.pairs),
             f"{overlap.pairs[0].chance:.2f}",
         ]
@@ -209,7 +210,7 @@ def _measured(row: MeasuredRule) -> list[str]:
     interval = f" ({row.interval[0]:.3g}-{row.interval[1]:.3g})" if row.interval else ""
     return [
         row.domain,
-        f"{row.sparsity:.0%}",
+        format_share(row.sparsity),
         row.rule,
         f"{row.cosine:.4f}",
         f"{row.agreement:.1%}",

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
 from hf_sparse_pathways.measure.quality_report import QualityRow
+from hf_sparse_pathways.shares import format_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class ComparisonReport:
             cells = [found[d].ratio_text if d in found else "-" for d in self.domains]
             flops = max(row.flops for row in found.values())
             shown = "-" if mean is None else format_figure(mean)
-            rows.append([method, f"{flops:.1%}", *cells, shown])
+            rows.append([method, format_share(flops, 1), *cells, shown])
         return ["method", "FFN FLOPs", *self.domains, "geometric mean"], rows
 
     def caption(self, sparsity: float) -> str:
@@ -93,7 +94,7 @@ class ComparisonReport:
         documents = min(row.documents for row in dense)
         perplexities = ", ".join(f"{row.domain} {format_figure(row.perplexity)}" for row in dense)
         return (
-            f"{100 * sparsity:.4g}% of the FFN FLOPs removed: perplexity ratio to dense (95 % "
+            f"{format_share(sparsity)} of the FFN FLOPs removed: perplexity ratio to dense (95 % "
             f"interval over documents) on at least {tokens} tokens of {documents} held-out "
             f"documents per domain; dense perplexity: {perplexities}"
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_sparse_pathways.measure.figures import quantile
+from hf_sparse_pathways.shares import format_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class SpeedReport:
         return (
             f"{self.domain}: dense {quantile(self.dense, 0.5):.1f} tokens/s, sparse "
             f"{quantile(self.sparse, 0.5):.1f} tokens/s ({self.executor}, sparsity "
-            f"{self.sparsity:.0%}); ratio {middle:.2f} (quartiles {low:.2f} to {high:.2f}, "
-            f"{len(self.dense)} rounds)"
+            f"{format_share(self.sparsity)}); ratio {middle:.2f} (quartiles {low:.2f} to "
+            f"{high:.2f}, {len(self.dense)} rounds)"
         )
 
 

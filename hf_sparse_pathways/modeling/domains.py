@@ -24,14 +24,17 @@ UNSET = Unset()
 
 
 def resolve_domain(
-    domain: str | Sequence[str | None] | Tensor | None, names: Sequence[str]
+    domain: str | Sequence[str | None] | Tensor | None,
+    names: Sequence[str],
+    controls: Sequence[str] = (),
 ) -> int | Tensor | None:
     """Turn domain names into indices.
 
     Args:
         domain: One name for all rows, None for dense, a list with one of either per row, or an
             int64 tensor of indices with -1 for dense.
-        names: The known names, in the order of their indices.
+        names: The domains, in the order of their indices.
+        controls: Pathways beside them, whose indices follow; taken, but no domains.
 
     Returns:
         An index, None for dense, or an int64 tensor ``(rows,)``.
@@ -43,11 +46,12 @@ def resolve_domain(
     if domain is None:
         return None
     if isinstance(domain, str):
-        return _index(domain, names)
+        return _index(domain, names, controls)
     if isinstance(domain, Tensor):
-        return _checked_indices(domain, len(names))
+        return _checked_indices(domain, len(names) + len(controls))
     if isinstance(domain, Sequence) and len(domain) > 0:
-        return torch.tensor([_index(name, names) for name in domain], dtype=torch.int64)
+        indices = [_index(name, names, controls) for name in domain]
+        return torch.tensor(indices, dtype=torch.int64)
     raise PathwaysError(
         f"domain={domain!r} does not fit. Give a domain's name, None for dense, or a list "
         f"with one of either per row. Known: {', '.join(map(repr, names)) or 'none'}."
@@ -81,12 +85,13 @@ def fit_rows(rows: Tensor, batch: int, *, expand: bool) -> int | Tensor | None:
     return rows
 
 
-def _index(name: Any, names: Sequence[str]) -> int:
+def _index(name: Any, names: Sequence[str], controls: Sequence[str]) -> int:
     if name is None:
         return -1
-    if name not in names:
+    known = [*names, *controls]
+    if name not in known:
         raise UnknownNameError("domain", name, names)
-    return names.index(name)
+    return known.index(name)
 
 
 def _checked_indices(rows: Tensor, count: int) -> Tensor:

@@ -200,7 +200,8 @@ class SparsePathwaysModel(_Base):
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
-        return resolve_domain(domain, self._named)
+        controls = [] if self._pathways is None else list(self._pathways.controls)
+        return resolve_domain(domain, self.domains, controls)
 
     @property
     def _named(self) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.shares import format_share
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -199,7 +200,8 @@ class Pathways:
         return self.by_domain[name]
 
     def __repr__(self) -> str:
-        kept = ", ".join(f"{name} {1 - self.sparsity(name):.0%}" for name in self.by_domain)
+        shares = {name: format_share(1.0 - self.sparsity(name)) for name in self.by_domain}
+        kept = ", ".join(f"{name} {share}" for name, share in shares.items())
         return (
             f"Pathways(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, "
             f"kept: {kept or 'no domains'})"

@@ -68,7 +68,7 @@ def test_a_saved_profile_serves_with_and_without_text(places, tmp_path):
     assert bare["experiments"] is None
     assert bare["tokens"] == {"code": 60, "law": 60}
     measured = json.loads(
-        run_well("analyze", places.dense, *options, *SMALL, "--domain", f"code={places.code}")
+        run_well("analyze", places.dense, *options, *SMALL[2:], "--domain", f"code={places.code}")
     )
     assert {row["domain"] for row in measured["experiments"]["preservation"]} == {"code"}
     assert measured["specialisation"] == bare["specialisation"]
@@ -103,6 +103,18 @@ ERRORS = {
     "absent profile": (("{dense}", "--profile", "{dense}"), "profile.json"),
     "foreign output": (("{dense}", "{texts}", "--output", "{dense}"), "analysis.json"),
     "earlier output": (("{dense}", "{texts}", "--output", "{llama}"), "--overwrite"),
+    "profile and how to take one": (
+        ("{dense}", "{texts}", "--profile", "p", "--max-tokens", "9", "--held-out", "0.5"),
+        "With --profile these do nothing: --max-tokens, --held-out.",
+    ),
+    "profile without text": (
+        ("{dense}", "--profile", "p", "--eval-tokens", "9"),
+        "With --profile these do nothing: --eval-tokens.",
+    ),
+    "compare and a seed": (
+        ("--compare", "{llama}", "--compare", "{llama}", "--seed", "0"),
+        "With --compare these do nothing: --seed.",
+    ),
     "unknown dtype": (("{dense}", "{texts}", "--dtype", "float31"), "float32"),
 }
 

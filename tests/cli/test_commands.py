@@ -13,6 +13,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.version import __version__
+from tests.architectures import build, random_masks
 from tests.cli.commands import run, run_well
 from tests.cli.conftest import save_dense
 from tests.texts import tiny_tokenizer
@@ -63,6 +64,39 @@ def test_info_prints_a_row_per_arm_and_block(places):
     shown = run_well("info", places.built)
     for word in ("code", "law", "pooled", "50.0%", *_info(places.built)["blocks"]):
         assert word in shown
+
+
+HOW = {"method": "obs", "order": "sequential", "compensation": "refit+bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ((), HOW),
+        (("--percentile", 50), {"method": "mean_abs", "allocation": "percentile", "ridge": "-"}),
+        (("--ridge", 0.2, "--allocation", "depth"), {**HOW, "ridge": "0.2", "allocation": "depth"}),
+    ],
+    ids=["auto", "percentile", "given"],
+)
+def test_build_and_info_say_what_was_chosen(places, tmp_path, monkeypatch, options, shown):
+    monkeypatch.setenv("COLUMNS", "100")
+    said = run_well("build", places.dense, *places.texts, *options, "--output", tmp_path / "built")
+    facts = _info(tmp_path / "built")
+    table = said.partition("what was chosen")[2].splitlines()
+    assert said in run_well("info", tmp_path / "built")
+    assert max(map(len, said.splitlines())) <= 100
+    header = table[2].split()
+    for arm, label in [("code", "code"), ("law", "law"), ("pooled", "pooled (control)")]:
+        (row,) = [line for line in table if line.strip().startswith(label)]
+        cells = dict(zip(header[1:], row.removeprefix(f"  {label}").split(), strict=True))
+        made = {**facts["domains"], **facts["controls"]}[arm]
+        assert cells == {**{name: str(made[name]) for name in cells}, **shown}
+
+
+def test_info_of_masks_of_ones_own_says_nothing_of_a_choice(tmp_path):
+    model = build("llama")
+    sp.Pathways.from_masks(model, random_masks(model)).save_pretrained(tmp_path)
+    assert "what was chosen" not in run_well("info", tmp_path)
 
 
 def test_evaluate_measures_what_build_held_out(places):
@@ -258,3 +292,19 @@ def test_help_imports_nothing_heavy():
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "Usage" in ran.stdout
+
+
+def test_a_profile_without_gram_matrices_is_built_from_with_a_word_said_once(
+    places, tmp_path, caplog
+):
+    taken = tmp_path / "profile"
+    options = ("--max-tokens", 80, "--no-grams", "--output", taken)
+    run_well("profile", places.dense, *places.texts, *options)
+    command = ("build", places.dense, "--profile", taken, "--max-perplexity-increase", "30%")
+    run_well(*command, "--output", tmp_path / "silent", "--method", "wanda")
+    assert "wanda" not in caplog.text
+    run_well(*command, "--output", tmp_path / "built")
+    assert _info(tmp_path / "built")["domains"]["code"]["method"] == "wanda"
+    assert caplog.text.count("neurons are chosen by 'wanda' instead") == 1
+    for part in ("grams=True (--grams)", "method='wanda' (--method wanda)", "'obs'"):
+        assert part in caplog.text

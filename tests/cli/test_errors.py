@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,8 @@ BUILDS = {
     "no tokens": (("{dense}", "{texts}", "--max-tokens", "0"), "max_tokens"),
     "few tokens": (("{dense}", "{texts}", "--max-tokens", "5"), "5 tokens"),
     "no length": (("{dense}", "{texts}", "--max-length", "0"), "max_length"),
+    "length 1": (("{dense}", "{texts}", "--max-length", "1"), "max_length (--max-length)"),
+    "no memory": (("{dense}", "{texts}", "--max-memory", "1"), "raise max_memory (--max-memory)"),
     "no batch": (("{dense}", "{texts}", "--batch-size", "0"), "batch_size"),
     "absent profile": (("{dense}", "--profile", "{tmp}/absent"), "profile.json"),
     "a model with pathways": (("{built}", "{texts}"), "pathways"),
@@ -280,6 +283,56 @@ def test_a_build_that_fails_midway_leaves_what_was_there(
     assert len(ran.err.strip().splitlines()) == 1
 
 
+def _stop(monkeypatch, place, error):
+    def stop(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(place, stop)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "start"),
+    [
+        (KeyboardInterrupt, 130, "interrupted; no output is left half-written. Unfinished work ("),
+        (lambda: OSError(28, "No space left"), 1, "error: [Errno 28] No space left. Unfinished"),
+    ],
+    ids=["interrupted", "failed"],
+)
+def test_where_unfinished_work_is_kept_is_said(
+    places, tmp_path, monkeypatch, cache, error, status, start
+):
+    with monkeypatch.context() as patch:
+        _stop(patch, FAILURES["selecting"], error())
+        ran = _build(places, tmp_path / "out")
+    assert ran.status == status
+    assert ran.err.startswith(start)
+    assert ran.err.count("\n") == 1
+    told = re.search(r"is kept in (\S+) for 7 days: the same command goes on from there", ran.err)
+    work = Path(told[1])
+    assert work.is_relative_to(cache)
+    assert list(work.rglob("0000-0.safetensors"))
+    assert _build(places, tmp_path / "out").status == 0
+    assert not work.exists()
+
+
+def test_an_interruption_with_nothing_to_keep_promises_nothing(places, tmp_path, monkeypatch):
+    _stop(monkeypatch, FAILURES["profiling"], KeyboardInterrupt())
+    ran = _build(places, tmp_path / "out")
+    assert ran.err == "interrupted; no output is left half-written.\n"
+    _stop(monkeypatch, "hf_sparse_pathways.measure.quality.evaluate", KeyboardInterrupt())
+    ran = run("evaluate", places.built, *places.texts)
+    assert ran.err == "interrupted; no output is left half-written.\n"
+
+
+def test_an_interrupted_comparison_says_that_its_steps_are_kept(places, tmp_path, monkeypatch):
+    _stop(monkeypatch, "hf_sparse_pathways.measure.comparison.compare", KeyboardInterrupt())
+    words = ("compare", places.dense, *places.texts, "--output", tmp_path / "out")
+    ran = run(*words)
+    assert ran.status == 130
+    assert ran.err.startswith("interrupted; finished steps are kept in the output folder")
+    assert list((tmp_path / "out" / "steps").rglob("*.safetensors")), "as it says"
+
+
 def test_the_real_program_fails_in_one_line(places):
     program = [sys.executable, "-m", "hf_sparse_pathways.cli.main"]
     ran = subprocess.run(
@@ -344,6 +397,29 @@ def test_a_default_domain_that_a_profile_does_not_have_is_refused_before_the_mod
 def test_options_that_another_makes_void_are_refused(places, tmp_path, words):
     words = (*words, "--output", tmp_path / "out")
     assert_error(run("build", tmp_path / "no model", *places.texts, *words), "leave out")
+
+
+@pytest.mark.parametrize("command", ["profile", "build", "analyze"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-memory", "4XB"), ("--max-length", "1"), ("--max-length", "-3")]
+)
+def test_what_needs_no_model_is_checked_before_it_is_loaded(
+    places, tmp_path, command, option, value
+):
+    words = (tmp_path / "no model", *places.texts, "--output", tmp_path / "out", option, value)
+    assert_error(run(command, *words), value)
+
+
+VOID = ("--max-tokens", "--max-length", "--batch-size", "--held-out", "--max-memory")
+
+
+@pytest.mark.parametrize("given", [VOID[:1], VOID[2:4], VOID], ids=len)
+def test_what_a_saved_profile_makes_void_is_refused_by_name(tmp_path, given):
+    values = {"--held-out": "0.5", "--max-memory": "4GB"}
+    words = [word for option in given for word in (option, values.get(option, "99"))]
+    words += ["--profile", tmp_path / "profile", "--output", tmp_path / "out"]
+    ran = run("build", tmp_path / "no model", *words, "--seed", 0, "--precision", "model")
+    assert_error(ran, f"With --profile these do nothing: {', '.join(given)}. Leave them out.")
 
 
 def test_tables_show_brackets_as_they_are(capsys):

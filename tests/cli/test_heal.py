@@ -11,6 +11,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.healing import checkpoints, training
 from tests.cli.commands import assert_error, run, run_well
 from tests.healing.healings import same
+from tests.texts import tiny_tokenizer
 
 SHORT = ("--steps", 4, "--batch-size", 2, "--accumulate", 1, "--rank", 2, "--validations", 2)
 
@@ -64,6 +65,39 @@ def test_an_adapter_is_written_beside_the_model(places, tmp_path):
     peft.PeftModel.from_pretrained(model, out / "adapters" / "law")
 
 
+def test_the_printed_lines_put_an_adapter_on(places, tmp_path):
+    out = tmp_path / "healed"
+    texts = ("--domain", f"law={places.law}", "--domain", f"code={places.code}")
+    options = ("--keep", "lora", "--learning-rate", 0.05, "--output", out)
+    shown = run_well("heal", places.built, *texts, *SHORT, *options)
+    for name in ("law", "code"):
+        assert f"  {out}/adapters/{name}\n" in shown
+    first, second = (line for line in shown.splitlines() if "PeftModel" in line)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    inputs = tiny_tokenizer()("the court of", return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs, domain="law").logits
+    names = {"model": model, "inputs": inputs}
+    exec(f"{first.strip()}\n{second.strip()}", names)
+    with torch.no_grad():
+        after = names["adapted"](**inputs, domain="law").logits
+    assert (after - before).abs().max() > 0.01
+    model.generation_config.max_new_tokens = 4
+    line = shown.splitlines()[-1].partition("and name its domain: ")[2]
+    told = eval(line, names)[0, -4:]
+    ids = inputs["input_ids"]
+    for _ in range(4):
+        with torch.no_grad():
+            logits = names["adapted"](input_ids=ids, domain="law").logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert told.tolist() == ids[0, -4:].tolist()
+
+
+def test_without_adapters_nothing_is_said_of_them(places, tmp_path):
+    command = ("heal", places.built, "--domain", f"code={places.code}", *SHORT)
+    assert "PeftModel" not in run_well(*command, "--output", tmp_path / "out")
+
+
 def test_an_interrupted_command_goes_on(places, tmp_path, monkeypatch, cache):
     command = ("heal", places.built, "--domain", f"code={places.code}", *SHORT)
     run_well(*command, "--output", tmp_path / "whole")
@@ -96,6 +130,7 @@ def test_an_interrupted_command_goes_on(places, tmp_path, monkeypatch, cache):
         (["--domain", "code={code}", "--attention"], ["--keep lora"]),
         (["--domain", "code={code}", "--loss", "ce"], ["'ce'", "lm, kl, hidden"]),
         (["--domain", "code={code}", "--rank", "0"], ["rank"]),
+        (["--domain", "code={code}", "--tokens", "1"], ["--tokens", "at least 2"]),
         (["--domain", "code={code}", "--teacher", "tuned"], ["dense_partner"]),
         (["--domain", "code=nowhere/at/all"], ["nowhere/at/all"]),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_sparse_pathways.cli import loading
-from hf_sparse_pathways.cli.loading import written_whole
+from hf_sparse_pathways.cli.loading import check_output, written_whole
 from tests.cli.commands import assert_error, content, run, run_well
 
 
@@ -86,6 +86,29 @@ def test_a_mounted_output_is_as_it_was_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "out") as folder:
         (folder / "new.txt").write_text(str(1 / 0))
     assert content(tmp_path) == {"out": None, "out/old.txt": b"old"}
+
+
+UNWRITABLE = {
+    "a file system that takes no folders": lambda _: Path("/proc/out"),
+    "a name that is too long": lambda folder: folder / ("x" * 300),
+    "below a file": lambda folder: folder / "file" / "out",
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+@pytest.mark.parametrize("command", ["profile", "build", "analyze"])
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(places, tmp_path, command, kind):
+    (tmp_path / "file").write_text("mine")
+    output = UNWRITABLE[kind](tmp_path)
+    ran = run(command, tmp_path / "no model", *places.texts, "--output", output)
+    assert_error(ran, f"{output} cannot be written", "Choose another --output")
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+def test_looking_whether_an_output_can_be_made_leaves_nothing(tmp_path):
+    check_output(tmp_path / "deep" / "out", overwrite=False, marker="pathways.json")
+    assert content(tmp_path) == {}
 
 
 @pytest.mark.parametrize("deep", ["out", "absent/out"])

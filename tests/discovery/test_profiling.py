@@ -228,6 +228,21 @@ def test_the_least_text_is_enough():
         _take(tiny_llama(), {"code": text.removesuffix(" the")})
 
 
+def test_that_a_text_is_short_is_said(caplog):
+    taken = _take(tiny_llama(), {"code": documents("code", 40, 30)}, max_tokens=1023, grams=False)
+    assert taken["code"].provenance["tokens"] == 1023
+    assert "'code' has only 1023 tokens of calibration text" in caplog.text
+    assert "max_tokens (--max-tokens)" in caplog.text
+    caplog.clear()
+    _take(tiny_llama(), {"code": documents("code", 40, 30)}, max_tokens=1024, grams=False)
+    assert caplog.text == ""
+
+
+def test_windows_of_one_token_are_refused():
+    with pytest.raises(PathwaysError, match=r"max_length \(--max-length\) has to be at least 2"):
+        _take(tiny_llama(), max_length=1)
+
+
 def test_no_domains_are_refused():
     with pytest.raises(TextError, match="No domains"):
         _take(tiny_llama(), {})

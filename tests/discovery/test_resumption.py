@@ -98,13 +98,16 @@ def test_groups_are_as_large_as_the_memory_allows(sizes, groups):
     assert [block for group in cut for block in group] == list(blocks)
 
 
+WAYS_OUT = r"raise max_memory \(--max-memory\), or take the profile with grams=False \(--no-grams\)"
+
+
 def test_too_little_memory_is_refused_with_both_numbers_and_the_ways_out(tmp_path):
     for texts in ({"code": TEXTS["code"]}, TEXTS):
         needed = len(texts) * 3 * ONE_BLOCK
-        with pytest.raises(PathwaysError, match=r"max_memory.*grams=False, or pass work_folder="):
+        with pytest.raises(PathwaysError, match=rf"max_memory.*{WAYS_OUT}, or pass work_folder="):
             _take(tiny_llama(), texts, max_memory=needed - 1)
         _take(tiny_llama(), texts, max_memory=needed)
-    with pytest.raises(PathwaysError, match=r"raise max_memory, or pass grams=False\.$"):
+    with pytest.raises(PathwaysError, match=rf"{WAYS_OUT}\.$"):
         _take(tiny_llama(), max_memory=_memory(1) - 1, work_folder=tmp_path)
     _take(tiny_llama(), max_memory=1, grams=False)
 

@@ -168,6 +168,18 @@ def test_the_default_is_obs_in_sequence_where_the_profile_allows_it(llama):
     assert provenance["compensation"] == "none"
 
 
+def test_that_a_profile_decides_against_obs_is_said(llama, caplog):
+    model, taken = llama
+    silent = _take(model, grams=False)
+    caplog.clear()
+    select(model, taken, sparsity=0.3)
+    select(model, silent, sparsity=0.3, method="wanda")
+    select(model, silent, percentile=50)
+    assert caplog.text == ""
+    select(model, silent, sparsity=0.3)
+    assert caplog.text.count("neurons are chosen by 'wanda' instead") == 1
+
+
 def _without(taken, **parts):
     by_domain = {name: replace(taken[name], **parts) for name in taken.domains}
     return replace(taken, by_domain=by_domain)

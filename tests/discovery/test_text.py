@@ -333,6 +333,27 @@ def test_a_mistyped_path_with_spaces_is_not_a_text(text):
         read_documents(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["see docs/readme.md", "The parser, in src/a.py", "either/or main.py", "my texts/a.txt"]
+)
+def test_words_of_a_list_that_end_in_a_path_are_a_text(text, caplog):
+    assert _texts([text, "another"]) == [text, "another"]
+    assert _texts(iter([text])) == [text]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("text", ["/no such/a.py", "./my texts/a.md", "~/x y.txt", "C:\\a b.txt"])
+def test_that_a_listed_path_with_spaces_is_taken_for_a_text_is_said(text, caplog):
+    assert _texts([text]) == [text]
+    assert f"there is no file {text!r}, so it is taken for a text" in caplog.text
+
+
+def test_a_listed_path_with_spaces_is_read(tmp_path):
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "see a.md").write_text("what is in it")
+    assert _texts([str(tmp_path / "my texts" / "see a.md")]) == ["what is in it"]
+
+
 def test_an_empty_glob_as_a_path_is_refused_by_name(tmp_path):
     with pytest.raises(TextError, match="No file matches"):
         read_documents(tmp_path / "with space" / "*.py")

@@ -2,10 +2,12 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
 
+from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table, quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
 from hf_sparse_pathways.measure.speed_report import SpeedReport
@@ -44,6 +46,17 @@ REPORT = QualityReport(base="tiny", rows=ROWS)
 SPEED = SpeedReport(
     domain="code", executor="compact", sparsity=0.3, dense=(1.0, 2.0, 4.0), sparse=(3.0, 1.0, 8.0)
 )
+
+
+def test_a_sparsity_of_almost_one_does_not_read_as_all():
+    assert "sparsity 99.9%)" in str(replace(SPEED, sparsity=0.999))
+    quality = replace(REPORT.rows[0], flops=0.0002)
+    rows = tuple(
+        ComparisonRow(method=method, sparsity=0.999, quality=quality) for method in ("dense", "obs")
+    )
+    compared = ComparisonReport(base="b", rows=rows)
+    assert compared.caption(0.999).startswith("99.9% of the FFN FLOPs removed")
+    assert compared.table(0.999)[1][0][1] == "0.02%"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 101])

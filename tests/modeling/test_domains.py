@@ -52,6 +52,27 @@ def test_precedence(case):
     assert _runs(model, expected) == default
 
 
+@pytest.mark.parametrize("wrong", ["cde", ["code", "cde"]])
+def test_an_unknown_domain_is_told_the_domains_and_controls_go_on(parts, wrong):
+    dense, paths, expected = parts
+    paths = paths.with_controls({"pooled": paths["law"]})
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+    with pytest.raises(sp.PathwaysError) as caught:
+        model(IDS, domain=wrong)
+    assert str(caught.value).endswith("Did you mean 'code'? Known: 'code', 'law'.")
+    with pytest.raises(sp.PathwaysError, match=r"Known: 'code', 'law'\.$"):
+        model(IDS, domain=5)
+    assert _runs(model, expected, domain="pooled") == "law"
+    rows = IDS[:1].repeat(2, 1)
+    with torch.no_grad():
+        mixed = model(rows, domain=["pooled", "code"]).logits
+        index = model(rows, domain=torch.tensor([2, 0])).logits
+    assert torch.equal(mixed, index)
+    assert torch.allclose(mixed[0], expected["law"][0], atol=1e-5)
+    with pytest.raises(sp.PathwaysError, match=r"from -1 \(dense\) to 2"):
+        model(rows, domain=torch.tensor([3, 0]))
+
+
 def test_generate_follows_the_same_precedence(case):
     model, default, _ = case
     tokens = {d: _new_tokens(model, domain=d) for d in ("code", "law", None)}

@@ -28,6 +28,7 @@ from hf_sparse_pathways.measure.plots.drawing import (
 )
 from hf_sparse_pathways.measure.scale import ScaleComparison
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion
+from hf_sparse_pathways.shares import format_share
 
 
 def plot_analysis(analysis: Analysis) -> dict[str, Figure]:
@@ -113,9 +114,8 @@ def plot_overlap(analysis: Analysis) -> Figure:
             values[row, column] = values[column, row] = pair.jaccard
         image = draw_map(axes, values, Normalize(0.0, 1.0), "{:.2f}")
         label_map(axes, analysis.domains, analysis.domains)
-        axes.set_title(
-            f"{overlap.sparsity:.0%} skipped\nchance {overlap.pairs[0].chance:.2f}", fontsize=10
-        )
+        skipped, chance = format_share(overlap.sparsity), overlap.pairs[0].chance
+        axes.set_title(f"{skipped} skipped\nchance {chance:.2f}", fontsize=10)
     figure.colorbar(image, ax=list(grid), label="Jaccard index", shrink=0.8)
     figure.suptitle(f"Overlap of skipped neurons between domains, {short_name(analysis.base)}")
     return figure
