@@ -60,6 +60,7 @@ LAZY = {
     ("cli.compare", "files"),
     ("cli.compare", "measure.comparison"),
     ("cli.evaluate", "measure.quality"),
+    ("cli.evaluate", "pathways.pathway"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
     ("cli.info", "pathways.pathway"),

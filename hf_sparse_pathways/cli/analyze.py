@@ -67,7 +67,7 @@ def run(  # noqa: PLR0913
     max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
-    plots: Annotated[bool, typer.Option(help="Draw pictures into the output.")] = True,
+    plots: opt.Plots = True,
     overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
 ) -> None:

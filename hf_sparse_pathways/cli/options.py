@@ -46,6 +46,7 @@ Seed = Annotated[int, typer.Option(help="Seed of splits, windows and random scor
 Dtype = Annotated[
     str, typer.Option(help="Weights' dtype: auto (as saved), float32, bfloat16 or float16.")
 ]
+Plots = Annotated[bool, typer.Option(help="Draw pictures beside the JSON and Markdown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from hf_sparse_pathways.cli.loading import written_whole
 from hf_sparse_pathways.errors import PathwaysError
 
@@ -14,11 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def load_plots(way_out: str = "pass --no-plots") -> "ModuleType":
+def load_plots() -> "ModuleType":
     """Return the module that draws.
-
-    Args:
-        way_out: How a user does without, for the message.
 
     Raises:
         PathwaysError: matplotlib is not installed.
@@ -28,9 +27,18 @@ def load_plots(way_out: str = "pass --no-plots") -> "ModuleType":
     except ImportError as error:
         raise PathwaysError(
             "Plots need matplotlib. Install it with `pip install hf-sparse-pathways[plots]`, or "
-            f"{way_out}. ({error})"
+            f"pass --no-plots. ({error})"
         ) from error
     return plots
+
+
+def load_plots_if_possible() -> "ModuleType | None":
+    """Return the module that draws; without matplotlib say so on stderr, and return None."""
+    try:
+        return load_plots()
+    except PathwaysError as error:
+        typer.echo(f"Written without pictures. {error}", err=True)
+        return None
 
 
 def write_report(

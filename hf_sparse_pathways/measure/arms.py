@@ -45,12 +45,16 @@ class MeasuredArm:
         pathway: Name of the pathway, if one runs.
         flops: FFN FLOPs as a fraction of dense.
         forward: Computes it.
+        sparsity: Fraction of neurons removed; None where the arm chooses them while it runs.
+        set: As in ``QualityRow``.
     """
 
     role: str
     pathway: str | None
     flops: float
     forward: Forward
+    sparsity: float | None = None
+    set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,30 @@ class ScoredText:
         return sum(len(self.tokenizer.decode(list(ids)).encode(errors="replace")) for ids in scored)
 
 
-DENSE = MeasuredArm("dense", None, 1.0, lambda model, batch: run_model(model, batch, domain=None))
+DENSE = MeasuredArm(
+    "dense", None, 1.0, lambda model, batch: run_model(model, batch, domain=None), 0.0
+)
 
 
-def pathway_arm(role: str, name: str, pathways: Pathways) -> MeasuredArm:
-    """Return the arm of one of a model's pathways or controls."""
+def pathway_arm(
+    role: str, name: str, pathways: Pathways, *, runs: str | None = None, label: str | None = None
+) -> MeasuredArm:
+    """Return the arm of one of a model's pathways or controls.
+
+    Args:
+        role: As in ``QualityRow``.
+        name: Its name among the pathways.
+        pathways: Where it is described.
+        runs: What the model calls it, if that is another name.
+        label: What the set of pathways is called, where there are several.
+    """
     return MeasuredArm(
-        role, name, pathways.flops(name), lambda model, batch: run_model(model, batch, domain=name)
+        role,
+        name,
+        pathways.flops(name),
+        lambda model, batch: run_model(model, batch, domain=runs or name),
+        pathways.sparsity(name),
+        label,
     )
 
 
@@ -187,6 +208,8 @@ def _row(
         tokens=tokens,
         documents=len(by_document),
         excluded=text.excluded,
+        sparsity=arm.sparsity,
+        set=arm.set,
     )
 
 

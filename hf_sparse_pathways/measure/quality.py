@@ -3,33 +3,34 @@
 Every domain's text is scored with the dense model, the domain's pathway, and as controls the pooled
 pathway, a random mask that keeps as many neurons of every block, and the other domains' pathways.
 All arms see the same windows, one batch at a time. Documents that the pathways were calibrated on
-are left out.
+are left out. Several sets of pathways (other sparsities, other methods) are measured together:
+each has these arms, and the dense model runs once for all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 
 from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
-from hf_sparse_pathways.discovery.windows import resolve_length
+from hf_sparse_pathways.discovery.windows import Batch, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
-from hf_sparse_pathways.measure.arms import (
-    DENSE,
-    MeasuredArm,
-    ScoredText,
-    measure_arms,
-    pathway_arm,
-)
-from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
+from hf_sparse_pathways.measure.adapters import active_adapters, without_adapters
+from hf_sparse_pathways.measure.arms import DENSE, MeasuredArm, ScoredText, measure_arms
+from hf_sparse_pathways.measure.pathway_sets import PathwaySet, gather_sets
+from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow, QualitySettings
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BlockShape
-from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+from hf_sparse_pathways.version import __version__
 
-RANDOM = "random:"  # no domain's name holds a colon
 SEEN = ("exclude", "include", "refuse")
 
 
@@ -38,6 +39,8 @@ def evaluate(  # noqa: PLR0913
     tokenizer: Any,
     texts: Mapping[str, TextSource],
     *,
+    also: Mapping[str, Pathways] | None = None,
+    label: str = "model",
     controls: bool = True,
     max_tokens: int = 16384,
     max_length: int | None = None,
@@ -48,23 +51,63 @@ def evaluate(  # noqa: PLR0913
     """Measure every arm on each domain's text. The model is left as it was.
 
     Args:
-        model: A model with pathways.
+        model: A model with pathways. If adapters are active in it, all rows but the dense one have
+            their effect.
         tokenizer: Its tokenizer.
         texts: Domain name -> text source, held out from calibration.
+        also: Label -> other pathways of the same base, of another sparsity or method, that are
+            measured beside the model's own on the same windows.
+        label: What the model's own pathways are called beside those.
         controls: Whether to measure the pooled, random and other domains' pathways too.
         max_tokens: Most tokens per domain, drawn at random over its documents.
         max_length: Most tokens per window, each scored on its own; by default 512, or the model's
             positions if fewer.
         batch_size: Windows per forward pass.
         seed: Decides the windows, the random masks and the resampling.
-        seen: What to do with documents that the pathways were calibrated on: ``"exclude"`` them
-            (the report says how many there were), ``"include"`` them, or ``"refuse"`` to measure.
+        seen: What to do with documents that any of the pathways were calibrated on:
+            ``"exclude"`` them (the report says how many there were), ``"include"`` them, or
+            ``"refuse"`` to measure.
 
     Raises:
         UnknownNameError: A domain that the model does not have.
+        MismatchError: Other pathways were made for another base.
+        PathwaysError: Two sets of pathways have one label, or one lacks a domain.
+        UnsupportedModelError: An adapter is merged, or came with biases, so that the dense model
+            is not there any more.
         TextError: A source cannot be read, no document is left that was not calibrated on, or
             there is one and ``seen="refuse"``.
     """
+    _check(model, texts, seen)
+    settings = QualitySettings(
+        max_tokens=max_tokens,
+        max_length=resolve_length(model, max_length),
+        batch_size=batch_size,
+        seed=seed,
+        seen=seen,
+        controls=controls,
+        dtype=str(model.dtype).removeprefix("torch."),
+        adapters=active_adapters(model),
+        versions=_versions(),
+    )
+    pathways = model.pathways
+    sets = gather_sets(pathways, label, also or {}, list(texts))
+    if controls:
+        sets = [
+            given.with_partners(partial(random_partner, shapes=pathways.base.blocks, seed=seed))
+            for given in sets
+        ]
+    drawn = _draw(sets, tokenizer, texts, settings)
+    rows: list[QualityRow] = []
+    with _prepared(model, sets):
+        for text in drawn:
+            arms = [_dense_arm(settings)]
+            arms += [arm for given in sets for arm in given.arms(text.domain, controls)]
+            rows.extend(measure_arms(model, text, arms, batch_size=batch_size, seed=seed))
+    return QualityReport(base=pathways.base.name, rows=tuple(rows), settings=settings)
+
+
+def _check(model: Any, texts: Mapping[str, TextSource], seen: str) -> None:
+    """Check what can be checked before any text is read."""
     if not isinstance(model, SparsePathwaysForCausalLM):
         raise PathwaysError(
             f"evaluate needs a model with pathways, not {type(model).__name__}. Make one with "
@@ -73,36 +116,51 @@ def evaluate(  # noqa: PLR0913
         )
     if seen not in SEEN:
         raise UnknownNameError("value of seen", seen, SEEN)
-    pathways = model.pathways
-    max_length = resolve_length(model, max_length)
-    drawn = {}
-    for domain, source in texts.items():
+    for domain in texts:
         if domain not in model.domains:
             raise UnknownNameError("domain", domain, model.domains)
-        documents, excluded = _held_out(pathways, domain, read_documents(source, seed=seed), seen)
-        drawn[domain] = ScoredText.draw(
-            domain,
-            documents,
-            tokenizer,
-            max_tokens=max_tokens,
-            max_length=max_length,
-            seed=seed,
-            excluded=excluded,
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions on which figures may depend."""
+    return {
+        "hf-sparse-pathways": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _draw(
+    sets: Sequence[PathwaySet],
+    tokenizer: Any,
+    texts: Mapping[str, TextSource],
+    settings: QualitySettings,
+) -> list[ScoredText]:
+    """Draw every domain's windows from documents that no set was calibrated on."""
+    drawn = []
+    for domain, source in texts.items():
+        documents = read_documents(source, seed=settings.seed)
+        documents, excluded = _held_out(sets, domain, documents, settings.seen)
+        drawn.append(
+            ScoredText.draw(
+                domain,
+                documents,
+                tokenizer,
+                max_tokens=settings.max_tokens,
+                max_length=settings.max_length,
+                seed=settings.seed,
+                excluded=excluded,
+            )
         )
-    rows: list[QualityRow] = []
-    with _prepared(model, pathways, seed if controls else None):
-        for domain, text in drawn.items():
-            arms = _arms(model, domain, controls)
-            rows.extend(measure_arms(model, text, arms, batch_size=batch_size, seed=seed))
-    return QualityReport(base=pathways.base.name, rows=tuple(rows))
+    return drawn
 
 
 def _held_out(
-    pathways: Pathways, domain: str, documents: Documents, seen: str
+    sets: Sequence[PathwaySet], domain: str, documents: Documents, seen: str
 ) -> tuple[Documents, int]:
     """Leave out documents that any pathway was calibrated on; return how many those were."""
-    known = (pathway.provenance.get("text", {}) for pathway in pathways.by_domain.values())
-    fresh, excluded = documents.unseen(known)
+    pathways = [pathway for given in sets for pathway in given.pathways.by_domain.values()]
+    fresh, excluded = documents.unseen(p.provenance.get("text", {}) for p in pathways)
     if seen == "include":
         return documents, 0
     if seen == "refuse" and excluded:
@@ -121,17 +179,12 @@ def _held_out(
 
 
 @contextmanager
-def _prepared(
-    model: SparsePathwaysForCausalLM, pathways: Pathways, seed: int | None
-) -> Iterator[None]:
-    """Give the model random partners of its pathways, and evaluation mode, for a while."""
-    if seed is not None:
-        partners = {
-            f"{RANDOM} {name}": random_partner(pathway, pathways.base.blocks, seed)
-            for name, pathway in pathways.by_domain.items()
-        }
-        model.set_pathways(pathways.with_controls(partners))
+def _prepared(model: SparsePathwaysForCausalLM, sets: Sequence[PathwaySet]) -> Iterator[None]:
+    """Give the model all that is measured, and evaluation mode, for a while."""
+    pathways = model.pathways
+    guests = {name: pathway for given in sets for name, pathway in given.guests.items()}
     try:
+        model.set_pathways(pathways.with_controls(guests))
         with evaluation_mode(model):
             yield
     finally:
@@ -154,16 +207,11 @@ def random_partner(pathway: Pathway, shapes: Sequence[BlockShape], seed: int) ->
     return Pathway.from_keep(keep, {"method": "random", "seed": seed})
 
 
-def _arms(model: SparsePathwaysForCausalLM, domain: str, controls: bool) -> list[MeasuredArm]:
-    """Return every arm for one domain's text."""
-    pathways = model.pathways
-    arms = [DENSE, pathway_arm("pathway", domain, pathways)]
-    if f"{TUNED}{domain}" in pathways.controls:
-        arms.append(pathway_arm("tuned", f"{TUNED}{domain}", pathways))
-    if controls:
-        if POOLED in pathways.controls:
-            arms.append(pathway_arm("pooled", POOLED, pathways))
-        arms.append(pathway_arm("random", f"{RANDOM} {domain}", pathways))
-        others = (name for name in pathways.domains if name != domain)
-        arms.extend(pathway_arm("other", name, pathways) for name in others)
-    return arms
+def _dense_arm(settings: QualitySettings) -> MeasuredArm:
+    """Return the arm of the base alone: without pathways, and without adapters if there are any."""
+    return replace(DENSE, forward=_run_bare) if settings.adapters else DENSE
+
+
+def _run_bare(model: Any, batch: Batch) -> Tensor:
+    with without_adapters(model):
+        return DENSE.forward(model, batch)

@@ -1,9 +1,15 @@
 """Quality beside dense and honest partners, as values that render as tables and JSON."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+
+FEW = 5
+"""Documents below which an interval over resampled documents is hardly one."""
+
+_IN_MATRIX = ("pathway", "other", "pooled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class QualityRow:
         tokens: Scored tokens.
         documents: Documents they come from.
         excluded: Documents left out because the pathways were calibrated on them.
+        sparsity: Fraction of neurons removed; None where they are chosen while the model runs.
+        set: Label of the pathways that it belongs to; None for dense, and with one set only.
     """
 
     domain: str
@@ -44,6 +52,8 @@ class QualityRow:
     tokens: int
     documents: int
     excluded: int
+    sparsity: float | None = None
+    set: str | None = None
 
     @property
     def label(self) -> str:
@@ -65,31 +75,82 @@ class QualityRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """How ``evaluate`` measured.
+
+    Attributes:
+        max_tokens: Most tokens per domain.
+        max_length: Most tokens per window, as it was used.
+        batch_size: Windows per forward pass.
+        seed: Of windows, random masks and resampling.
+        seen: What was done with documents that the pathways were calibrated on.
+        controls: Whether the pathways' partners were measured too.
+        dtype: Of the model.
+        adapters: Names of the adapters that were active in the model; its dense rows are without.
+        versions: Package -> version.
+    """
+
+    max_tokens: int
+    max_length: int
+    batch_size: int
+    seed: int
+    seen: str
+    controls: bool
+    dtype: str
+    adapters: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        done = {"exclude": "excluded", "include": "included", "refuse": "refused"}
+        parts = [
+            f"at most {self.max_tokens} tokens per domain",
+            f"windows of at most {self.max_length}",
+            f"{self.batch_size} windows at a time",
+            f"seed {self.seed}",
+            f"calibration documents {done.get(self.seen, self.seen)}",
+            "with controls" if self.controls else "no controls",
+            self.dtype,
+            *(f"{name} {version}" for name, version in self.versions.items()),
+        ]
+        return f"Settings: {', '.join(parts)}."
+
+
+@dataclass(frozen=True, kw_only=True)
 class QualityReport:
     """What ``evaluate`` measured.
 
     Attributes:
         base: Name of the base model.
         rows: One per domain and arm.
+        settings: How they were measured; reports that found the same are equal without.
     """
 
     base: str
     rows: tuple[QualityRow, ...]
+    settings: QualitySettings | None = field(default=None, compare=False)
 
-    def of(self, domain: str) -> tuple[QualityRow, ...]:
-        """Return the rows of one domain's text."""
-        return tuple(row for row in self.rows if row.domain == domain)
+    def of(self, domain: str, label: str | None = None) -> tuple[QualityRow, ...]:
+        """Return the rows of one domain's text: all, or those of one set of pathways."""
+        rows = (row for row in self.rows if row.domain == domain)
+        return tuple(row for row in rows if label is None or row.set == label)
 
     @property
     def domains(self) -> list[str]:
         """The domains whose text was measured."""
         return list(dict.fromkeys(row.domain for row in self.rows))
 
+    @property
+    def sets(self) -> list[str]:
+        """The labels of the sets of pathways; none if there is one set only."""
+        return list(dict.fromkeys(row.set for row in self.rows if row.set is not None))
+
     def table(self, domain: str) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of one domain's table."""
+        several = bool(self.sets)
         rows = [
             [
                 row.label,
+                *([row.set or "-"] if several else []),
                 f"{row.flops:.1%}",
                 format_figure(row.perplexity),
                 row.ratio_text,
@@ -100,35 +161,53 @@ class QualityReport:
             ]
             for row in self.of(domain)
         ]
-        header = ["model", "FFN FLOPs", "perplexity", "ratio to dense (95 %)", "bits/byte"]
-        return [*header, "KL", "top-1", "cosine"], rows
+        header = ["model", *(["set"] if several else []), "FFN FLOPs", "perplexity"]
+        return [*header, "ratio to dense (95 %)", "bits/byte", "KL", "top-1", "cosine"], rows
 
-    def matrix(self) -> tuple[list[str], list[list[str]]]:
-        """Return perplexity ratios as a table: a row per text, a column per pathway."""
-        names = list(dict.fromkeys(row.pathway or "" for row in self._pathway_rows()))
+    def matrix(self, label: str | None = None) -> tuple[list[str], list[list[str]]]:
+        """Return perplexity ratios as a table: a row per text, a column per pathway.
+
+        Args:
+            label: Of the pathways, where there are several sets.
+        """
+        names = self.columns(label)
         rows = []
         for domain in self.domains:
-            ratios = {row.pathway: row.ratio for row in self.of(domain) if row.role != "random"}
-            random = [row.ratio for row in self.of(domain) if row.role == "random"]
+            own = self.of(domain, label)
+            ratios = {row.pathway: row.ratio for row in own if row.role != "random"}
+            random = [row.ratio for row in own if row.role == "random"]
             cells = [format_figure(ratios[name]) if name in ratios else "-" for name in names]
             rows.append([domain, *cells, *(format_figure(ratio) for ratio in random)])
         random_column = ["random"] if any(row.role == "random" for row in self.rows) else []
         return ["text", *names, *random_column], rows
 
-    def _pathway_rows(self) -> list[QualityRow]:
-        """Return the rows of pathways, the domains' first."""
-        order = {"pathway": 0, "other": 1, "pooled": 2}
-        rows = [row for row in self.rows if row.role in order]
-        return sorted(rows, key=lambda row: row.role == "pooled")
+    def columns(self, label: str | None = None) -> list[str]:
+        """Return the names of the pathways in the matrix, the pooled one last."""
+        rows = [row for row in self.rows if label is None or row.set == label]
+        named = {row.pathway: row.role == "pooled" for row in rows if row.role in _IN_MATRIX}
+        return sorted((name for name in named if name is not None), key=lambda name: named[name])
+
+    def describe(self, label: str) -> str:
+        """Say how much a set of pathways removes."""
+        rows = (row for row in self.rows if (row.set, row.role) == (label, "pathway"))
+        removed = {f"{row.sparsity:.0%}": None for row in rows if row.sparsity is not None}
+        return f"{label}, {', '.join(removed)} of the FFN neurons removed"
 
     def caption(self, domain: str) -> str:
         """Say what one domain's table was measured on."""
-        first = self.of(domain)[0]
-        left_out = f"; {first.excluded} calibration documents left out" if first.excluded else ""
-        return (
-            f"{domain}: perplexity on {first.tokens} tokens of {first.documents} held-out "
-            f"documents{left_out}"
-        )
+        rows = self.of(domain)
+        first = rows[0]
+        parts = [
+            f"{domain}: perplexity on {first.tokens} tokens of {first.documents} held-out documents"
+        ]
+        if first.excluded:
+            parts.append(f"{first.excluded} calibration documents left out")
+        if first.documents < FEW and any(row.interval for row in rows):
+            parts.append("few documents: the interval is a guess")
+        if self.settings is not None and self.settings.adapters:
+            named = ", ".join(map(repr, self.settings.adapters))
+            parts.append(f"dense is without the adapter {named}, all other rows are with it")
+        return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -140,10 +219,15 @@ class QualityReport:
             f"**{self.caption(domain)}**\n\n{markdown_table(*self.table(domain))}"
             for domain in self.domains
         ]
-        header, rows = self.matrix()
-        if len(rows) > 1 and len(header) > 2:
-            title = "**Perplexity ratio to dense: text (rows) by pathway (columns)**"
-            parts.append(f"{title}\n\n{markdown_table(header, rows)}")
+        labels: list[str | None] = [*self.sets]
+        for label in labels or [None]:
+            header, rows = self.matrix(label)
+            if len(rows) > 1 and len(header) > 2:
+                title = "Perplexity ratio to dense: text (rows) by pathway (columns)"
+                title = title if label is None else f"{self.describe(label)}. {title}"
+                parts.append(f"**{title}**\n\n{markdown_table(header, rows)}")
+        if self.settings is not None:
+            parts.append(str(self.settings))
         return "\n\n".join(parts)
 
     def __str__(self) -> str:

@@ -207,6 +207,30 @@ def test_evaluate_writes_a_report(places, tmp_path):
     assert_error(run(*taken), "report.json")
 
 
+@pytest.mark.parametrize("plots", [False, True])
+def test_without_matplotlib_a_report_is_written_without_pictures(
+    places, tmp_path, monkeypatch, plots
+):
+    monkeypatch.setitem(__import__("sys").modules, "hf_sparse_pathways.measure.plots", None)
+    monkeypatch.delattr("hf_sparse_pathways.measure.plots", raising=False)
+    options = ("--max-tokens", 40, "--no-controls", "--json", "--report", tmp_path / "report")
+    wanted = () if plots else ("--no-plots",)
+    ran = run("evaluate", places.built, *places.texts, *options, *wanted)
+    assert ran.status == 0, ran.err
+    assert _names(tmp_path / "report") == ["report.json", "report.md"]
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(ran.out)
+    assert "| pathway code |" in (tmp_path / "report" / "report.md").read_text()
+    assert ".png" not in (tmp_path / "report" / "report.md").read_text()
+    assert ("hf-sparse-pathways[plots]" in ran.err) == plots
+    assert ("--no-plots" in ran.err) == plots
+
+
+def test_pictures_can_be_left_out(places, tmp_path):
+    options = ("--max-tokens", 40, "--no-plots", "--report", tmp_path / "report")
+    run_well("evaluate", places.built, *places.texts, *options)
+    assert _names(tmp_path / "report") == ["report.json", "report.md"]
+
+
 def test_the_command_has_help():
     assert "analyze [OPTIONS] [MODEL]" in run_well("analyze", "--help")
     assert "--report" in run_well("evaluate", "--help")

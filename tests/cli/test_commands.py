@@ -114,7 +114,7 @@ def test_evaluate_measures_what_build_held_out(places):
     }
     model = AutoModelForCausalLM.from_pretrained(places.built)
     texts = {"code": str(places.code), "law": f"{places.law}/*.txt"}
-    own = sp.evaluate(model, tiny_tokenizer(), texts, max_length=64, batch_size=2)
+    own = sp.evaluate(model, tiny_tokenizer(), texts, max_tokens=8192, max_length=64, batch_size=2)
     assert report == json.loads(json.dumps(own.to_dict()))
 
 

@@ -77,6 +77,24 @@ def _quality(domains=DOMAINS):
     return QualityReport(base="tiny", rows=tuple(rows))
 
 
+SETS = {"half": (0.5, 3.0), "less": (0.3, 1.0), "flap": (0.3, 2.0)}
+
+
+def _several(domains=DOMAINS, sets=SETS):
+    """Return a report of several sets: the more a set's factor, the worse it is."""
+    one, rows = _quality(domains), []
+    for domain in domains:
+        rows.append(one.of(domain)[0])
+        for label, (sparsity, factor) in sets.items():
+            for row in one.of(domain)[1:]:
+                ratio = 1.0 + (row.ratio - 1.0) * factor * (1000.0 if row.role == "random" else 1.0)
+                changes = {"flops": 1.0 - sparsity, "sparsity": sparsity, "set": label}
+                if row.interval is not None:
+                    changes["interval"] = (0.9 * ratio, 1.2 * ratio)
+                rows.append(replace(row, ratio=ratio, **changes))
+    return QualityReport(base="tiny", rows=tuple(rows))
+
+
 def _lines(axes):
     return {line.get_label(): line.get_ydata() for line in axes.get_lines()}
 
@@ -213,6 +231,74 @@ def test_cosines_are_drawn_per_layer():
         drawn = [tuple(line.get_ydata()) for line in axes.get_lines()]
         expected = [r.cosine_per_layer for r in report.of(domain) if r.role != "dense"]
         assert drawn == expected
+
+
+@pytest.mark.parametrize("domains", [("code",), DOMAINS])
+def test_pictures_of_several_sets_are_written(tmp_path, domains, monkeypatch):
+    monkeypatch.setattr(drawing, "DPI", 50)
+    figures = plots.plot_quality(_several(domains))
+    assert set(figures) == {"ratios", "cosines"} | ({"matrix"} if len(domains) > 1 else set())
+    for name in plots.save_figures(figures, tmp_path):
+        assert imread(tmp_path / name)[..., :3].std() > 0.01, "not one colour"
+
+
+@pytest.mark.parametrize("sets", [SETS, {name: SETS[name] for name in ("half", "less")}])
+def test_ratios_of_several_sets_stand_over_their_flops(sets):
+    report = _several(sets=sets)
+    order = [name for name in ("less", "flap", "half") if name in sets]
+    panels = _panels(plots.plot_ratios(report))
+    for axes, domain in zip(panels, report.domains, strict=True):
+        ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+        assert ticks == [f"{name}\n{1 - sets[name][0]:.1%}" for name in order]
+        rows = [row for row in report.of(domain) if row.role != "dense"]
+        arms = list(dict.fromkeys((row.role, row.pathway) for row in rows))
+        low, high = axes.get_ylim()
+        assert low < 1.0
+        assert axes.get_yscale() == "log"
+        for container, arm in zip(axes.containers, arms, strict=True):
+            own = {row.set: row for row in rows if (row.role, row.pathway) == arm}
+            line, _, (bars,) = container.lines
+            assert [round(place) for place in line.get_xdata()] == list(range(len(order)))
+            if arm[0] == "random":
+                assert max(line.get_ydata()) < high < min(row.ratio for row in own.values())
+                assert line.get_linestyle() == "None"
+                continue
+            assert list(line.get_ydata()) == [own[name].ratio for name in order]
+            assert line.get_linestyle() == ("None" if "flap" in sets else "-"), "equal FLOPs"
+            for name, segment in zip(order, bars.get_segments(), strict=True):
+                wanted = own[name].interval or (own[name].ratio,) * 2
+                assert segment[:, 1] == pytest.approx(wanted)
+                assert low < wanted[0] <= wanted[1] < high
+        values = [row for row in rows if row.role in ("pathway", "random")]
+        values.sort(key=lambda row: (row.role, order.index(row.set)))
+        shown = [f"{'↑ ' if row.role == 'random' else ''}{row.ratio:.3g}" for row in values]
+        assert [text.get_text() for text in axes.texts] == shown
+
+
+def test_every_set_has_its_matrix_in_the_same_colours():
+    report = _several()
+    panels = _panels(plots.plot_matrix(report))
+    assert [axes.get_title() for axes in panels] == list(SETS)
+    norms = {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in panels}
+    assert len(norms) == 1
+    for axes, label in zip(panels, SETS, strict=True):
+        names = [tick.get_text() for tick in axes.get_xticklabels()]
+        assert names == report.columns(label)
+        values = numpy.asarray(axes.images[0].get_array())
+        for line, domain in enumerate(DOMAINS):
+            for column, name in enumerate(names):
+                (row,) = [r for r in report.of(domain, label) if r.pathway == name]
+                assert values[line, column] == row.ratio
+
+
+def test_every_set_has_its_cosines():
+    report = _several()
+    panels = _panels(plots.plot_cosines(report))
+    places = [(label, domain) for label in SETS for domain in DOMAINS]
+    for axes, (label, domain) in zip(panels, places, strict=True):
+        assert axes.get_title() == f"{domain}, {label}"
+        drawn = [tuple(line.get_ydata()) for line in axes.get_lines()]
+        assert drawn == [row.cosine_per_layer for row in report.of(domain, label)]
 
 
 @pytest.mark.parametrize("count", [2, 5])

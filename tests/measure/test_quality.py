@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
 import hf_sparse_pathways as sp
@@ -375,3 +376,42 @@ def test_documents_of_one_token_do_not_spoil_the_intervals(case, count):
     for row in report.rows:
         assert row.documents == 2
         assert all(math.isfinite(end) for end in row.interval)
+
+
+def test_a_report_says_how_it_was_measured():
+    model = _model(architecture="gpt2").to(torch.bfloat16)
+    options = {"max_tokens": 40, "max_length": None, "batch_size": 3, "seed": 5}
+    report = _evaluate(model, controls=False, seen="include", **options)
+    settings = json.loads(json.dumps(report.to_dict(), allow_nan=False))["settings"]
+    versions = settings.pop("versions")
+    positions = model.config.max_position_embeddings
+    assert settings == {
+        **options,
+        "max_length": positions,
+        "seen": "include",
+        "controls": False,
+        "dtype": "bfloat16",
+        "adapters": [],
+    }
+    assert positions < 512
+    assert versions["hf-sparse-pathways"] == sp.version.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["transformers"] == transformers.__version__
+    line = str(report).splitlines()[-1]
+    assert line.startswith("Settings: at most 40 tokens per domain")
+    for part in (
+        f"at most {positions},",
+        "seed 5",
+        "documents included",
+        "no controls",
+        "bfloat16",
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, False), (2, True), (4, True), (5, False)])
+def test_few_documents_are_said_to_be_few(case, count, said):
+    _, model = case
+    report = _evaluate(model, {"law": documents("law", count, 9, seed=8)}, controls=False)
+    assert report.rows[0].documents == count
+    assert ("few documents: the interval is a guess" in report.caption("law")) == said

@@ -1,5 +1,8 @@
 """Pictures of a quality report: perplexity ratios, the matrix of texts and pathways, cosines."""
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -31,6 +34,8 @@ def plot_quality(report: QualityReport) -> dict[str, Figure]:
 
 def plot_ratios(report: QualityReport) -> Figure:
     """Draw every arm's perplexity ratio with its interval, a panel per domain."""
+    if report.sets:
+        return _plot_ratios_of_sets(report)
     domains = report.domains
     arms = {domain: [r for r in report.of(domain) if r.role != "dense"] for domain in domains}
     most = max(len(rows) for rows in arms.values())
@@ -57,61 +62,179 @@ def plot_ratios(report: QualityReport) -> Figure:
     return figure
 
 
-def plot_matrix(report: QualityReport) -> Figure:
-    """Draw perplexity ratios as a map: text (rows) by pathway (columns), log scale."""
-    names = list(
-        dict.fromkeys(row.pathway or "" for row in report.rows if row.role in ("pathway", "other"))
-    )
-    if any(row.role == "pooled" for row in report.rows):
-        names.append(next(row.pathway or "" for row in report.rows if row.role == "pooled"))
-    values = np.full((len(report.domains), len(names)), np.nan)
-    for line, domain in enumerate(report.domains):
-        for row in report.of(domain):
-            if row.pathway in names and row.role != "random":
-                values[line, names.index(row.pathway)] = row.ratio
-    figure = Figure(figsize=(0.9 * len(names) + 3.0, 0.6 * len(values) + 2.0), layout="constrained")
-    axes = figure.subplots()
-    high = max(float(np.nanmax(values)), 1.01)
-    image = draw_map(axes, values, LogNorm(min(1.0, float(np.nanmin(values))), high), "{:.3g}")
-    label_map(axes, report.domains, names)
-    axes.set_xlabel("pathway")
-    axes.set_ylabel("text")
-    bar = figure.colorbar(image, ax=axes, label="perplexity / dense (log)")
-    tick_log(bar.ax.yaxis, *bar.ax.get_ylim())
-    axes.set_title(f"Text by pathway, {short_name(report.base)}", fontsize=11)
+def _plot_ratios_of_sets(report: QualityReport) -> Figure:
+    """Draw ratios over the sets of pathways, by their FFN FLOPs, a panel per domain.
+
+    Random masks are so much worse that the others would not be told apart on their axis: where
+    they are beyond it, they stand at its upper end with their value.
+    """
+    domains = report.domains
+    width = max(3.2, 0.8 + sum(max(0.9, 0.09 * len(label)) for label in report.sets))
+    columns = min(len(domains), max(1, int(14 / width)))
+    lines = -(-len(domains) // columns)
+    size = (columns * width + 0.6, 3.2 * lines + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    shown = [row for row in report.rows if row.role != "random"]
+    highest = max(row.interval[1] if row.interval else row.ratio for row in shown)
+    ceiling = min(1.3 * highest, 1e9)
+    for place, (axes, domain) in enumerate(zip(grid.flat, domains, strict=False)):
+        _draw_sets(axes, report, domain, ceiling)
+        if place + columns >= len(domains):
+            axes.set_xlabel("set of pathways, and its FFN FLOPs", fontsize=9)
+        axes.set_title(f"{domain} text, dense {report.of(domain)[0].perplexity:.3g}", fontsize=10)
+    low = min(row.interval[0] if row.interval else row.ratio for row in report.rows)
+    grid[0, 0].set_ylim(min(0.9, 0.95 * low) / ceiling**0.08, ceiling**1.08)
+    tick_log(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
+    for axes in list(grid.flat)[len(domains) :]:
+        axes.set_visible(False)
+    _legend(figure, list(grid.flat)[: len(domains)])
+    figure.supylabel("perplexity / dense (log; bars: 95 %)", fontsize=9)
+    figure.suptitle(f"Perplexity ratio to dense, {short_name(report.base)}")
     return figure
 
 
+def _draw_sets(axes: Axes, report: QualityReport, domain: str, ceiling: float) -> None:
+    """Draw one domain's arms: a place per set, the most FLOPs first, a line per arm.
+
+    Sets of equal FLOPs are other methods and no steps of one: their points are not joined.
+    """
+    own = {row.set: row for row in report.of(domain) if row.role == "pathway"}
+    labels = sorted(report.sets, key=lambda label: -own[label].flops)
+    flops = [own[label].flops for label in labels]
+    joined = all(a - b > 0.01 for a, b in pairwise(flops))
+    rows = [row for row in report.of(domain) if row.role != "dense"]
+    rows.sort(key=lambda row: labels.index(row.set or ""))
+    arms = list(dict.fromkeys((row.role, row.pathway) for row in rows))
+    for index, arm in enumerate(arms):
+        drawn = [row for row in rows if (row.role, row.pathway) == arm]
+        shift = (0.2 if joined else 0.5) * (index / max(len(arms) - 1, 1) - 0.5)
+        places = [labels.index(row.set or "") + shift for row in drawn]
+        _draw_arm(axes, drawn, places, ceiling=ceiling, joined=joined)
+    ticks = [f"{label}\n{share:.1%}" for label, share in zip(labels, flops, strict=True)]
+    axes.set_xticks(range(len(labels)), ticks, fontsize=8)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.axhline(1.0, color="black", linewidth=1.0)
+    axes.set_yscale("log")
+    axes.grid(axis="y", alpha=0.25)
+    axes.tick_params(labelleft=True)
+
+
+def _draw_arm(
+    axes: Axes, rows: list[QualityRow], places: list[float], *, ceiling: float, joined: bool
+) -> None:
+    """Draw one arm of every set that has it; what is beyond the axis stands at its end."""
+    index = _role_index(rows[0])
+    ends = [row.interval or (row.ratio, row.ratio) for row in rows]
+    beyond = [row.ratio > ceiling for row in rows]
+    ratios = np.array([row.ratio for row in rows])
+    bars = np.abs(np.array(ends).T - ratios) * ~np.array(beyond)
+    axes.errorbar(
+        places,
+        np.minimum(ratios, ceiling),
+        yerr=bars,
+        fmt=MARKERS[index],
+        linestyle="-" if joined and not any(beyond) else "none",
+        linewidth=1.0,
+        elinewidth=1.0,
+        color=COLOURS[index],
+        capsize=2,
+        markersize=4,
+        label=rows[0].role,
+    )
+    for row, place, out in zip(rows, places, beyond, strict=True):
+        if out or row.role == "pathway":
+            axes.annotate(
+                f"{'↑ ' if out else ''}{row.ratio:.3g}",
+                (place, min(row.ratio, ceiling)),
+                xytext=(0, -5),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=COLOURS[index],
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4},
+            )
+
+
+def plot_matrix(report: QualityReport) -> Figure:
+    """Draw perplexity ratios as maps: text (rows) by pathway (columns), log scale, one per set."""
+    labels: list[str | None] = [*report.sets]
+    labels = labels or [None]
+    maps = {label: _matrix(report, label) for label in labels}
+    widest = max(len(report.columns(label)) for label in labels)
+    columns = min(len(labels), max(1, 12 // widest))
+    lines = -(-len(labels) // columns)
+    titles = 0.0 if report.sets == [] else 0.3
+    size = (0.9 * widest * columns + 3.0, (0.6 * len(report.domains) + titles) * lines + 2.0)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    low = min(1.0, *(float(np.nanmin(values)) for values in maps.values()))
+    high = max(1.01, *(float(np.nanmax(values)) for values in maps.values()))
+    for axes, label in zip(grid.flat, labels, strict=False):
+        image = draw_map(axes, maps[label], LogNorm(low, high), "{:.3g}")
+        label_map(axes, report.domains, report.columns(label))
+        axes.set_title(label or f"Text by pathway, {short_name(report.base)}", fontsize=11)
+        axes.set_xlabel("pathway")
+        axes.set_ylabel("text")
+    for axes in list(grid.flat)[len(labels) :]:
+        axes.set_visible(False)
+    bar = figure.colorbar(image, ax=list(grid.flat), label="perplexity / dense (log)")
+    tick_log(bar.ax.yaxis, *bar.ax.get_ylim())
+    if report.sets:
+        figure.suptitle(f"Text by pathway, {short_name(report.base)}")
+    return figure
+
+
+def _matrix(report: QualityReport, label: str | None) -> Any:
+    """Return one set's ratios, ``(texts, pathways)``; NaN where nothing was measured."""
+    names = report.columns(label)
+    values = np.full((len(report.domains), len(names)), np.nan)
+    for line, domain in enumerate(report.domains):
+        for row in report.of(domain, label):
+            if row.pathway in names and row.role != "random":
+                values[line, names.index(row.pathway)] = row.ratio
+    return values
+
+
 def plot_cosines(report: QualityReport) -> Figure:
-    """Draw the cosine with dense hidden states behind each layer, a panel per domain."""
-    domains = report.domains
-    columns = min(len(domains), COLUMNS)
-    lines = -(-len(domains) // columns)
+    """Draw the cosine with dense hidden states behind each layer, a panel per domain and set."""
+    sets: list[str | None] = [*report.sets]
+    panels = [(label, domain) for label in sets or [None] for domain in report.domains]
+    columns = min(len(report.domains), COLUMNS)
+    lines = -(-len(panels) // columns)
     figure = Figure(figsize=(2.6 * columns + 1.4, 2.4 * lines + 1.0), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for place, (axes, domain) in enumerate(zip(grid.flat, domains, strict=False)):
-        for row in report.of(domain):
+    for place, (axes, (label, domain)) in enumerate(zip(grid.flat, panels, strict=False)):
+        for row in report.of(domain, label):
             if row.role == "dense":
                 continue
             layers = range(len(row.cosine_per_layer))
             style = line_style(_role_index(row), len(layers))
-            first = row.role not in axes.get_legend_handles_labels()[1]
-            label = row.role if first else None
-            axes.plot(layers, row.cosine_per_layer, **style, label=label)
-        axes.set_title(domain, fontsize=10)
+            axes.plot(layers, row.cosine_per_layer, **style, label=row.role)
+        axes.set_title(domain if label is None else f"{domain}, {label}", fontsize=10)
         axes.grid(alpha=0.25)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if place + columns >= len(domains):
+        if place + columns >= len(panels):
             axes.set_xlabel("layer with an FFN block", fontsize=9)
             axes.tick_params(labelbottom=True)
-    for axes in list(grid.flat)[len(domains) :]:
+    for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    labels = ["other domains' pathways" if label == "other" else label for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _legend(figure, list(grid.flat)[: len(panels)])
     figure.supylabel("cosine with the dense hidden state", fontsize=9)
     figure.suptitle(f"How far hidden states drift, {short_name(report.base)}")
     return figure
+
+
+def _legend(figure: Figure, panels: list[Axes]) -> None:
+    """Name each role that any panel shows, once, below the panels."""
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    names = ["other domains' pathways" if name == "other" else name for name in shown]
+    handles = list(shown.values())
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 _ROLES = ("pathway", "pooled", "random", "other", "tuned")
