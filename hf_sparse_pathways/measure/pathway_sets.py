@@ -117,7 +117,7 @@ def _check_other(label: str, pathways: Any, base: BaseModel, domains: Sequence[s
         pathways.base.check_same(base)
     except MismatchError as error:
         raise MismatchError(f"The set {label!r} does not fit the model. {error}") from error
-    names = [Path(given.name).name for given in (pathways.base, base)]
+    names = [Path(given.name).name.casefold() for given in (pathways.base, base)]
     if all(names) and names[0] != names[1]:
         logger.warning(
             "The set %r was made for %s, the model's own pathways for %s. Both have the same "

@@ -213,7 +213,7 @@ def test_a_set_may_have_domains_that_the_model_lacks(case):
 
 @pytest.mark.parametrize(
     ("names", "warned"),
-    [(("a/tiny", "b/tiny"), False), (("a/tiny", "a/large"), True), (("", "a/large"), False)],
+    [(("a/tiny", "b/Tiny"), False), (("a/tiny", "a/large"), True), (("", "a/large"), False)],
 )
 def test_pathways_of_a_base_of_another_name_are_warned_of(case, caplog, names, warned):
     dense, own, also = case

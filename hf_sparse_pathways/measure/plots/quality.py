@@ -113,7 +113,7 @@ def _draw_sets(axes: Axes, report: QualityReport, domain: str, ceiling: float) -
         _draw_arm(axes, drawn, places, ceiling=ceiling, joined=joined)
     ticks = [f"{label}\n{share:.1%}" for label, share in zip(labels, flops, strict=True)]
     axes.set_xticks(range(len(labels)), ticks, fontsize=8)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.axhline(1.0, color="black", linewidth=1.0)
     axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.25)
@@ -147,9 +147,9 @@ def _draw_arm(
             axes.annotate(
                 f"{'↑ ' if out else ''}{row.ratio:.3g}",
                 (place, min(row.ratio, ceiling)),
-                xytext=(0, -5),
+                xytext=(0, -5) if out else (-4, -3),
                 textcoords="offset points",
-                ha="center",
+                ha="center" if out else "right",
                 va="top",
                 fontsize=7,
                 color=COLOURS[index],
