@@ -72,8 +72,6 @@ def run(  # noqa: PLR0913
         check_output(output, overwrite=True, marker="comparison.json")
     if not 0.0 < held_out < 1.0:
         raise PathwaysError("--held-out has to be in (0, 1): methods are compared on that text.")
-    texts = split_texts(parse_texts(domain), held_out, seed)
-    dense, tokenizer = load_dense(model, dtype)
     sampling = Sampling(
         max_tokens=max_tokens,
         max_length=max_length,
@@ -84,6 +82,8 @@ def run(  # noqa: PLR0913
         max_memory=max_memory,
         inputs=needs_inputs(compensation),
     )
+    texts = split_texts(parse_texts(domain), held_out, seed)
+    dense, tokenizer = load_dense(model, dtype)
     calibration = {name: split[0] for name, split in texts.items()}
     steps = output / "steps"
     profile = take_profile(dense, tokenizer, calibration, sampling, steps, grams=True)

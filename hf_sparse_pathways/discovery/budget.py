@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.trials import mean_loss
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, option
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
@@ -116,7 +116,7 @@ def fit_sparsities(
     if without:
         raise PathwaysError(
             f"There is no validation text of {', '.join(without)}: every document was used for "
-            "calibration. Give more documents, or fewer max_tokens."
+            f"calibration. Give more documents, or fewer {option('max_tokens')}."
         )
     blocks = find_blocks(model)
     limit = math.log1p(max_perplexity_increase)

@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import NO_REPAIR, Repair
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens, quarter
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, named, option
 
 RIDGES = (Repair.ridge, 0.1, 0.001)
 """What ``ridge="auto"`` compares, in units of the mean second moment: usual, larger, smaller."""
@@ -163,9 +163,9 @@ class _Plan:
         evidence = self.evidence
         if not self.trial:
             raise PathwaysError(
-                f"Domain {evidence.name!r}: allocation='sensitivity' needs validation text, and "
-                "every document was used for calibration. Give more documents, or fewer "
-                "max_tokens."
+                f"Domain {evidence.name!r}: {named('allocation', 'sensitivity')} needs validation "
+                "text, and every document was used for calibration. Give more documents, or fewer "
+                f"{option('max_tokens')}."
             )
         dense = mean_loss(evidence.model, self.trial, None, evidence.blocks)
         halves = [max(1, cost.d_ff // 2) for cost in self.costs]

@@ -21,7 +21,7 @@ from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import Batch, resolve_length
-from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named
 from hf_sparse_pathways.measure.adapters import active_adapters, without_adapters
 from hf_sparse_pathways.measure.arms import DENSE, MeasuredArm, ScoredText, measure_arms
 from hf_sparse_pathways.measure.pathway_sets import PathwaySet, gather_sets
@@ -167,13 +167,13 @@ def _held_out(
         raise TextError(
             f"Domain {domain!r}: the pathways were calibrated on {excluded} of the "
             f"{len(documents.items)} documents of {documents.source}. Give held-out documents, or "
-            "seen='exclude' to leave those out."
+            f"{named('seen', 'exclude')} to leave those out."
         )
     if not fresh.items:
         raise TextError(
             f"Domain {domain!r}: the pathways were calibrated on all {excluded} documents of "
-            f"{documents.source}. Give held-out documents, or seen='include' to measure on "
-            "calibration text."
+            f"{documents.source}. Give held-out documents, or {named('seen', 'include')} to "
+            "measure on calibration text."
         )
     return fresh, excluded
 
