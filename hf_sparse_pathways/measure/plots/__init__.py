@@ -13,8 +13,8 @@ from hf_sparse_pathways.measure.plots.quality import (
     plot_cosines,
     plot_matrix,
     plot_quality,
-    plot_ratios,
 )
+from hf_sparse_pathways.measure.plots.ratios import plot_ratios
 
 __all__ = [
     "plot_analysis",

@@ -25,6 +25,9 @@ from matplotlib.ticker import (
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+ROLES = ("pathway", "pooled", "random", "other", "tuned")
+"""Of an arm, in the order of colours and markers."""
+
 GREY = "#666666"
 DPI = 150
 COLUMNS = 4
@@ -101,3 +104,19 @@ def tick_log(axis: Axis, low: float, high: float) -> None:
 def short_name(name: str) -> str:
     """Return a model's name without its folder."""
     return Path(name).name or "a model without a name"
+
+
+def name_roles(figure: Figure, panels: list[Axes]) -> None:
+    """Name each role that any panel shows, once, below the panels."""
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    names = ["other domains' pathways" if name == "other" else name for name in shown]
+    handles = list(shown.values())
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+
+
+def role_index(role: str) -> int:
+    """Return the place of a role's colour and marker."""
+    return ROLES.index(role) if role in ROLES else len(ROLES)
