@@ -167,7 +167,7 @@ def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> 
         bias = leaf.bias
         if bias is not None and leaf.neuron_dim == 0:
             bias = bias[index]
-        kept = _rows(weight, index) if leaf.neuron_dim == 0 else _columns(weight, index)
+        kept = _selected(weight, leaf.neuron_dim, index)
         if leaf.neuron_dim == 0:
             changes = leaf.state.pathways[pathway].incoming
             delta = changes[leaf.position] if leaf.position < len(changes) else None
@@ -175,20 +175,16 @@ def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> 
         return _compensated(kept, bias, leaf.state.pathways[pathway], stamp)
 
 
-def _rows(weight: Tensor, index: Tensor) -> Tensor:
-    return weight.index_select(0, index).contiguous()
-
-
-def _columns(weight: Tensor, index: Tensor) -> Tensor:
-    """Return columns of a matrix, contiguous.
+def _selected(weight: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return rows or columns of a matrix, contiguous.
 
     For two-byte types torch's selection of columns has no vector code on the CPU; gathering them as
     integers takes a third to a half of the time.
     """
-    if weight.device.type == "cpu" and weight.element_size() == 2:
+    if dim == 1 and weight.device.type == "cpu" and weight.element_size() == 2:
         bits = weight.view(torch.int16)
         return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)
-    return weight.index_select(1, index).contiguous()
+    return weight.index_select(dim, index).contiguous()
 
 
 def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:

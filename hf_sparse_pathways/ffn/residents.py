@@ -48,7 +48,6 @@ class Residents:
         """Take one ``pin`` back."""
         with self._lock:
             self._pins[pathway] -= 1
-            self._pins += Counter()  # forgets those at zero
 
     def clear(self) -> None:
         """Evict every pathway that is not pinned; each is measured anew when it is next used."""

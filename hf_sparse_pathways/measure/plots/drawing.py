@@ -120,3 +120,9 @@ def name_roles(figure: Figure, panels: list[Axes]) -> None:
 def role_index(role: str) -> int:
     """Return the place of a role's colour and marker."""
     return ROLES.index(role) if role in ROLES else len(ROLES)
+
+
+def hide_rest(grid: Any, used: int) -> None:
+    """Hide the panels of a grid behind those that are used."""
+    for axes in list(grid.flat)[used:]:
+        axes.set_visible(False)

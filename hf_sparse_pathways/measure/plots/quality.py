@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from hf_sparse_pathways.measure.plots.drawing import (
     COLUMNS,
     draw_map,
+    hide_rest,
     label_map,
     line_style,
     name_roles,
@@ -49,8 +50,7 @@ def plot_matrix(report: QualityReport) -> Figure:
         axes.set_title(label or f"Text by pathway, {short_name(report.base)}", fontsize=11)
         axes.set_xlabel("pathway")
         axes.set_ylabel("text")
-    for axes in list(grid.flat)[len(labels) :]:
-        axes.set_visible(False)
+    hide_rest(grid, len(labels))
     bar = figure.colorbar(image, ax=list(grid.flat), label="perplexity / dense (log)")
     tick_log(bar.ax.yaxis, *bar.ax.get_ylim())
     if report.sets:
@@ -90,8 +90,7 @@ def plot_cosines(report: QualityReport) -> Figure:
         if place + columns >= len(panels):
             axes.set_xlabel("layer with an FFN block", fontsize=9)
             axes.tick_params(labelbottom=True)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_visible(False)
+    hide_rest(grid, len(panels))
     name_roles(figure, list(grid.flat)[: len(panels)])
     figure.supylabel("cosine with the dense hidden state", fontsize=9)
     figure.suptitle(f"How far hidden states drift, {short_name(report.base)}")

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
     MARKERS,
+    hide_rest,
     name_roles,
     role_index,
     short_name,
@@ -40,8 +41,7 @@ def plot_ratios(report: QualityReport) -> Figure:
         axes.grid(axis="x", alpha=0.25)
         axes.tick_params(labelbottom=True)
     tick_log(grid[0, 0].xaxis, *grid[0, 0].get_xlim())
-    for axes in list(grid.flat)[len(domains) :]:
-        axes.set_visible(False)
+    hide_rest(grid, len(domains))
     figure.supxlabel("perplexity / dense (log scale; bars: 95 % over documents)", fontsize=9)
     figure.suptitle(f"Perplexity ratio to dense, {short_name(report.base)}")
     return figure
@@ -71,8 +71,7 @@ def _plot_ratios_of_sets(report: QualityReport) -> Figure:
     low = min(row.interval[0] if row.interval else row.ratio for row in report.rows)
     grid[0, 0].set_ylim(min(0.9, 0.95 * low) / ceiling**0.08, ceiling**1.08)
     tick_log(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
-    for axes in list(grid.flat)[len(domains) :]:
-        axes.set_visible(False)
+    hide_rest(grid, len(domains))
     name_roles(figure, list(grid.flat)[: len(domains)])
     figure.supylabel("perplexity / dense (log; bars: 95 %)", fontsize=9)
     figure.suptitle(f"Perplexity ratio to dense, {short_name(report.base)}")
