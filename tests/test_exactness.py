@@ -34,6 +34,17 @@ def case(request):
     return dense, masks, model, expected
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _packing_pays(packing_pays):
+    """Tiny models gain nothing from packing, which would not be used for them."""
+
+
+def _use(model, executor):
+    model.set_executor(executor)
+    if model.execution.executor != executor:
+        pytest.skip(model.execution.reason)
+
+
 def _difference(left, right):
     return (left - right).abs().max().item()
 
@@ -46,11 +57,11 @@ def test_masks_visibly_change_the_output(case):
     assert _difference(expected["code"], expected["law"]) > 1e-2
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "packed", "packed-all"])
 @torch.no_grad()
 def test_pathway_equals_zeroed_weights(case, executor):
     _, _, model, expected = case
-    model.set_executor(executor)
+    _use(model, executor)
     for name in ("code", "law"):
         assert _difference(model(IDS, domain=name).logits, expected[name]) <= TOLERANCE
 
@@ -66,6 +77,7 @@ def test_rows_choose_their_own_pathway(case):
 @torch.no_grad()
 def test_dense_is_bit_equal(case):
     dense, _, model, expected = case
+    model.set_executor("auto")
     assert torch.equal(model(IDS).logits, expected[None])
     assert torch.equal(model(IDS, domain=None).logits, expected[None])
     everything = {"all": [torch.ones_like(keep) for keep in random_masks(dense)["code"]]}
@@ -150,16 +162,16 @@ def repaired_case(request):
     return dense, model, references
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "packed", "packed-all"])
 @torch.no_grad()
 def test_compensation_equals_changed_weights(repaired_case, executor):
     dense, model, references = repaired_case
-    model.set_executor(executor)
+    _use(model, executor)
     for name, reference in references.items():
         expected = reference(IDS).logits
         assert _difference(expected, dense(IDS).logits) > 1e-2
         assert _difference(model(IDS, domain=name).logits, expected) <= TOLERANCE
-    assert torch.equal(model(IDS).logits, dense(IDS).logits)
+    assert _difference(model(IDS).logits, dense(IDS).logits) <= TOLERANCE
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
-from hf_sparse_pathways.ffn.executors import copy_bytes, kept_weights
+from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
+from hf_sparse_pathways.ffn.copies import WHOLE, copy_bytes, kept_weights
+from hf_sparse_pathways.ffn.execution import PACKING, Execution, choose_execution
 from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
     OutgoingLeaf,
@@ -27,6 +28,7 @@ from hf_sparse_pathways.ffn.leaves import (
     swap_leaf,
 )
 from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -36,6 +38,7 @@ class Attachment:
     Attributes:
         key: The model's identity among the choices.
         blocks: One entry per FFN block, in layer order.
+        rest: The linear leaves outside of them.
         residents: Which pathways have copies of their kept weights.
     """
 
@@ -46,36 +49,123 @@ class Attachment:
             UnsupportedModelError: No FFN block was found.
         """
         self.key = ModelKey()
-        self.residents = Residents(self.copy_bytes, self._drop_pathway)
+        self.residents = Residents(self.copy_bytes, self._drop_key)
         self.blocks = tuple(
             AttachedBlock(block, self.key, self.residents) for block in find_blocks(model)
         )
+        self.rest = RestLeaves(model, self.key, self.residents)
+        self._execution: tuple[Any, Execution] | None = None
         self._samples: Tensor | None = None
 
     def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
         """Replace the pathways, in place; each has one entry per block."""
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
+        self.reset()
+
+    # -- executors --------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all copies, and which executor was chosen."""
+        self._execution = None
         self.drop_copies()
+        self.rest.use(False)
+
+    def execution(self, name: str) -> Execution:
+        """Return what the name of an executor stands for now; see ``choose_execution``."""
+        if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
+            return Execution("masked" if name == "masked" else "compact", "as traced")
+        weight = self._ffn_leaves[0].weight
+        now = (name, weight.dtype, weight.device, self.residents.limit, torch.get_num_threads())
+        if self._execution is None or self._execution[0] != now:
+            self._execution = (now, choose_execution(name, self))
+        return self._execution[1]
+
+    def begin(self, pathway: int | Tensor | None, name: str, *, looked: bool) -> Choice:
+        """Make the choice for one forward pass, its copies pinned; ``end`` takes it back.
+
+        Args:
+            pathway: What is computed.
+            name: The executor that was asked for.
+            looked: Whether ``check_copies`` has run for this pass.
+        """
+        executor, copies, rest = "masked", None, False
+        if pathway is not None or name in PACKING:
+            self.settle()
+            if not torch.is_grad_enabled():  # copies carry no gradient, masks do
+                executor = self.execution(name).executor
+        if executor != "masked":
+            if not looked:
+                self.check_copies()
+            key = WHOLE if pathway is None else pathway
+            copies = key if isinstance(key, int) and self._pin(key) else None
+        if executor in PACKING:
+            self.rest.use(executor == "packed-all")
+            if torch.is_autocast_enabled("cpu"):  # which oneDNN's operators do not follow
+                executor = "compact"
+            else:
+                rest = bool(self.rest.leaves) and self._pin(REST)
+        return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+
+    def end(self, choice: Choice) -> None:
+        """Take back what ``begin`` did."""
+        remove_choice(choice)
+        if choice.copies is not None:
+            self._unpin(choice.copies)
+        if choice.rest:
+            self._unpin(REST)
+
+    def _pin(self, key: int) -> bool:
+        """Pin copies; a graph that is traced holds them itself."""
+        return torch.compiler.is_compiling() or self.residents.pin(key)
+
+    def _unpin(self, key: int) -> None:
+        if not torch.compiler.is_compiling():
+            self.residents.unpin(key)
+
+    # -- copies -----------------------------------------------------------------------------
 
     def drop_copies(self) -> None:
-        """Forget all copies of kept weights; they are made again when needed."""
-        for attached in self.blocks:
-            attached.drop_copies()
+        """Forget all copies of weights; they are made again when needed."""
+        for leaf in (*self._ffn_leaves, *self.rest.leaves):
+            leaf.drop_copies()
 
-    def copy_bytes(self, pathway: int) -> int:
-        """Return how many bytes the copies of a pathway's kept weights take."""
-        return sum(copy_bytes(leaf, pathway) for leaf in self._compact_leaves)
+    def copy_bytes(self, key: int) -> int:
+        """Return how many bytes the copies of a pathway take, or those of another key."""
+        packed = self._execution is not None and self._execution[1].executor in PACKING
+        return self._bytes(key, packed=packed)
 
-    def make_copies(self, pathway: int) -> None:
-        """Make the copies of a pathway's kept weights that are not there or out of date."""
-        for leaf in self._compact_leaves:
-            kept_weights(leaf, pathway)
+    def make_copies(self, key: int) -> None:
+        """Make the copies of a key that are not there or out of date."""
+        packed = self._execution is not None and self._execution[1].executor in PACKING
+        for leaf in self._leaves_of(key):
+            kept_weights(leaf, WHOLE if key == REST else key, packed=packed)
 
-    def _drop_pathway(self, pathway: int) -> None:
-        for attached in self.blocks:
-            for leaf in attached.leaves.values():
-                leaf.copies.pop(pathway, None)
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the FFN weights."""
+        return sum(leaf.weight.numel() * leaf.weight.element_size() for leaf in self._ffn_leaves)
+
+    def most_bytes(self, executor: str) -> int:
+        """Return how many bytes of packed copies the largest pathway needs under an executor."""
+        pathways = range(len(self.blocks[0].state.pathways))
+        most = max((self._bytes(pathway, packed=True) for pathway in pathways), default=0)
+        return most + (self._bytes(REST, packed=True) if executor == "packed-all" else 0)
+
+    def _bytes(self, key: int, *, packed: bool) -> int:
+        leaf_key = WHOLE if key == REST else key
+        return sum(copy_bytes(leaf, leaf_key, packed=packed) for leaf in self._leaves_of(key))
+
+    def _drop_key(self, key: int) -> None:
+        for leaf in self.rest.leaves if key == REST else self._ffn_leaves:
+            leaf.copies.pop(WHOLE if key == REST else key, None)
+
+    def _leaves_of(self, key: int) -> Sequence[PathwayLeaf]:
+        return self.rest.candidates if key == REST else self._compact_leaves
+
+    @property
+    def _ffn_leaves(self) -> list[PathwayLeaf]:
+        return [leaf for attached in self.blocks for leaf in attached.leaves.values()]
 
     @property
     def _compact_leaves(self) -> list[PathwayLeaf]:
@@ -88,7 +178,7 @@ class Attachment:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        leaves = self._compact_leaves
+        leaves = [*self._compact_leaves, *self.rest.leaves]
         if torch.compiler.is_compiling() or not leaves:
             return
         samples = torch.stack([_sample(leaf) for leaf in leaves])
@@ -107,6 +197,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the leaves' own classes, in place."""
+        self.rest.use(False)
         for attached in self.blocks:
             attached.detach()
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
-from hf_sparse_pathways.ffn.choices import Choice, ModelKey
+from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.residents import Residents
 
 
@@ -213,12 +213,6 @@ class BlockState:
         """
         kept = self.pathways[pathway].keep.nonzero().flatten()
         return torch.cat([kept + part * self.d_ff for part in range(rows_per_neuron)])
-
-    def executor_name(self, choice: Choice) -> str:
-        """Return the executor that this block uses under a choice."""
-        if self.masked_only or type(choice.pathway) is not int:
-            return "masked"
-        return choice.executor
 
     def mask(self, activation: Tensor, pathway: int | Tensor) -> Tensor:
         """Return the activation with the removed neurons zeroed. Pure.

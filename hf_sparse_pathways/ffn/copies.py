@@ -1,0 +1,152 @@
+"""Copies of what a pass needs of a leaf's weights: the kept rows or columns, or a packed whole.
+
+A leaf holds its copies by key: the index of a pathway, or ``WHOLE``. A copy is made again when the
+weights have changed. ``residents`` decides which keys may have any.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.packing import pack, packed_bytes, packed_linear
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+
+WHOLE = -1
+"""Key of a copy of the whole leaf, which is worth having only if it is packed."""
+
+_MAKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """A leaf's kept rows ``(kept, d_in)`` or columns ``(d_out, kept)``, in ``linear``'s order.
+
+    Refit and bias are added in; the bypass of an outgoing leaf is apart.
+
+    Attributes:
+        weight: The matrix, or what ``pack`` made of it.
+        bias: Added to the product.
+        bypass: In the dtype and on the device of the weight.
+        packed: Whether the weight is packed.
+        stamp: Identifies the weights that were copied.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    bypass: LowRank | None
+    packed: bool
+    stamp: tuple[object, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product with ``(..., inputs)``, without the bypass."""
+        if self.packed:
+            return packed_linear(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
+
+
+def kept_weights(leaf: "PathwayLeaf", key: int, *, packed: bool) -> KeptWeights:
+    """Return a leaf's copy, made again if the weights have changed since."""
+    if torch.compiler.is_compiling():
+        return _copy(leaf, key, packed=False, stamp=())
+    stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
+    copy = leaf.copies.get(key)
+    if copy is None or copy.stamp != stamp or copy.packed != packed:
+        with _MAKING:  # two threads with one pathway would make two copies
+            copy = leaf.copies.get(key)
+            if copy is None or copy.stamp != stamp or copy.packed != packed:
+                leaf.copies.pop(key, None)
+                copy = leaf.copies[key] = _copy(leaf, key, packed=packed, stamp=stamp)
+    return copy
+
+
+def copy_bytes(leaf: "PathwayLeaf", key: int, *, packed: bool) -> int:
+    """Return how many bytes a leaf's copy takes; at most, if it is packed."""
+    rows, columns = linear_weight(leaf).shape
+    itemsize = leaf.weight.element_size()
+    own = None if key == WHOLE else leaf.state.pathways[key]
+    extra = 0
+    if own is not None and leaf.neuron_dim == 0:
+        rows = own.kept * leaf.rows_per_neuron
+        extra += 0 if leaf.bias is None else rows
+    elif own is not None:
+        columns = own.kept
+        extra += 0 if own.bias is None else own.bias.numel()
+        extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
+    matrix = packed_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize
+    return matrix + extra * itemsize
+
+
+def _stamp(tensor: Tensor) -> tuple[object, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
+
+
+def _copy(leaf: "PathwayLeaf", key: int, *, packed: bool, stamp: tuple[object, ...]) -> KeptWeights:
+    with torch.inference_mode(False), torch.no_grad():
+        if key == WHOLE:
+            weight, bias, bypass = linear_weight(leaf), leaf.bias, None
+        elif leaf.neuron_dim == 0:
+            weight, bias, bypass = _kept_rows(leaf, key)
+        else:
+            weight, bias, bypass = _kept_columns(leaf, key)
+        return KeptWeights(pack(weight) if packed else weight, bias, bypass, packed, stamp)
+
+
+def _kept_rows(leaf: "PathwayLeaf", pathway: int) -> tuple[Tensor, Tensor | None, None]:
+    """Return an incoming leaf's kept rows and their bias, healing added in."""
+    index = leaf.kept_index(pathway)
+    changes = leaf.state.pathways[pathway].incoming
+    delta = changes[leaf.position] if leaf.position < len(changes) else None
+    rows = _changed(_select(leaf, index), delta)
+    return rows, None if leaf.bias is None else leaf.bias[index], None
+
+
+def _kept_columns(
+    leaf: "PathwayLeaf", pathway: int
+) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Return an outgoing leaf's kept columns, the bias and the bypass, compensation added in."""
+    own: BlockPathway = leaf.state.pathways[pathway]
+    columns = _changed(_select(leaf, leaf.kept_index(pathway)), own.delta)
+    bias = leaf.bias
+    if own.bias is not None:
+        added = own.bias.to(columns.device).float()
+        bias = (added if bias is None else bias.float() + added).to(columns.dtype)
+    return columns, bias, None if own.bypass is None else own.bypass.to(columns)
+
+
+def _select(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
+    """Return some of a leaf's rows, or columns if it is an outgoing one; contiguous.
+
+    For two-byte types torch's selection of columns has no vector code on the CPU; gathering them as
+    integers takes a third to a half of the time.
+
+    Raises:
+        UnsupportedModelError: The leaf holds a part of its weights.
+    """
+    weight, dim = linear_weight(leaf), leaf.neuron_dim
+    whole = leaf.state.d_ff * leaf.rows_per_neuron
+    if weight.shape[dim] != whole:
+        raise UnsupportedModelError(
+            f"A leaf holds {weight.shape[dim]} of {whole} rows: its weights are sharded. "
+            "Call model.set_executor('masked'), or load without tensor parallelism."
+        )
+    if dim == 1 and weight.device.type == "cpu" and weight.element_size() == 2:
+        bits = weight.view(torch.int16)
+        return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)
+    return weight.index_select(dim, index).contiguous()
+
+
+def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:
+    """Add a change to weights, in float32."""
+    if delta is None:
+        return weight
+    return (weight.float() + as_matrix(delta).to(weight.device)).to(weight.dtype)
