@@ -20,6 +20,7 @@ from tests.architectures import (
 
 TOLERANCE = 1e-5
 IDS = prompt()
+EXECUTORS = ["masked", "compact", "packed", "packed-all"]
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
@@ -57,7 +58,7 @@ def test_masks_visibly_change_the_output(case):
     assert _difference(expected["code"], expected["law"]) > 1e-2
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact", "packed", "packed-all"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @torch.no_grad()
 def test_pathway_equals_zeroed_weights(case, executor):
     _, _, model, expected = case
@@ -66,9 +67,11 @@ def test_pathway_equals_zeroed_weights(case, executor):
         assert _difference(model(IDS, domain=name).logits, expected[name]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
 @torch.no_grad()
-def test_rows_choose_their_own_pathway(case):
+def test_rows_choose_their_own_pathway(case, executor):
     _, _, model, expected = case
+    _use(model, executor)
     logits = model(IDS, domain=["law", None]).logits
     assert _difference(logits[0], expected["law"][0]) <= TOLERANCE
     assert _difference(logits[1], expected[None][1]) <= TOLERANCE
@@ -162,7 +165,7 @@ def repaired_case(request):
     return dense, model, references
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact", "packed", "packed-all"])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @torch.no_grad()
 def test_compensation_equals_changed_weights(repaired_case, executor):
     dense, model, references = repaired_case
@@ -174,13 +177,15 @@ def test_compensation_equals_changed_weights(repaired_case, executor):
     assert _difference(model(IDS).logits, dense(IDS).logits) <= TOLERANCE
 
 
+@pytest.mark.parametrize("names", [("law", None, "code"), ("law", "code", "law")])
+@pytest.mark.parametrize("executor", EXECUTORS)
 @torch.no_grad()
-def test_rows_have_their_own_compensation(repaired_case):
+def test_rows_have_their_own_compensation(repaired_case, executor, names):
     dense, model, references = repaired_case
+    _use(model, executor)
     ids = prompt(rows=3)
-    logits = model(ids, domain=["law", None, "code"]).logits
-    expected = [references["law"], dense, references["code"]]
-    for row, reference in enumerate(expected):
+    logits = model(ids, domain=[*names]).logits
+    for row, reference in enumerate({None: dense, **references}[name] for name in names):
         assert _difference(logits[row], reference(ids).logits[row]) <= TOLERANCE
 
 

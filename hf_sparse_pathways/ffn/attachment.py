@@ -18,7 +18,14 @@ from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
-from hf_sparse_pathways.ffn.copies import WHOLE, copy_bytes, kept_weights
+from hf_sparse_pathways.ffn.copies import (
+    WHOLE,
+    Key,
+    copy_bytes,
+    copy_keys,
+    drop_copies,
+    kept_weights,
+)
 from hf_sparse_pathways.ffn.execution import PACKING, Execution, choose_execution
 from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
@@ -27,6 +34,7 @@ from hf_sparse_pathways.ffn.leaves import (
     restore_leaf,
     swap_leaf,
 )
+from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.state import BlockState
@@ -97,8 +105,7 @@ class Attachment:
         if executor != "masked":
             if not looked:
                 self.check_copies()
-            key = WHOLE if pathway is None else pathway
-            copies = key if isinstance(key, int) and self._pin(key) else None
+            copies = self._pin_copies(WHOLE if pathway is None else pathway)
         if executor in PACKING:
             self.rest.use(executor == "packed-all")
             if torch.is_autocast_enabled("cpu"):  # which oneDNN's operators do not follow
@@ -111,15 +118,24 @@ class Attachment:
         """Take back what ``begin`` did."""
         remove_choice(choice)
         if choice.copies is not None:
-            self._unpin(choice.copies)
+            self._unpin(_key(choice.copies))
         if choice.rest:
             self._unpin(REST)
 
-    def _pin(self, key: int) -> bool:
+    def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
+        """Return what a pass computes with, or None if there is no room for it."""
+        if isinstance(pathway, int):
+            return pathway if self._pin(pathway) else None
+        if torch.compiler.is_compiling():  # which rows these are is not known while tracing
+            return None
+        mixture = Mixture.of(pathway)
+        return mixture if self._pin(mixture.key) else None
+
+    def _pin(self, key: Key) -> bool:
         """Pin copies; a graph that is traced holds them itself."""
         return torch.compiler.is_compiling() or self.residents.pin(key)
 
-    def _unpin(self, key: int) -> None:
+    def _unpin(self, key: Key) -> None:
         if not torch.compiler.is_compiling():
             self.residents.unpin(key)
 
@@ -130,16 +146,17 @@ class Attachment:
         for leaf in (*self._ffn_leaves, *self.rest.leaves):
             leaf.drop_copies()
 
-    def copy_bytes(self, key: int) -> int:
+    def copy_bytes(self, key: Key) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""
         packed = self._execution is not None and self._execution[1].executor in PACKING
         return self._bytes(key, packed=packed)
 
-    def make_copies(self, key: int) -> None:
+    def make_copies(self, key: Key) -> None:
         """Make the copies of a key that are not there or out of date."""
         packed = self._execution is not None and self._execution[1].executor in PACKING
         for leaf in self._leaves_of(key):
-            kept_weights(leaf, WHOLE if key == REST else key, packed=packed)
+            for own in copy_keys(leaf, _of_leaf(key)):
+                kept_weights(leaf, own, packed=packed)
 
     @property
     def weight_bytes(self) -> int:
@@ -152,15 +169,15 @@ class Attachment:
         most = max((self._bytes(pathway, packed=True) for pathway in pathways), default=0)
         return most + (self._bytes(REST, packed=True) if executor == "packed-all" else 0)
 
-    def _bytes(self, key: int, *, packed: bool) -> int:
-        leaf_key = WHOLE if key == REST else key
-        return sum(copy_bytes(leaf, leaf_key, packed=packed) for leaf in self._leaves_of(key))
+    def _bytes(self, key: Key, *, packed: bool) -> int:
+        own = _of_leaf(key)
+        return sum(copy_bytes(leaf, own, packed=packed) for leaf in self._leaves_of(key))
 
-    def _drop_key(self, key: int) -> None:
+    def _drop_key(self, key: Key) -> None:
         for leaf in self.rest.leaves if key == REST else self._ffn_leaves:
-            leaf.copies.pop(WHOLE if key == REST else key, None)
+            drop_copies(leaf, _of_leaf(key))
 
-    def _leaves_of(self, key: int) -> Sequence[PathwayLeaf]:
+    def _leaves_of(self, key: Key) -> Sequence[PathwayLeaf]:
         return self.rest.candidates if key == REST else self._compact_leaves
 
     @property
@@ -182,8 +199,10 @@ class Attachment:
         if torch.compiler.is_compiling() or not leaves:
             return
         samples = torch.stack([_sample(leaf) for leaf in leaves])
-        if self._samples is not None and not torch.equal(samples, self._samples):
-            self.drop_copies()
+        if self._samples is not None:  # leaves outside the blocks come and go, at the end
+            common = min(len(samples), len(self._samples))
+            if not torch.equal(samples[:common], self._samples[:common]):
+                self.drop_copies()
         self._samples = samples
 
     def settle(self) -> None:
@@ -200,6 +219,15 @@ class Attachment:
         self.rest.use(False)
         for attached in self.blocks:
             attached.detach()
+
+
+def _key(copies: int | Mixture) -> Key:
+    return copies.key if isinstance(copies, Mixture) else copies
+
+
+def _of_leaf(key: Key) -> Key:
+    """Return the key of a leaf's copies: of a leaf outside the FFN blocks there is but one."""
+    return WHOLE if key == REST else key
 
 
 class AttachedBlock:

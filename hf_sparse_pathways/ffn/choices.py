@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse_pathways.ffn.mixtures import Mixture
+
 
 class ModelKey:
     """Identity of one model. A deep copy or unpickled model has another, so it chooses alone."""
@@ -28,8 +30,8 @@ class Choice:
         pathway: The index of one pathway for all rows; an int64 tensor ``(batch,)`` with one index
             per row, -1 for dense rows; or None for dense.
         executor: Name of the executor that computes with the copies.
-        copies: Key of the copies to compute with, resident until the choice is taken back; without
-            any, and in blocks that cannot use them, a pathway is masked.
+        copies: Key of the copies to compute with, or how a batch is mixed; they are resident until
+            the choice is taken back. Without, and in blocks that cannot use any, it is masked.
         rest: Whether the leaves outside the FFN blocks have copies too.
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
@@ -40,7 +42,7 @@ class Choice:
     key: ModelKey | None
     pathway: int | Tensor | None
     executor: str = "masked"
-    copies: int | None = None
+    copies: int | Mixture | None = None
     rest: bool = False
     expand: bool = False
     below: "Choice | None" = None
@@ -68,7 +70,7 @@ def push_choice(
     pathway: int | Tensor | None,
     *,
     executor: str = "masked",
-    copies: int | None = None,
+    copies: int | Mixture | None = None,
     rest: bool = False,
     expand: bool = False,
 ) -> Choice:

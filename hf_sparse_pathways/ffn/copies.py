@@ -1,10 +1,11 @@
-"""Copies of what a pass needs of a leaf's weights: the kept rows or columns, or a packed whole.
+"""Copies of what a pass needs of a leaf's weights: kept rows or columns, or a packed whole.
 
-A leaf holds its copies by key: the index of a pathway, or ``WHOLE``. A copy is made again when the
-weights have changed. ``residents`` decides which keys may have any.
+A leaf holds its copies by key. A copy is made again when the weights have changed; ``residents``
+decides which keys may have any.
 """
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 
 WHOLE = -1
 """Key of a copy of the whole leaf, which is worth having only if it is packed."""
+
+Key = int | tuple[int, ...]
+"""What is resident or not: a pathway's index, ``WHOLE``, or the pathways of a mixed batch."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Key of an outgoing leaf's copy for one pathway of a mixed batch.
+
+    Attributes:
+        mixture: The key of the batch.
+        pathway: The pathway.
+    """
+
+    mixture: tuple[int, ...]
+    pathway: int
+
 
 _MAKING = threading.Lock()
 
@@ -53,7 +71,7 @@ class KeptWeights:
         return functional.linear(x, self.weight, self.bias)
 
 
-def kept_weights(leaf: "PathwayLeaf", key: int, *, packed: bool) -> KeptWeights:
+def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> KeptWeights:
     """Return a leaf's copy, made again if the weights have changed since."""
     if torch.compiler.is_compiling():
         return _copy(leaf, key, packed=False, stamp=())
@@ -68,21 +86,52 @@ def kept_weights(leaf: "PathwayLeaf", key: int, *, packed: bool) -> KeptWeights:
     return copy
 
 
-def copy_bytes(leaf: "PathwayLeaf", key: int, *, packed: bool) -> int:
-    """Return how many bytes a leaf's copy takes; at most, if it is packed."""
+def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Key | Columns]:
+    """Yield the keys of all copies that a leaf has for a resident key."""
+    if not isinstance(key, tuple):
+        yield key
+    elif leaf.neuron_dim == 1 and leaf.state.apart(key):
+        yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
+    elif leaf.state.union(key).index is not None:
+        yield key
+
+
+def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
+    """Drop all copies that a leaf has for a resident key."""
+    for own in list(leaf.copies):
+        if key == (own.mixture if isinstance(own, Columns) else own):
+            leaf.copies.pop(own, None)
+
+
+def copy_bytes(leaf: "PathwayLeaf", key: Key, *, packed: bool) -> int:
+    """Return how many bytes a leaf's copies take; at most, if they are packed."""
+    return sum(_bytes(leaf, own, packed=packed) for own in copy_keys(leaf, key))
+
+
+def _bytes(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> int:
     rows, columns = linear_weight(leaf).shape
-    itemsize = leaf.weight.element_size()
-    own = None if key == WHOLE else leaf.state.pathways[key]
-    extra = 0
-    if own is not None and leaf.neuron_dim == 0:
-        rows = own.kept * leaf.rows_per_neuron
+    itemsize, extra = leaf.weight.element_size(), 0
+    index, own = _neurons(leaf, key)
+    if index is not None and leaf.neuron_dim == 0:
+        rows = len(index) * leaf.rows_per_neuron
         extra += 0 if leaf.bias is None else rows
-    elif own is not None:
-        columns = own.kept
+    elif index is not None:
+        columns = len(index)
+    if own is not None and leaf.neuron_dim == 1:
         extra += 0 if own.bias is None else own.bias.numel()
         extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
     matrix = packed_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize
     return matrix + extra * itemsize
+
+
+def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, BlockPathway | None]:
+    """Return the neurons that a copy holds (None: all), and the pathway that changes them."""
+    if isinstance(key, tuple):
+        return leaf.state.union(key).index, None
+    if key == WHOLE:
+        return None, None
+    pathway = key.pathway if isinstance(key, Columns) else key
+    return leaf.state.kept(pathway), leaf.state.pathways[pathway]
 
 
 def _stamp(tensor: Tensor) -> tuple[object, ...]:
@@ -90,33 +139,42 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
 
 
-def _copy(leaf: "PathwayLeaf", key: int, *, packed: bool, stamp: tuple[object, ...]) -> KeptWeights:
+def _copy(
+    leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool, stamp: tuple[object, ...]
+) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
-        if key == WHOLE:
+        index, own = _neurons(leaf, key)
+        if index is None:
             weight, bias, bypass = linear_weight(leaf), leaf.bias, None
         elif leaf.neuron_dim == 0:
-            weight, bias, bypass = _kept_rows(leaf, key)
+            weight, bias, bypass = _kept_rows(leaf, index, own)
         else:
-            weight, bias, bypass = _kept_columns(leaf, key)
+            weight, bias, bypass = _kept_columns(leaf, index, own)
         return KeptWeights(pack(weight) if packed else weight, bias, bypass, packed, stamp)
 
 
-def _kept_rows(leaf: "PathwayLeaf", pathway: int) -> tuple[Tensor, Tensor | None, None]:
-    """Return an incoming leaf's kept rows and their bias, healing added in."""
-    index = leaf.kept_index(pathway)
-    changes = leaf.state.pathways[pathway].incoming
+def _kept_rows(
+    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
+) -> tuple[Tensor, Tensor | None, None]:
+    """Return an incoming leaf's rows of some neurons and their bias, healing added in."""
+    d_ff = leaf.state.d_ff
+    rows = torch.cat([index + part * d_ff for part in range(leaf.rows_per_neuron)])
+    rows = rows.to(leaf.weight.device)
+    changes = () if own is None else own.incoming
     delta = changes[leaf.position] if leaf.position < len(changes) else None
-    rows = _changed(_select(leaf, index), delta)
-    return rows, None if leaf.bias is None else leaf.bias[index], None
+    bias = None if leaf.bias is None else leaf.bias[rows]
+    return _changed(_select(leaf, rows), delta), bias, None
 
 
 def _kept_columns(
-    leaf: "PathwayLeaf", pathway: int
+    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
 ) -> tuple[Tensor, Tensor | None, LowRank | None]:
-    """Return an outgoing leaf's kept columns, the bias and the bypass, compensation added in."""
-    own: BlockPathway = leaf.state.pathways[pathway]
-    columns = _changed(_select(leaf, leaf.kept_index(pathway)), own.delta)
+    """Return an outgoing leaf's columns, the bias and the bypass, compensation added in."""
+    columns = _select(leaf, index.to(leaf.weight.device))
     bias = leaf.bias
+    if own is None:
+        return columns, bias, None
+    columns = _changed(columns, own.delta)
     if own.bias is not None:
         added = own.bias.to(columns.device).float()
         bias = (added if bias is None else bias.float() + added).to(columns.dtype)

@@ -7,7 +7,8 @@ everything between them (activation function, gating, dropout) is the block's ow
   the reference, differentiable in every weight, and serves any mixture of rows.
 - ``compact``: the kept rows and columns are copied out once per pathway; the block then computes
   them alone. The copies are remade when the weights have changed, and are not differentiable, so
-  a forward pass that records gradients is masked instead.
+  a forward pass that records gradients is masked instead. For a batch of mixed pathways their
+  union is copied (``mixtures``).
 - ``packed``: as ``compact``, with the copies packed for oneDNN (``packing``). A dense pass uses
   packed copies of the whole leaves.
 - ``packed-all``: the other linear leaves (attention, head) are packed too, in every pass.
@@ -20,10 +21,13 @@ architecture.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.copies import kept_weights
-from hf_sparse_pathways.ffn.state import needed_input
+from hf_sparse_pathways.ffn.copies import Columns, KeptWeights, kept_weights
+from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.state import needed_input, spread
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -33,7 +37,7 @@ class Executor(Protocol):
     """Two functions that compute a choice of pathway; ``x`` has any leading dimensions.
 
     ``pathway`` is for ``masked`` an index, or a tensor with one index per row; else the key of the
-    leaf's copies.
+    leaf's copies, or a ``Mixture``.
     """
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
@@ -73,17 +77,72 @@ class Compact:
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
+        if isinstance(pathway, Mixture):
+            return self._incoming_mixed(leaf, x, pathway)
         return kept_weights(leaf, pathway, packed=self.packed)(x)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
     ) -> Tensor:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
-        kept = kept_weights(leaf, pathway, packed=self.packed)
-        output = kept(x)
-        if kept.bypass is not None:
-            output = output + kept.bypass(needed_input(block_input))
+        if not isinstance(pathway, Mixture):
+            kept = kept_weights(leaf, pathway, packed=self.packed)
+            return _with_bypass(kept, x, block_input)
+        if leaf.state.apart(pathway.key):
+            return self._outgoing_apart(leaf, x, pathway, block_input)
+        union = leaf.state.union(pathway.key, x.device)
+        masked = x.masked_fill(spread(union.removed[pathway.slots], x), 0)
+        if union.index is None:
+            output = leaf.dense(masked)
+        else:
+            output = kept_weights(leaf, pathway.key, packed=self.packed)(masked)
+        return leaf.state.add(output, masked, block_input, pathway.pathways)
+
+    def _incoming_mixed(self, leaf: "PathwayLeaf", x: Tensor, mixture: Mixture) -> Tensor:
+        """Compute the neurons that any row needs, for all rows; then each row's own change."""
+        union = leaf.state.union(mixture.key, x.device)
+        if union.index is None:
+            output = leaf.dense(x)
+        else:
+            output = kept_weights(leaf, mixture.key, packed=self.packed)(x)
+        for pathway, places, rows in zip(
+            mixture.key, union.places, mixture.rows_of(len(x)), strict=True
+        ):
+            change = None
+            if places is not None:
+                change = leaf.state.change(pathway, leaf.position, leaf.rows_per_neuron, output)
+            if change is not None and places is not None:
+                wide = [places + part * union.width for part in range(leaf.rows_per_neuron)]
+                theirs = output.index_select(0, rows)
+                theirs.index_add_(-1, torch.cat(wide), change.product(x.index_select(0, rows)))
+                output = output.index_copy(0, rows, theirs)
         return output
+
+    def _outgoing_apart(
+        self, leaf: "PathwayLeaf", x: Tensor, mixture: Mixture, block_input: Tensor | None
+    ) -> Tensor:
+        """Apply each pathway's own columns to its rows."""
+        union = leaf.state.union(mixture.key, x.device)
+        output = x.new_empty(*x.shape[:-1], linear_weight(leaf).shape[0])
+        for pathway, places, rows in zip(
+            mixture.key, union.places, mixture.rows_of(len(x)), strict=True
+        ):
+            theirs = x.index_select(0, rows)
+            if places is None:
+                output.index_copy_(0, rows, leaf.dense(theirs))
+                continue
+            kept = kept_weights(leaf, Columns(mixture.key, pathway), packed=self.packed)
+            inputs = None if block_input is None else block_input.index_select(0, rows)
+            theirs = theirs.index_select(-1, places)
+            output.index_copy_(0, rows, _with_bypass(kept, theirs, inputs))
+        return output
+
+
+def _with_bypass(kept: KeptWeights, x: Tensor, block_input: Tensor | None) -> Tensor:
+    output = kept(x)
+    if kept.bypass is not None:
+        output = output + kept.bypass(needed_input(block_input))
+    return output
 
 
 MASKED = Masked()

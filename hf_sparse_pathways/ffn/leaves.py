@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
-from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, kept_weights
+from hf_sparse_pathways.ffn.copies import WHOLE, Columns, KeptWeights, Key, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.state import BlockState
 
@@ -28,7 +28,7 @@ class PathwayLeaf(nn.Module):
     """
 
     state: BlockState
-    copies: dict[int, KeptWeights]
+    copies: dict[Key | Columns, KeptWeights]
     rows_per_neuron: int
     position: int
     neuron_dim: ClassVar[int]
@@ -38,10 +38,6 @@ class PathwayLeaf(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """Compute as the leaf's own class does."""
         return super().forward(x)
-
-    def kept_index(self, pathway: int) -> Tensor:
-        """Return the kept rows (or columns) of a pathway, int64, ascending, beside the weight."""
-        return self.state.kept_rows(pathway, self.rows_per_neuron).to(self.weight.device)
 
     def _plan(self) -> tuple[Executor | None, Any, Choice | None]:
         """Return what computes this leaf now, which copies or pathway, and the choice.

@@ -25,7 +25,7 @@ from hf_sparse_pathways.ffn.choices import (
     push_choice,
     remove_choice,
 )
-from hf_sparse_pathways.ffn.copies import WHOLE
+from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
@@ -141,8 +141,12 @@ class SparsePathwaysModel(_Base):
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of the copies by pathway, those used longest ago first."""
-        names = {WHOLE: "dense FFN", REST: "attention and head", **dict(enumerate(self._named))}
-        return {names[key]: size for key, size in self._attachment.residents.sizes.items()}
+        names = {WHOLE: "dense", REST: "attention and head", **dict(enumerate(self._named))}
+
+        def name(key: Key) -> str:
+            return "+".join(names[one] for one in (key if isinstance(key, tuple) else (key,)))
+
+        return {name(key): size for key, size in self._attachment.residents.sizes.items()}
 
     def prepare(self, domain: str) -> bool:
         """Make the copies that a domain's first call would make, ahead of it.
