@@ -39,6 +39,9 @@ from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.state import BlockState
 
+_MOST_MIXTURES = 16
+"""How many mixed batches are remembered, so that a generation sorts its rows once."""
+
 
 class Attachment:
     """The FFN blocks of one model with swapped leaves.
@@ -64,6 +67,7 @@ class Attachment:
         self.rest = RestLeaves(model, self.key, self.residents)
         self._execution: tuple[Any, Execution] | None = None
         self._samples: Tensor | None = None
+        self._mixtures: dict[Any, Mixture] = {}
 
     def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
         """Replace the pathways, in place; each has one entry per block."""
@@ -76,6 +80,7 @@ class Attachment:
     def reset(self) -> None:
         """Forget all copies, and which executor was chosen."""
         self._execution = None
+        self._mixtures = {}
         self.drop_copies()
         self.rest.use(False)
 
@@ -128,7 +133,12 @@ class Attachment:
             return pathway if self._pin(pathway) else None
         if torch.compiler.is_compiling():  # which rows these are is not known while tracing
             return None
-        mixture = Mixture.of(pathway)
+        rows = (tuple(pathway.tolist()), pathway.device)
+        mixture = self._mixtures.get(rows)
+        if mixture is None:
+            if len(self._mixtures) >= _MOST_MIXTURES:
+                self._mixtures.clear()
+            mixture = self._mixtures[rows] = Mixture.of(pathway)
         return mixture if self._pin(mixture.key) else None
 
     def _pin(self, key: Key) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
 from hf_sparse_pathways.ffn.layouts import linear_weight
-from hf_sparse_pathways.ffn.packing import pack, packed_bytes, packed_linear
+from hf_sparse_pathways.ffn.packing import Packed, pack, packed_bytes
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -51,23 +51,25 @@ class KeptWeights:
     Refit and bias are added in; the bypass of an outgoing leaf is apart.
 
     Attributes:
-        weight: The matrix, or what ``pack`` made of it.
+        weight: The matrix, plain or packed.
         bias: Added to the product.
         bypass: In the dtype and on the device of the weight.
-        packed: Whether the weight is packed.
         stamp: Identifies the weights that were copied.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     bypass: LowRank | None
-    packed: bool
     stamp: tuple[object, ...]
+
+    def fits(self, stamp: tuple[object, ...], *, packed: bool) -> bool:
+        """Whether it was made of these weights, in this form."""
+        return self.stamp == stamp and isinstance(self.weight, Packed) == packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product with ``(..., inputs)``, without the bypass."""
-        if self.packed:
-            return packed_linear(x, self.weight, self.bias)
+        if isinstance(self.weight, Packed):
+            return self.weight(x, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -77,10 +79,10 @@ def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> Ke
         return _copy(leaf, key, packed=False, stamp=())
     stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
     copy = leaf.copies.get(key)
-    if copy is None or copy.stamp != stamp or copy.packed != packed:
+    if copy is None or not copy.fits(stamp, packed=packed):
         with _MAKING:  # two threads with one pathway would make two copies
             copy = leaf.copies.get(key)
-            if copy is None or copy.stamp != stamp or copy.packed != packed:
+            if copy is None or not copy.fits(stamp, packed=packed):
                 leaf.copies.pop(key, None)
                 copy = leaf.copies[key] = _copy(leaf, key, packed=packed, stamp=stamp)
     return copy
@@ -150,7 +152,7 @@ def _copy(
             weight, bias, bypass = _kept_rows(leaf, index, own)
         else:
             weight, bias, bypass = _kept_columns(leaf, index, own)
-        return KeptWeights(pack(weight) if packed else weight, bias, bypass, packed, stamp)
+        return KeptWeights(pack(weight) if packed else weight, bias, bypass, stamp)
 
 
 def _kept_rows(

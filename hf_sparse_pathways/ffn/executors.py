@@ -91,7 +91,7 @@ class Compact:
         if leaf.state.apart(pathway.key):
             return self._outgoing_apart(leaf, x, pathway, block_input)
         union = leaf.state.union(pathway.key, x.device)
-        masked = x.masked_fill(spread(union.removed[pathway.slots], x), 0)
+        masked = x.masked_fill(spread(pathway.removed_from(union), x), 0)
         if union.index is None:
             output = leaf.dense(masked)
         else:

@@ -5,7 +5,7 @@ the activation. Where pathways have repaired columns of their own, each is appli
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +23,15 @@ class Mixture:
         key: The pathways that occur, ascending; -1 first if a row has none.
         slots: For each row its place in ``key``, int64 ``(batch,)``.
         rows: For each entry of ``key`` its rows, int64.
+        removed: For each block, by its union, which of the neurons a row does not keep, bool
+            ``(batch, width)``; filled as blocks ask.
     """
 
     pathways: Tensor
     key: tuple[int, ...]
     slots: Tensor
     rows: tuple[Tensor, ...]
+    removed: "dict[Union, Tensor]" = field(default_factory=dict)
 
     @classmethod
     def of(cls, pathways: Tensor) -> "Mixture":
@@ -36,6 +39,13 @@ class Mixture:
         found, slots = torch.unique(pathways, return_inverse=True)
         rows = tuple((slots == slot).nonzero().flatten() for slot in range(len(found)))
         return cls(pathways, tuple(found.tolist()), slots, rows)
+
+    def removed_from(self, union: "Union") -> Tensor:
+        """Return which of a block's neurons each row does not keep, bool ``(batch, width)``."""
+        found = self.removed.get(union)
+        if found is None:
+            found = self.removed[union] = union.removed[self.slots]
+        return found
 
     def rows_of(self, length: int) -> Sequence[Tensor]:
         """Return the rows of each entry, in a tensor of this length.

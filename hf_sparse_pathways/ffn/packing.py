@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +33,51 @@ _MOST_MATRICES = 64
 
 _ROUNDS = 5
 
+_MANY_ROWS = 4
+
+_LEAST_SIZE = 20
+"""Matrices of less than two to this power entries are multiplied too quickly for it to matter."""
+
+_WORTH = 1.05
+"""Ratio from which on repeating a row pays."""
+
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest error, relative to the largest output, that counts as equal."""
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return a matrix ``(outputs, inputs)`` packed, an opaque tensor. Pure."""
+@dataclass(frozen=True)
+class Packed:
+    """A packed matrix.
+
+    Attributes:
+        weight: The opaque tensor.
+        least_rows: Rows that an input needs for the faster of oneDNN's kernels.
+    """
+
+    weight: Tensor
+    least_rows: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``linear`` of ``(..., inputs)``."""
+        if self.least_rows > 1 and x.numel() == x.shape[-1]:
+            rows = x.reshape(1, -1).expand(self.least_rows, -1)
+            return _product(rows, self.weight, bias)[:1].view(*x.shape[:-1], -1)
+        return _product(x, self.weight, bias)
+
+
+def pack(weight: Tensor) -> Packed:
+    """Return a matrix ``(outputs, inputs)`` packed. Pure."""
+    packed = _pack(weight)
+    size, threads = weight.numel().bit_length(), torch.get_num_threads()
+    return Packed(packed, _least_rows(size, weight.dtype, threads))
+
+
+def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return packed
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``linear`` of ``(..., inputs)`` with a packed matrix."""
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return output
 
@@ -104,11 +136,11 @@ def _find_problem(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     weight = torch.randn(shape, generator=generator).to(dtype)
     bias = torch.randn(shape[0], generator=generator).to(dtype)
     try:
-        packed = pack(weight)
+        packed = Packed(_pack(weight), _MANY_ROWS)
         for rows, added in itertools.product((1, 3), (bias, None)):
             x = torch.randn(rows, shape[1], generator=generator).to(dtype)
             expected = functional.linear(x, weight, added)
-            error = (packed_linear(x, packed, added) - expected).abs().max()
+            error = (packed(x, added) - expected).abs().max()
             if not error <= _TOLERANCE[dtype] * expected.abs().max():
                 return "this version of torch computes something else with packed weights"
     except (AttributeError, RuntimeError, NotImplementedError) as failure:
@@ -121,20 +153,54 @@ def measure_gain(shape: tuple[int, int], dtype: torch.dtype) -> float:
 
     Both are timed in turn on as many matrices as do not fit the caches.
     """
-    size = shape[0] * shape[1] * dtype.itemsize
-    count = min(_MOST_MATRICES, -(-_STREAM_BYTES // size))
-    plain = [torch.ones(shape, dtype=dtype) for _ in range(count)]
+    plain = _matrices(shape, dtype)
     packed = [pack(weight) for weight in plain]
     inputs = [torch.ones(batch, shape[1], dtype=dtype) for batch in _BATCHES]
 
-    def run(product: Callable[[Tensor, Tensor], Any], weights: list[Tensor]) -> float:
+    def linear() -> None:
+        for x, weight in itertools.product(inputs, plain):
+            functional.linear(x, weight)
+
+    def product() -> None:
+        for x, weight in itertools.product(inputs, packed):
+            weight(x)
+
+    return _ratio(linear, product)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode()
+def _least_rows(size: int, dtype: torch.dtype, threads: int) -> int:  # noqa: ARG001
+    """Return how many rows a vector is best repeated to, for matrices of ``2 ** size`` entries.
+
+    oneDNN has another kernel for one row, which on some processors reads the weights more slowly.
+    """
+    if size < _LEAST_SIZE:
+        return 1
+    side = 2 ** (size // 2)
+    weights = [_pack(weight) for weight in _matrices((2**size // side, side), dtype)]
+    x = torch.ones(1, side, dtype=dtype)
+
+    def run(rows: int) -> None:
+        for weight in weights:
+            Packed(weight, rows)(x)
+
+    return _MANY_ROWS if _ratio(lambda: run(1), lambda: run(_MANY_ROWS)) > _WORTH else 1
+
+
+def _matrices(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Return as many equal matrices as do not fit the caches, within reason."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    count = min(_MOST_MATRICES, -(-_STREAM_BYTES // size))
+    return [torch.ones(shape, dtype=dtype) for _ in range(count)]
+
+
+def _ratio(slow: Callable[[], None], fast: Callable[[], None]) -> float:
+    """Return the median of how many times as long the first takes, timed in turn."""
+
+    def seconds(run: Callable[[], None]) -> float:
         started = time.perf_counter()
-        for x, weight in itertools.product(inputs, weights):
-            product(x, weight)
+        run()
         return time.perf_counter() - started
 
-    ratios = [
-        run(functional.linear, plain) / run(lambda x, w: packed_linear(x, w, None), packed)
-        for _ in range(_ROUNDS)
-    ]
-    return statistics.median(ratios)
+    return statistics.median(seconds(slow) / seconds(fast) for _ in range(_ROUNDS))

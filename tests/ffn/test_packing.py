@@ -36,14 +36,26 @@ def test_packed_products_are_those_of_linear(shape, dtype):
         pytest.skip(packing._find_problem(shape, dtype))
     weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
     packed = packing.pack(weight.T.contiguous().T)
-    assert torch.ops.mkldnn._nbytes(packed) <= packing.packed_bytes(*shape, dtype.itemsize)
+    assert torch.ops.mkldnn._nbytes(packed.weight) <= packing.packed_bytes(*shape, dtype.itemsize)
     for leading in [(1,), (5,), (2, 3), (2, 1, 4)]:
         x = torch.randn(*leading, shape[1]).to(dtype)
         for added in (bias, None):
-            found = packing.packed_linear(x, packed, added)
+            found = packed(x, added)
             expected = functional.linear(x, weight, added)
             assert found.shape == expected.shape
             assert (found - expected).abs().max() <= 0.02 * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2,)])
+def test_a_vector_may_be_repeated(leading, rows, monkeypatch):
+    monkeypatch.setattr(packing, "_least_rows", lambda *_: rows)
+    if packing._find_problem((16, 8), torch.float32):
+        pytest.skip("no packing here")
+    weight, bias, x = torch.randn(16, 8), torch.randn(16), torch.randn(*leading, 8)
+    found = packing.pack(weight)(x, bias)
+    assert found.shape == (*leading, 16)
+    assert torch.allclose(found, functional.linear(x, weight, bias), atol=1e-5)
 
 
 def test_what_is_slower_or_wrong_is_not_usable(monkeypatch):
@@ -53,7 +65,7 @@ def test_what_is_slower_or_wrong_is_not_usable(monkeypatch):
     assert "0.90x" in verdict.reason
     _gain(monkeypatch, 1.5)
     packing._judge.cache_clear()
-    monkeypatch.setattr(packing, "packed_linear", lambda x, w, b: torch.zeros(len(x), 8))  # noqa: ARG005
+    monkeypatch.setattr(packing, "_product", lambda x, w, b: torch.zeros(len(x), 8))  # noqa: ARG005
     verdict = packing.judge((8, 8), torch.float32, CPU)
     assert not verdict.usable
     assert "something else" in verdict.reason
@@ -63,7 +75,7 @@ def test_missing_operators_are_a_reason_not_an_error(monkeypatch):
     def fail(_):
         raise AttributeError("no such operator: _reorder_linear_weight")
 
-    monkeypatch.setattr(packing, "pack", fail)
+    monkeypatch.setattr(packing, "_pack", fail)
     verdict = packing.judge((8, 8), torch.float32, CPU)
     assert not verdict.usable
     assert "_reorder_linear_weight" in verdict.reason
@@ -94,7 +106,7 @@ def test_without_gain_packed_falls_back_and_says_so(monkeypatch):
     assert model.execution.executor == "compact"
     assert "0.50x" in model.execution.reason
     model(prompt(), domain="code")
-    assert all(not kept.packed for kept in _copies(model))
+    assert all(not isinstance(kept.weight, packing.Packed) for kept in _copies(model))
 
 
 def _copies(model):

@@ -10,6 +10,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.ffn.packing import Packed
 from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
 
 DOMAINS = ("a", "b", "c", "d")
@@ -30,8 +31,9 @@ def _copied_bytes(model):
     storages, packed = {}, 0
     for kept in [k for leaf in (*leaves, *attachment.rest.leaves) for k in leaf.copies.values()]:
         thin = [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
-        packed += torch.ops.mkldnn._nbytes(kept.weight) if kept.packed else 0
-        plain = [] if kept.packed else [kept.weight]
+        is_packed = isinstance(kept.weight, Packed)
+        packed += torch.ops.mkldnn._nbytes(kept.weight.weight) if is_packed else 0
+        plain = [] if is_packed else [kept.weight]
         for tensor in (*plain, kept.bias, *thin):
             if tensor is not None:
                 storage = tensor.untyped_storage()
