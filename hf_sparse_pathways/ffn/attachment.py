@@ -35,6 +35,7 @@ from hf_sparse_pathways.ffn.leaves import (
     swap_leaf,
 )
 from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.packing import Packed
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.state import BlockState
@@ -119,9 +120,36 @@ class Attachment:
                 rest = bool(self.rest.leaves) and self._pin(REST)
         return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
 
+    def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
+        """Make the choice for several forward passes; ``end`` takes it back.
+
+        The copies of one pathway for all rows are made and pinned, so that each pass finds them,
+        compiled ones too: while a graph is traced none can be made.
+
+        Args:
+            pathway: What is computed.
+            name: The executor that was asked for.
+            plain: Whether the copies must not be packed, as for compiled passes.
+            expand: Whether rows may be repeated, as in ``Choice``.
+        """
+        choice = push_choice(self.key, pathway, expand=expand)
+        if not isinstance(pathway, int) or torch.is_grad_enabled():
+            return choice
+        executor = self.execution(name).executor
+        if executor != "masked" and self._pin(pathway):
+            choice.held = pathway
+            try:
+                self.make_copies(pathway, packed=executor in PACKING and not plain)
+            except BaseException:
+                self.end(choice)
+                raise
+        return choice
+
     def end(self, choice: Choice) -> None:
-        """Take back what ``begin`` did."""
+        """Take back what ``begin`` or ``hold`` did."""
         remove_choice(choice)
+        if choice.held is not None:
+            self._unpin(choice.held)
         if choice.copies is not None:
             self._unpin(_key(choice.copies))
         if choice.rest:
@@ -129,10 +157,11 @@ class Attachment:
 
     def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
         """Return what a pass computes with, or None if there is no room for it."""
+        if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
+            held = self._held_plain()
+            return held if isinstance(pathway, int) and pathway == held else None
         if isinstance(pathway, int):
             return pathway if self._pin(pathway) else None
-        if torch.compiler.is_compiling():  # which rows these are is not known while tracing
-            return None
         rows = (tuple(pathway.tolist()), pathway.device)
         mixture = self._mixtures.get(rows)
         if mixture is None:
@@ -140,6 +169,14 @@ class Attachment:
                 self._mixtures.clear()
             mixture = self._mixtures[rows] = Mixture.of(pathway)
         return mixture if self._pin(mixture.key) else None
+
+    def _held_plain(self) -> int | None:
+        """Return the pathway that is held on this thread, if its copies can be traced."""
+        ambient = find_choice(self.key)
+        held = None if ambient is None else ambient.held
+        if held is None or any(not _is_traceable(leaf, held) for leaf in self._compact_leaves):
+            return None
+        return held
 
     def _pin(self, key: Key) -> bool:
         """Pin copies; a graph that is traced holds them itself."""
@@ -161,9 +198,8 @@ class Attachment:
         packed = self._execution is not None and self._execution[1].executor in PACKING
         return self._bytes(key, packed=packed)
 
-    def make_copies(self, key: Key) -> None:
+    def make_copies(self, key: Key, *, packed: bool) -> None:
         """Make the copies of a key that are not there or out of date."""
-        packed = self._execution is not None and self._execution[1].executor in PACKING
         for leaf in self._leaves_of(key):
             for own in copy_keys(leaf, _of_leaf(key)):
                 kept_weights(leaf, own, packed=packed)
@@ -229,6 +265,10 @@ class Attachment:
         self.rest.use(False)
         for attached in self.blocks:
             attached.detach()
+
+
+def _is_traceable(leaf: PathwayLeaf, key: int) -> bool:
+    return key in leaf.copies and not isinstance(leaf.copies[key].weight, Packed)
 
 
 def _key(copies: int | Mixture) -> Key:

@@ -33,6 +33,7 @@ class Choice:
         copies: Key of the copies to compute with, or how a batch is mixed; they are resident until
             the choice is taken back. Without, and in blocks that cannot use any, it is masked.
         rest: Whether the leaves outside the FFN blocks have copies too.
+        held: The pathway whose copies are resident as long, for the passes within.
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
@@ -47,6 +48,7 @@ class Choice:
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
+    held: int | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 

@@ -75,8 +75,8 @@ class KeptWeights:
 
 def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> KeptWeights:
     """Return a leaf's copy, made again if the weights have changed since."""
-    if torch.compiler.is_compiling():
-        return _copy(leaf, key, packed=False, stamp=())
+    if torch.compiler.is_compiling():  # they are held, and were looked at before the graph runs
+        return leaf.copies[key]
     stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
     copy = leaf.copies.get(key)
     if copy is None or not copy.fits(stamp, packed=packed):

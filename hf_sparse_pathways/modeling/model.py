@@ -22,11 +22,9 @@ from hf_sparse_pathways.ffn.choices import (
     CheckpointedChoices,
     Choice,
     find_choice,
-    push_choice,
-    remove_choice,
 )
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
-from hf_sparse_pathways.ffn.execution import Execution, check_executor
+from hf_sparse_pathways.ffn.execution import PACKING, Execution, check_executor
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
@@ -179,7 +177,7 @@ class SparsePathwaysModel(_Base):
         if not residents.pin(pathway):
             return False
         try:
-            self._attachment.make_copies(pathway)
+            self._attachment.make_copies(pathway, packed=self.execution.executor in PACKING)
         finally:
             residents.unpin(pathway)
         return True
@@ -201,13 +199,21 @@ class SparsePathwaysModel(_Base):
         Raises:
             UnknownNameError: An unknown domain.
         """
-        chosen = self._resolve(domain)
-        self._look_at_weights()
-        choice = push_choice(self._attachment.key, chosen)
-        try:
+        with self._holding(self._resolve(domain), expand=False):
             yield self
+
+    @contextmanager
+    def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[None]:
+        """Make a choice for all passes on this thread within the block."""
+        if chosen is not None or self.config.executor in PACKING:
+            self._look_at_weights()
+        compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
+        name = self.config.executor
+        choice = self._attachment.hold(chosen, name, plain=bool(compiled), expand=expand)
+        try:
+            yield
         finally:
-            remove_choice(choice)
+            self._attachment.end(choice)
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
