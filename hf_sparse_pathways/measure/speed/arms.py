@@ -1,0 +1,174 @@
+"""The arms of a benchmark: plain Transformers, and every executor dense and sparse.
+
+Each executor has a model of its own that shares the weights, so that no copy of kept weights is
+made or dropped while the arms alternate. An executor that cannot run, or in whose place another
+one runs, is no arm: it is listed with the reason.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.ffn.executors import EXECUTORS, resolve_executor
+from hf_sparse_pathways.measure.speed import clock
+from hf_sparse_pathways.measure.speed.execution import Execution, has_own_dense, resolved
+from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+from hf_sparse_pathways.pathways.pathway import Pathways
+
+DENSE = "dense"
+"""The arm that every other one is compared with: plain Transformers, eager."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of computing the model.
+
+    Attributes:
+        label: Its name.
+        executor: Registered name; None for plain Transformers.
+        pathway: The pathway that is on; None for dense.
+        sparsity: Fraction of the neurons that is removed.
+        removed: Fraction of the FFN's FLOPs that is removed; a bypass counts.
+        partner: Label of the dense arm with the same kernels; a dense arm's own.
+    """
+
+    label: str
+    executor: str | None = None
+    pathway: str | None = None
+    sparsity: float = 0.0
+    removed: float = 0.0
+    partner: str = DENSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentCopies:
+    """What an executor keeps in memory for a pathway.
+
+    Attributes:
+        executor: The executor.
+        pathway: The pathway.
+        bytes: Beside the weights.
+        seconds: To make it, once.
+    """
+
+    executor: str
+    pathway: str
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Lineup:
+    """Everything that is timed, ready to run.
+
+    Attributes:
+        dense: The plain model.
+        auto: What ``executor="auto"`` chose.
+        models: Executor -> a model with pathways that shares the plain one's weights.
+        arms: In the order of the tables.
+        copies: What is resident, by executor and pathway.
+        unavailable: Executor -> why it was not timed.
+    """
+
+    dense: Any
+    auto: Execution
+    models: dict[str, Any] = field(default_factory=dict)
+    arms: list[Arm] = field(default_factory=list)
+    copies: list[ResidentCopies] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def model(self, arm: Arm) -> Any:
+        """Return the model that an arm runs."""
+        return self.dense if arm.executor is None else self.models[arm.executor]
+
+    @property
+    def dense_partners(self) -> list[Arm]:
+        """The dense arms that others are compared with."""
+        partners = {DENSE, *(arm.partner for arm in self.arms)}
+        return [arm for arm in self.arms if arm.label in partners]
+
+
+def line_up(
+    dense: Any, pathways: Pathways, timed: Sequence[str], executors: Sequence[str] = ()
+) -> Lineup:
+    """Make every arm's model, with its copies of kept weights.
+
+    Args:
+        dense: A plain causal LM in evaluation mode; its weights are shared.
+        pathways: Pathways for it; copies of all of them are made.
+        timed: Which of them become arms.
+        executors: Names in ``EXECUTORS``, or ``"auto"``; all of them if empty.
+
+    Raises:
+        UnknownNameError: An unknown executor.
+    """
+    for name in executors:
+        resolve_executor(name)
+    auto = resolved(SparsePathwaysForCausalLM.from_dense(dense, pathways, executor="auto"))
+    names = [auto.executor if name == "auto" else name for name in executors or EXECUTORS]
+    lineup = Lineup(dense, auto, arms=[Arm(label=DENSE)])
+    for name in dict.fromkeys(names):
+        try:
+            _add(lineup, name, pathways)
+        except PathwaysError as error:
+            lineup.unavailable[name] = str(error)
+    lineup.arms += _dense_arms(lineup.models)
+    lineup.arms += _sparse_arms(lineup.models, pathways, timed)
+    return lineup
+
+
+@torch.no_grad()
+def _add(lineup: Lineup, name: str, pathways: Pathways) -> None:
+    """Add an executor's model, or the reason why there is none."""
+    model = SparsePathwaysForCausalLM.from_dense(lineup.dense, pathways, executor=name).eval()
+    execution = resolved(model)
+    if execution.executor != name:
+        reason = execution.reason.rstrip(".")
+        lineup.unavailable[name] = f"{execution.executor} runs in its place: {reason}"
+        return
+    model.max_resident_bytes *= len(pathways.domains) + 2
+    copies = []
+    for pathway in pathways.domains:
+        started = clock.now(model.device)
+        made = model.prepare(pathway)
+        seconds = clock.now(model.device) - started
+        if made:
+            held = model.resident.get(pathway, 0)
+            copies.append(
+                ResidentCopies(executor=name, pathway=pathway, bytes=held, seconds=seconds)
+            )
+    if not copies and name != "masked":
+        lineup.unavailable[name] = "there is no room for copies of the kept weights"
+        return
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=token, use_cache=False, domain=None)  # what dense passes need is made, too
+    lineup.models[name] = model
+    lineup.copies += copies
+
+
+def _dense_arms(names: Iterable[str]) -> list[Arm]:
+    """Return one arm of the plug-in with no domain on, and those with kernels of their own."""
+    eager = [name for name in names if not has_own_dense(name)]
+    arms = [Arm(label="plug-in, no domain", executor=name) for name in eager[-1:]]
+    own = [name for name in names if has_own_dense(name)]
+    return arms + [
+        Arm(label=f"{name}, dense", executor=name, partner=f"{name}, dense") for name in own
+    ]
+
+
+def _sparse_arms(names: Iterable[str], pathways: Pathways, timed: Sequence[str]) -> list[Arm]:
+    return [
+        Arm(
+            label=f"{name}, {pathway}",
+            executor=name,
+            pathway=pathway,
+            sparsity=pathways.sparsity(pathway),
+            removed=1.0 - pathways.flops(pathway),
+            partner=f"{name}, dense" if has_own_dense(name) else DENSE,
+        )
+        for pathway in timed
+        for name in names
+    ]
