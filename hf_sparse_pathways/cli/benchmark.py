@@ -98,7 +98,7 @@ def run(  # noqa: PLR0913
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
-    for line in tables.headline(report):
+    for line in (*tables.headline(report), "", tables.READING):
         typer.echo(line)
     for section in tables.sections(report):
         typer.echo()

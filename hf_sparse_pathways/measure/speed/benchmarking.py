@@ -6,7 +6,7 @@ go first, and what one leaves of its share is the others'. Where the time goes i
 each workload, in passes of its own (``shares``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,8 @@ from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.measure.speed.arms import Lineup, line_up
 from hf_sparse_pathways.measure.speed.random_models import random_pathway
 from hf_sparse_pathways.measure.speed.report import BenchmarkReport, Timing
-from hf_sparse_pathways.measure.speed.runs import Run, make_runs
-from hf_sparse_pathways.measure.speed.shares import measure_shares
+from hf_sparse_pathways.measure.speed.runs import make_runs
+from hf_sparse_pathways.measure.speed.shares import TimeShares, measure_shares
 from hf_sparse_pathways.measure.speed.switching import SwitchCost, fit_pairs, time_switch
 from hf_sparse_pathways.measure.speed.timing import LEAST_TOKENS, TimingSettings, alternate
 from hf_sparse_pathways.measure.speed.workloads import (
@@ -61,7 +61,7 @@ def benchmark(
         UnknownNameError: An unknown domain or executor.
         PathwaysError: A number is out of range, or there is nothing to time.
     """
-    started = clock.now(torch.device("cpu"))
+    started = clock.now()
     settings = settings or TimingSettings()
     dense = _plain(model)
     pathways, timed = _choose(model, domains, sparsities)
@@ -87,7 +87,7 @@ def benchmark(
         timings=tuple(found for one in chosen if (found := timings[one]) is not None),
         switches=switches,
         copies=tuple(lineup.copies),
-        seconds=clock.now(torch.device("cpu")) - started,
+        seconds=clock.now() - started,
     )
 
 
@@ -102,7 +102,7 @@ class _Session:
 
     def time(self, workload: Workload, chosen: Sequence[Workload]) -> Timing | None:
         """Time one workload with its share of what is left; None if the model cannot do it."""
-        left = self.ends - clock.now(torch.device("cpu")) - _SWITCHING * self.settings.budget
+        left = self.ends - clock.now() - _SWITCHING * self.settings.budget
         share = max(0.0, left) / (len(chosen) - self.done)
         self.done += 1
         shares = {}
@@ -111,24 +111,25 @@ class _Session:
                 arm.label: measure_shares(self.lineup, arm, workload)
                 for arm in self.lineup.dense_partners
             }
-        new_tokens = self.settings.new_tokens or LEAST_TOKENS
+        new_tokens = self._fit_tokens(workload, shares, share)
         runs = make_runs(self.lineup, workload, new_tokens)
         if not runs:
             self.notes.append(
                 f"{workload.label}: not timed, since they are no modules of their own here"
             )
             return None
-        seconds = _seconds(runs, self.lineup)
-        if workload.kind == "decode" and self.settings.new_tokens is None:
-            new_tokens = self._fit_tokens(workload, seconds, share)
-            runs = make_runs(self.lineup, workload, new_tokens)
-            seconds *= new_tokens / LEAST_TOKENS
-        rounds = self.settings.fit_rounds(seconds, share)
-        rates = alternate(runs, rounds, workload.label)
+        rates = alternate(runs, lambda s: self.settings.fit_rounds(s, share), workload.label)
         tokens = new_tokens if workload.kind == "decode" else None
         return Timing(workload=workload, new_tokens=tokens, rates=rates, shares=shares)
 
-    def _fit_tokens(self, workload: Workload, seconds: float, share: float) -> int:
+    def _fit_tokens(
+        self, workload: Workload, shares: Mapping[str, TimeShares], share: float
+    ) -> int:
+        """Return the new tokens per call, as if every arm were as slow as the slowest dense one."""
+        if workload.kind != "decode":
+            return 0
+        step = max(found.seconds for found in shares.values())
+        seconds = LEAST_TOKENS * step * len(self.lineup.arms)
         fitting = self.settings.fit_tokens(seconds, share)
         positions = most_tokens(self.lineup.dense)
         return fitting if positions is None else min(fitting, positions - workload.tokens)
@@ -145,14 +146,6 @@ class _Session:
             seconds = time_switch(model, first, second, pairs=pairs)
             costs.append(SwitchCost(executor=executor, first=first, second=second, seconds=seconds))
         return tuple(costs)
-
-
-def _seconds(runs: dict[str, Run], lineup: Lineup) -> float:
-    """Return what one round takes, in seconds."""
-    started = clock.now(lineup.dense.device)
-    for run in runs.values():
-        run()
-    return clock.now(lineup.dense.device) - started
 
 
 def _plain(model: Any) -> Any:

@@ -5,8 +5,8 @@ import time
 import torch
 
 
-def now(device: torch.device) -> float:
+def now(device: torch.device | None = None) -> float:
     """Return seconds, after everything that was queued on an accelerator is done."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -13,12 +13,12 @@ HEADER = ("arm", "tokens/s", "/ dense", "/ same-kernel dense", "ceiling", "of it
 
 READING = (
     "Medians over rounds, with quartiles in brackets; ratios are taken within a round. `dense` is "
-    "plain Transformers; the *same-kernel dense* of an executor that repacks weights is its own "
-    "dense pass, and of the others `dense`. The ceiling is 1 / (1 - s*p) over the same-kernel "
-    "dense, with s the FFN's measured share of its time and p the fraction of the FFN's FLOPs "
-    "removed; the last column is the time saved as a fraction of what the ceiling saves. Shares "
-    "are taken with hooks in passes of their own, the medians over passes or tokens; *rest* is the "
-    "whole less the named parts."
+    "plain Transformers; the same-kernel dense of an executor that repacks weights is its own "
+    "dense pass, and of the others `dense`. Behind a pathway's name stands the share of the "
+    "neurons that it removes. The ceiling is 1 / (1 - s*p) over the same-kernel dense, with s the "
+    "FFN's measured share of its time and p the fraction of the FFN's FLOPs removed; the last "
+    "column is the time saved as a fraction of what the ceiling saves. Shares are taken with hooks "
+    "in passes of their own, medians over passes or tokens; rest is the whole less the named parts."
 )
 
 
@@ -85,7 +85,7 @@ def _overhead(report: BenchmarkReport) -> str:
 
 def _timing_section(report: BenchmarkReport, timing: Timing) -> Section:
     rounds = len(next(iter(timing.rates.values())))
-    how = f"{rounds} rounds"
+    how = "1 round" if rounds == 1 else f"{rounds} rounds"
     if timing.new_tokens is not None:
         how += f", {timing.new_tokens} new tokens after a prompt of {timing.workload.tokens}"
     return Section(
@@ -109,7 +109,7 @@ def _cells(timing: Timing, arm: Arm) -> list[str]:
     reached = timing.reached(arm)
     own = arm.partner == arm.label
     return [
-        f"{arm.label} ({format_share(arm.sparsity)} removed)" if arm.pathway else arm.label,
+        f"{arm.label} (-{format_share(arm.sparsity)})" if arm.pathway else arm.label,
         _spread(timing.rates[arm.label], format_figure),
         "" if arm.label == DENSE else _spread(timing.ratios(arm.label), "{:.2f}".format),
         "" if own else _spread(timing.ratios(arm.label, arm.partner), "{:.2f}".format),
@@ -121,7 +121,8 @@ def _cells(timing: Timing, arm: Arm) -> list[str]:
 def _spread(values: Sequence[float], render: Callable[[float], str]) -> str:
     spread = Spread.of(values)
     low, median, high = map(render, (spread.low, spread.median, spread.high))
-    return f"{median} ({low} to {high})"
+    dash = " to " if spread.low < 0 else "-"
+    return f"{median} ({low}{dash}{high})"
 
 
 def _switch_section(report: BenchmarkReport) -> Section:

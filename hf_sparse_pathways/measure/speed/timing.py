@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from hf_sparse_pathways.errors import PathwaysError, named
+from hf_sparse_pathways.measure.speed import clock
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 25
@@ -72,22 +73,26 @@ class TimingSettings:
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], float]], rounds: int, label: str
+    runs: Mapping[str, Callable[[], float]], rounds: int | Callable[[float], int], label: str
 ) -> dict[str, tuple[float, ...]]:
     """Call every arm once per round, after a round that is discarded.
 
     Args:
         runs: Arm -> a call that measures it and returns the figure.
-        rounds: Rounds that count.
+        rounds: Rounds that count, or a function from the seconds that the discarded one took.
         label: Of the progress bar.
 
     Returns:
         Arm -> one figure per round.
     """
+    started = clock.now()
+    for run in runs.values():
+        run()
+    count = rounds(clock.now() - started) if callable(rounds) else rounds
     names = list(runs)
     figures: dict[str, list[float]] = {name: [] for name in names}
-    for index in tqdm(range(rounds + 1), desc=label, unit="round", disable=None, leave=False):
+    for index in tqdm(range(1, count + 1), desc=label, unit="round", disable=None, leave=False):
         first = index % len(names)
         for name in names[first:] + names[:first]:
             figures[name].append(runs[name]())
-    return {name: tuple(values[1:]) for name, values in figures.items()}
+    return {name: tuple(values) for name, values in figures.items()}
