@@ -79,7 +79,6 @@ def run(  # noqa: PLR0913
     model = _load(folder, shape, dtype, with_pathways=bool(domain) or not sparsities)
     import torch
 
-    from hf_sparse_pathways.measure.speed import tables
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.measure.speed.timing import TimingSettings
 
@@ -98,6 +97,8 @@ def run(  # noqa: PLR0913
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
+    from hf_sparse_pathways.measure.speed import tables
+
     for line in (*tables.headline(report), "", tables.READING):
         typer.echo(line)
     for section in tables.sections(report):
@@ -142,13 +143,11 @@ def _workloads(
 
 def _write(folder: Path, report: "BenchmarkReport", wanted: bool) -> None:
     """Write a report, with a picture if it is wanted and can be drawn."""
-    from hf_sparse_pathways.measure.speed.tables import to_markdown
-
     plots = load_plots_if_possible() if wanted else None
     write_report(
         folder,
         "report",
         report.to_dict(),
-        lambda pictures: to_markdown(report, pictures),
+        report.to_markdown,
         None if plots is None else {"plot": plots.plot_speed(report)},
     )

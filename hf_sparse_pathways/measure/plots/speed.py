@@ -12,7 +12,8 @@ from hf_sparse_pathways.measure.plots.drawing import (
     short_name,
 )
 from hf_sparse_pathways.measure.speed.arms import DENSE, Arm
-from hf_sparse_pathways.measure.speed.report import BenchmarkReport, Spread, Timing
+from hf_sparse_pathways.measure.speed.report import BenchmarkReport
+from hf_sparse_pathways.measure.speed.results import Spread, Timing
 
 _COLUMNS = 3
 _PARTS = ("ffn", "attention", "head", "rest")
@@ -96,7 +97,8 @@ def _draw_shares(axes: Axes, timings: list[Timing]) -> None:
                 text = f"{part if part != 'ffn' else 'FFN'}\n{width:.0%}"
                 axes.text(left + width / 2, place, text, ha="center", va="center", fontsize=6)
             left += width
-    labels = [timing.workload.label for timing in timings]
+    works = [timing.workload for timing in timings]
+    labels = [f"batch {w.batch}" if w.kind == "decode" else f"{w.tokens} tokens" for w in works]
     axes.set_yticks(range(len(timings)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.0)

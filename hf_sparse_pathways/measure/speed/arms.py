@@ -130,23 +130,46 @@ def _add(lineup: Lineup, name: str, pathways: Pathways) -> None:
         lineup.unavailable[name] = f"{execution.executor} runs in its place: {reason}"
         return
     model.max_resident_bytes *= len(pathways.domains) + 2
-    copies = []
+    made = [_make_copies(model, name, pathway) for pathway in pathways.domains]
     for pathway in pathways.domains:
-        started = clock.now(model.device)
-        made = model.prepare(pathway)
-        seconds = clock.now(model.device) - started
-        if made:
-            held = model.resident.get(pathway, 0)
-            copies.append(
-                ResidentCopies(executor=name, pathway=pathway, bytes=held, seconds=seconds)
-            )
-    if not copies and name != "masked":
-        lineup.unavailable[name] = "there is no room for copies of the kept weights"
-        return
-    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=token, use_cache=False, domain=None)  # what dense passes need is made, too
+        if (ran := _runs(model, pathway)) != name:
+            lineup.unavailable[name] = f"{ran} runs in its place: no room for copies of {pathway}"
+            return
     lineup.models[name] = model
-    lineup.copies += copies
+    lineup.copies += [copies for copies in made if copies is not None]
+    lineup.copies += _dense_copies(model, name, pathways)
+
+
+def _make_copies(model: Any, executor: str, pathway: str) -> ResidentCopies | None:
+    """Make a pathway's copies; return what they take, or None if it needs none."""
+    started = clock.now(model.device)
+    made = model.prepare(pathway)
+    seconds = clock.now(model.device) - started
+    held = model.resident.get(pathway, 0)
+    if not made:
+        return None
+    return ResidentCopies(executor=executor, pathway=pathway, bytes=held, seconds=seconds)
+
+
+def _dense_copies(model: Any, executor: str, pathways: Pathways) -> list[ResidentCopies]:
+    """Let dense passes make what they need, and return what that takes."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    started = clock.now(model.device)
+    model(input_ids=token, use_cache=False, domain=None)
+    seconds = clock.now(model.device) - started
+    sizes = {name: n for name, n in model.resident.items() if name not in pathways.by_domain}
+    return [
+        ResidentCopies(executor=executor, pathway=name or DENSE, bytes=size, seconds=seconds)
+        for name, size in sizes.items()
+    ]
+
+
+def _runs(model: Any, pathway: str) -> str:
+    """Return the executor that a pass in a pathway really gets."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    choice = model.enter_forward(pathway, (token,), {})
+    model.leave_forward(choice)
+    return str(choice.executor)
 
 
 def _dense_arms(names: Iterable[str]) -> list[Arm]:

@@ -16,7 +16,8 @@ from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.measure.speed.arms import Lineup, line_up
 from hf_sparse_pathways.measure.speed.random_models import random_pathway
-from hf_sparse_pathways.measure.speed.report import BenchmarkReport, Timing
+from hf_sparse_pathways.measure.speed.report import BenchmarkReport
+from hf_sparse_pathways.measure.speed.results import Timing
 from hf_sparse_pathways.measure.speed.runs import make_runs
 from hf_sparse_pathways.measure.speed.shares import TimeShares, measure_shares
 from hf_sparse_pathways.measure.speed.switching import SwitchCost, fit_pairs, time_switch
@@ -71,7 +72,7 @@ def benchmark(
         reasons = "; ".join(f"{name}: {why}" for name, why in lineup.unavailable.items())
         raise PathwaysError(f"No executor can be timed. {reasons}.")
     session = _Session(lineup, settings, started)
-    timings = {workload: session.time(workload, chosen) for workload in _by_length(chosen)}
+    timings = session.time_all(chosen)
     switches = session.time_switches(pathways.domains)
     sizes = (p.numel() * p.element_size() for p in dense.parameters())
     return BenchmarkReport(
@@ -97,14 +98,20 @@ class _Session:
     def __init__(self, lineup: Lineup, settings: TimingSettings, started: float) -> None:
         self.lineup, self.settings = lineup, settings
         self.ends = started + settings.budget
-        self.done = 0
         self.notes: list[str] = []
 
-    def time(self, workload: Workload, chosen: Sequence[Workload]) -> Timing | None:
-        """Time one workload with its share of what is left; None if the model cannot do it."""
-        left = self.ends - clock.now() - _SWITCHING * self.settings.budget
-        share = max(0.0, left) / (len(chosen) - self.done)
-        self.done += 1
+    def time_all(self, workloads: Sequence[Workload]) -> dict[Workload, Timing | None]:
+        """Time workloads, each with its share of the time that is left, by weight."""
+        ordered = _by_length(workloads)
+        timings = {}
+        for index, workload in enumerate(ordered):
+            left = self.ends - clock.now() - _SWITCHING * self.settings.budget
+            weights = sum(later.weight for later in ordered[index:])
+            timings[workload] = self.time(workload, max(0.0, left) * workload.weight / weights)
+        return timings
+
+    def time(self, workload: Workload, share: float) -> Timing | None:
+        """Time one workload for a share of time, in seconds; None if the model cannot do it."""
         shares = {}
         if workload.kind != "ffn":
             shares = {

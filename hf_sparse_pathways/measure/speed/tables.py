@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_sparse_pathways.measure.figures import Section, format_figure
 from hf_sparse_pathways.measure.speed.arms import DENSE, Arm
-from hf_sparse_pathways.measure.speed.report import BenchmarkReport, Spread, Timing
+from hf_sparse_pathways.measure.speed.results import Spread, Timing
 from hf_sparse_pathways.memory import format_memory
 from hf_sparse_pathways.shares import format_share
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.measure.speed.report import BenchmarkReport
 
 HEADER = ("arm", "tokens/s", "/ dense", "/ same-kernel dense", "ceiling", "of its saving")
 
@@ -22,7 +26,7 @@ READING = (
 )
 
 
-def headline(report: BenchmarkReport) -> list[str]:
+def headline(report: "BenchmarkReport") -> list[str]:
     """Return what a reader has to know before the tables."""
     name = Path(report.base).name or "a model without a name"
     held = sum(copy.bytes for copy in report.copies)
@@ -38,7 +42,7 @@ def headline(report: BenchmarkReport) -> list[str]:
     return [*lines, overhead] if overhead else lines
 
 
-def sections(report: BenchmarkReport) -> list[Section]:
+def sections(report: "BenchmarkReport") -> list[Section]:
     """Return a table per workload, and one each of switching and of resident bytes."""
     tables = [_timing_section(report, timing) for timing in report.timings]
     if report.switches:
@@ -48,7 +52,7 @@ def sections(report: BenchmarkReport) -> list[Section]:
     return tables
 
 
-def to_markdown(report: BenchmarkReport, pictures: Sequence[str] = ()) -> str:
+def to_markdown(report: "BenchmarkReport", pictures: Sequence[str] = ()) -> str:
     """Render everything.
 
     Args:
@@ -67,7 +71,7 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def _overhead(report: BenchmarkReport) -> str:
+def _overhead(report: "BenchmarkReport") -> str:
     """Say what the plug-in costs while no domain is on."""
     arm = next((a for a in report.arms if a.label.startswith("plug-in")), None)
     decodes = [timing for timing in report.timings if timing.workload.kind == "decode"]
@@ -83,7 +87,7 @@ def _overhead(report: BenchmarkReport) -> str:
     return f"time per token added by the plug-in with no domain on: {', '.join(said)}"
 
 
-def _timing_section(report: BenchmarkReport, timing: Timing) -> Section:
+def _timing_section(report: "BenchmarkReport", timing: Timing) -> Section:
     rounds = len(next(iter(timing.rates.values())))
     how = "1 round" if rounds == 1 else f"{rounds} rounds"
     if timing.new_tokens is not None:
@@ -125,7 +129,7 @@ def _spread(values: Sequence[float], render: Callable[[float], str]) -> str:
     return f"{median} ({low}{dash}{high})"
 
 
-def _switch_section(report: BenchmarkReport) -> Section:
+def _switch_section(report: "BenchmarkReport") -> Section:
     rows = []
     for cost in report.switches:
         spread = _spread([1000.0 * seconds for seconds in cost.seconds], "{:.2f}".format)
@@ -139,7 +143,7 @@ def _switch_section(report: BenchmarkReport) -> Section:
     )
 
 
-def _copies_section(report: BenchmarkReport) -> Section:
+def _copies_section(report: "BenchmarkReport") -> Section:
     rows = [
         [
             copy.executor,

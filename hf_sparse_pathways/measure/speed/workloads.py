@@ -48,6 +48,13 @@ class Workload:
         what = "prefill" if self.kind == "prefill" else "FFN blocks alone"
         return f"{what}, {self.tokens} tokens{rows}"
 
+    @property
+    def weight(self) -> float:
+        """Its share of a budget, beside the others': one row is what most users decode."""
+        if self.kind == "decode":
+            return 3.0 if self.batch == 1 else 1.0
+        return 1.0 if self.kind == "prefill" else 0.5
+
 
 def plan_workloads(
     batches: Sequence[int] = BATCHES,

@@ -2,7 +2,8 @@
 
 from hf_sparse_pathways.measure.speed.arms import Arm, ResidentCopies
 from hf_sparse_pathways.measure.speed.execution import Execution
-from hf_sparse_pathways.measure.speed.report import BenchmarkReport, Timing
+from hf_sparse_pathways.measure.speed.report import BenchmarkReport
+from hf_sparse_pathways.measure.speed.results import Timing
 from hf_sparse_pathways.measure.speed.shares import TimeShares
 from hf_sparse_pathways.measure.speed.switching import SwitchCost
 from hf_sparse_pathways.measure.speed.workloads import Workload

@@ -6,6 +6,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn import executors as ffn_executors
 from hf_sparse_pathways.ffn.executors import EXECUTORS, Compact
+from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.measure.speed import arms
 from hf_sparse_pathways.measure.speed.arms import DENSE, line_up
 from hf_sparse_pathways.measure.speed.execution import Execution, has_own_dense, resolved
@@ -76,12 +77,20 @@ def test_an_executor_in_whose_place_another_runs_is_not_timed(only, monkeypatch)
     assert not any("packed" in arm.label for arm in lineup.arms)
 
 
-def test_an_executor_without_its_copies_is_not_timed(only, monkeypatch):
+def test_an_executor_without_room_for_copies_is_not_timed(only, monkeypatch):
+    only()
+    monkeypatch.setattr(Residents, "pin", lambda *_: False)
+    lineup = line_up(tiny_llama(), _pathways(), ["law"])
+    assert list(lineup.models) == ["masked"]
+    assert lineup.unavailable == {"compact": "masked runs in its place: no room for copies of code"}
+
+
+def test_an_executor_that_needs_no_copies_is_timed(only, monkeypatch):
     only()
     monkeypatch.setattr(sp.SparsePathwaysForCausalLM, "prepare", lambda *_: False)
     lineup = line_up(tiny_llama(), _pathways(), ["law"])
-    assert list(lineup.models) == ["masked"]
-    assert "no room" in lineup.unavailable["compact"]
+    assert list(lineup.models) == ["masked", "compact"]
+    assert not lineup.copies
 
 
 def test_chosen_executors_alone_take_part_and_auto_is_one_of_them(only):

@@ -143,3 +143,26 @@ def test_wrong_numbers_and_names_are_refused(model, options, error, part):
 def test_a_dense_model_without_random_masks_has_nothing_to_time():
     with pytest.raises(PathwaysError, match="--sparsity"):
         sp.benchmark(build("llama"), **SMALL)
+
+
+def test_workloads_share_the_budget_by_weight_and_what_one_leaves_is_the_others(still):
+    shares = {}
+
+    class Session(benchmarking._Session):
+        def time(self, workload, share):
+            shares[workload.label] = share
+            still.time += share / 2
+
+    workloads = plan_workloads((1, 4), (9,), prompt_tokens=4)
+    Session(None, TimingSettings(budget=100.0), 0.0).time_all(workloads)
+    assert list(shares) == [
+        "prefill, 9 tokens",
+        "FFN blocks alone, 9 tokens",
+        "decode, batch 4",
+        "decode, batch 1",
+    ]
+    first = 90.0 / 5.5
+    second = (90.0 - first / 2) * 0.5 / 4.5
+    third = (90.0 - first / 2 - second / 2) / 4
+    last = 90.0 - (first + second + third) / 2
+    assert list(shares.values()) == pytest.approx([first, second, third, last])

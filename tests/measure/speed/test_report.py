@@ -8,7 +8,7 @@ import pytest
 
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.measure import plots
-from hf_sparse_pathways.measure.speed.tables import HEADER, headline, sections, to_markdown
+from hf_sparse_pathways.measure.speed.tables import HEADER, headline, sections
 from tests.measure.speed.reports import ARMS, COMPACT, DENSE, FAST, REPORT, timing
 
 
@@ -91,9 +91,10 @@ def test_every_workload_has_a_row_per_arm():
 
 
 def test_markdown_holds_everything():
-    text = to_markdown(REPORT, ["plot.png"])
+    text = REPORT.to_markdown(["plot.png"])
     assert text.startswith("# Speed of tiny\n")
     assert "![plot](plot.png)" in text
+    assert str(REPORT) == text.replace("![plot](plot.png)\n\n", "")
     for part in (*headline(REPORT), *(section.title for section in sections(REPORT))):
         assert part in text
 
