@@ -36,8 +36,8 @@ def time_switch(
 ) -> tuple[float, ...]:
     """Return what switching between two resident pathways adds to a one-token step, in seconds.
 
-    Every pair is a step in the pathway of the step before, then one in the other; the difference
-    of the two is one sample.
+    Every pair is the first and the second step in a pathway after a step in the other one; the
+    difference of the two is one sample.
     """
     for domain in (first, second):
         _step(model, domain)
@@ -45,8 +45,8 @@ def time_switch(
     for index in range(pairs):
         one, other = (first, second) if index % 2 else (second, first)
         _step(model, one)
-        kept = _step(model, one)
-        differences.append(_step(model, other) - kept)
+        switched = _step(model, other)
+        differences.append(switched - _step(model, other))
     return tuple(differences)
 
 

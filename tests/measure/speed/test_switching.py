@@ -33,14 +33,15 @@ def seen(model, monkeypatch):
 @pytest.mark.parametrize("other", ["law", None])
 def test_switching_really_switches(model, seen, other):
     assert len(time_switch(model, "code", other, pairs=6)) == 6
-    rounds = [other, other, "code", "code", "code", other]
+    rounds = [other, "code", "code", "code", other, other]
     assert seen == ["code", other, *rounds * 3]
 
 
 def test_what_a_switch_takes_is_what_its_step_takes_more(model, seen, monkeypatch):
     def now(_device):
-        """A step takes 1 second, and 3 where the domain changes."""
-        return float(sum(1 if a == b else 3 for a, b in pairwise(seen)))
+        """A step takes 1 second, in law 5, and 2 more where the domain changes."""
+        steps = sum(5 if domain == "law" else 1 for domain in seen)
+        return float(steps + sum(2 for a, b in pairwise(seen) if a != b))
 
     monkeypatch.setattr(clock, "now", now)
     assert time_switch(model, "code", "law", pairs=4) == (2.0,) * 4
