@@ -14,6 +14,9 @@ from hf_sparse_pathways.measure.speed import clock
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 25
+WANTED_ROUNDS = 9
+"""For which the tokens per call are chosen: a median of more short rounds is the steadier one."""
+
 LEAST_TOKENS = 8
 """New tokens per call: fewer would time the first steps only."""
 
@@ -59,7 +62,7 @@ class TimingSettings:
         return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(share / max(seconds, 1e-9)) - 1))
 
     def fit_tokens(self, seconds: float, share: float) -> int:
-        """Return how many new tokens per call let the least rounds fit into a share.
+        """Return how many new tokens per call let the wanted rounds fit into a share.
 
         Args:
             seconds: Of a round whose calls make ``LEAST_TOKENS`` each.
@@ -67,7 +70,7 @@ class TimingSettings:
         """
         if self.new_tokens is not None:
             return self.new_tokens
-        rounds = (LEAST_ROUNDS if self.rounds is None else self.rounds) + 1
+        rounds = (WANTED_ROUNDS if self.rounds is None else self.rounds) + 1
         fitting = LEAST_TOKENS * share / max(seconds * rounds, 1e-9)
         return max(LEAST_TOKENS, min(MOST_TOKENS, int(fitting)))
 

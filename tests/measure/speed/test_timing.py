@@ -56,9 +56,9 @@ def test_as_many_rounds_as_fit_beside_the_discarded_one(seconds, share, rounds):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "share", "tokens"), [(1.0, 0.0, 8), (1.0, 12.0, 16), (1.0, 1e6, 64)]
+    ("seconds", "share", "tokens"), [(1.0, 0.0, 8), (1.0, 20.0, 16), (1.0, 1e6, 64)]
 )
-def test_as_many_tokens_as_let_the_least_rounds_fit(seconds, share, tokens):
+def test_as_many_tokens_as_let_the_wanted_rounds_fit(seconds, share, tokens):
     assert TimingSettings().fit_tokens(seconds, share) == tokens
     assert TimingSettings(new_tokens=3).fit_tokens(seconds, share) == 3
     assert TimingSettings(rounds=11).fit_tokens(seconds, share) <= tokens
