@@ -17,11 +17,11 @@ from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.measure.report import summarise
-from hf_sparse_pathways.measure.speed import benchmark
-from hf_sparse_pathways.measure.speed_report import SpeedReport, describe_switch
+from hf_sparse_pathways.measure.speed.pairs import GenerationSpeed, time_generation
+from hf_sparse_pathways.measure.speed.switching import describe_switch, time_switch
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 
-Speeds = Sequence[SpeedReport]
+Speeds = Sequence[GenerationSpeed]
 
 SCORED_TOKENS = 2048
 README_TOKENS = 6144
@@ -43,7 +43,7 @@ def main() -> None:
 
     scored = SCORED_TOKENS if arguments.readme is None else README_TOKENS
     quality = sp.evaluate(model, tokenizer, texts, max_tokens=scored)
-    speeds, switch = benchmark(model, rounds=5)
+    speeds = time_generation(model, rounds=5)
     for speed in speeds:
         print_table(quality.caption(speed.domain), *quality.table(speed.domain))
         low, middle, high = (quantile(speed.ratios, q) for q in (0.25, 0.5, 0.75))
@@ -57,8 +57,9 @@ def main() -> None:
             print(f"  {label}: ...{continue_text(model, tokenizer, prompt, domain)!r}")
     if arguments.readme is not None:
         write_results(arguments.readme, model, quality, speeds)
-    if switch:
-        print(f"\n{describe_switch(switch)}")
+    if len(model.domains) > 1:
+        first, second = model.domains[:2]
+        print(f"\n{describe_switch(time_switch(model, first, second))}")
 
 
 def write_results(

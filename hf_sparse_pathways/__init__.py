@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.quality import evaluate
+    from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
@@ -38,6 +39,7 @@ __all__ = [
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
     "__version__",
+    "benchmark",
     "evaluate",
     "heal",
     "profile",
@@ -55,6 +57,7 @@ _HOMES = {
     "SparsePathwaysForCausalLM": "modeling.causal_lm",
     "Healed": "healing.healing",
     "HealingSettings": "healing.settings",
+    "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
     "heal": "healing.healing",
     "profile": "discovery.profiling",

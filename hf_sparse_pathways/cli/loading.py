@@ -18,13 +18,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def load_dense(name: str, dtype: str) -> tuple[Any, Any]:
     """Load a dense causal LM and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    return load_model(name, dtype), AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """Load a causal LM, dense or with pathways, whichever is there."""
+    from transformers import AutoModelForCausalLM
 
     _check_dtype(dtype)
-    return (
-        AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(),
-        AutoTokenizer.from_pretrained(name),
-    )
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
 
 
 def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any, Any]:
@@ -36,6 +40,18 @@ def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any
     _check_dtype(dtype)
     model = SparsePathwaysForCausalLM.from_pretrained(name, dtype=dtype, executor=executor)
     return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def parse_dtype(name: str) -> Any:
+    """Return torch's dtype of a name; ``auto`` is float32, as where nothing was saved.
+
+    Raises:
+        UnknownNameError: There is no such dtype.
+    """
+    import torch
+
+    _check_dtype(name)
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def _check_dtype(dtype: str) -> None:

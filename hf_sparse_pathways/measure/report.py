@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table, quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
-from hf_sparse_pathways.measure.speed_report import SpeedReport
+from hf_sparse_pathways.measure.speed.pairs import GenerationSpeed
 
 
-def summarise(quality: QualityReport, speeds: Sequence[SpeedReport]) -> str:
+def summarise(quality: QualityReport, speeds: Sequence[GenerationSpeed]) -> str:
     """Render quality and speed as one Markdown table with a row per domain.
 
     A cell shows perplexity and, in brackets, its ratio to dense.

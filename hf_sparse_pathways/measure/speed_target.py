@@ -16,7 +16,7 @@ from hf_sparse_pathways.discovery.allocation import most_sparsity
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.measure.figures import quantile
-from hf_sparse_pathways.measure.speed import benchmark
+from hf_sparse_pathways.measure.speed.pairs import time_generation
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
@@ -168,8 +168,7 @@ def _speedup(dense: Any, sparsity: float, bypass_rank: int, rounds: int) -> floa
     blocks = tuple(_random_block(s, sparsity, bypass_rank, generator) for s in base.blocks)
     pathways = Pathways(base=base, by_domain={"random": Pathway(blocks=blocks)})
     model = SparsePathwaysForCausalLM.from_dense(dense, pathways)
-    reports, _ = benchmark(model, rounds=rounds)
-    return quantile(reports[0].ratios, 0.5)
+    return quantile(time_generation(model, rounds=rounds)[0].ratios, 0.5)
 
 
 def _random_block(

@@ -322,13 +322,12 @@ def test_what_is_timed_has_the_bypass_and_computes_what_the_sparsity_leaves(
 ):
     timed = []
 
-    def benchmark(model, **options):
+    def time_generation(model, **_options):
         timed.append(model.pathways)
         model.generate(prompt(1, 4), domain="random", max_new_tokens=2)
-        return [speed_report], options
+        return [SimpleNamespace(ratios=[1.2])]
 
-    speed_report = SimpleNamespace(ratios=[1.2])
-    monkeypatch.setattr(speed_target, "benchmark", benchmark)
+    monkeypatch.setattr(speed_target, "time_generation", time_generation)
     dense = build(architecture)
     assert speed_target._speedup(dense, 0.5, rank, 3) == 1.2
     for block, shape in zip(timed[0]["random"].blocks, timed[0].base.blocks, strict=True):

@@ -19,7 +19,6 @@ from tests.cli.conftest import save_dense
 from tests.texts import tiny_tokenizer
 
 COMMANDS = ("profile", "build", "heal", "evaluate", "generate", "benchmark", "info")
-SMALL = ("--prompt-tokens", 2, "--new-tokens", 2, "--rounds", 1)
 
 
 def _info(folder):
@@ -159,22 +158,6 @@ def test_generate_reads_stdin_and_samples_by_seed(places):
     assert said[0] == said[1] != said[2]
 
 
-def test_benchmark_reports_every_domain(places, monkeypatch):
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    options = (*SMALL, "--json", "--threads", 1, "--executor", "masked")
-    record = json.loads(run_well("benchmark", places.built, *options))
-    assert [report["domain"] for report in record["generate"]] == ["code", "law"]
-    assert {report["executor"] for report in record["generate"]} == {"masked"}
-    assert {len(report["sparse"]) for report in record["generate"]} == {1}
-    assert all(isinstance(sample, float) for sample in record["switch_seconds"])
-    assert threads == [1]
-    shown = run_well("benchmark", places.built, *SMALL, "--domain", "law", "--sparsity", 0.25)
-    assert "law: dense" in shown
-    assert "sparsity 25%" in shown
-    assert "switching" not in shown
-
-
 def test_build_from_a_profile_equals_build_from_text(places, tmp_path):
     run_well("profile", places.dense, *places.texts, "--output", tmp_path / "profile")
     options = ("--sparsity", "0.5", "--output", tmp_path / "built")
@@ -238,12 +221,6 @@ def test_other_architectures_go_all_the_way(places, tmp_path, architecture):
     options = ("--max-length", 64, "--json")
     report = json.loads(run_well("evaluate", tmp_path / "built", *places.texts, *options))
     assert len(report["rows"]) == 10
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dtype_can_be_chosen(places, dtype):
-    record = json.loads(run_well("benchmark", places.built, *SMALL, "--dtype", dtype, "--json"))
-    assert record["dtype"] == f"torch.{dtype}"
 
 
 def test_version_and_help():

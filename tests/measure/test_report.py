@@ -10,7 +10,7 @@ import pytest
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table, quantile
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow
-from hf_sparse_pathways.measure.speed_report import SpeedReport
+from hf_sparse_pathways.measure.speed.pairs import GenerationSpeed
 
 
 def _row(**changes):
@@ -43,7 +43,7 @@ ROWS = (
     _row(domain="law", excluded=4),
 )
 REPORT = QualityReport(base="tiny", rows=ROWS)
-SPEED = SpeedReport(
+SPEED = GenerationSpeed(
     domain="code", executor="compact", sparsity=0.3, dense=(1.0, 2.0, 4.0), sparse=(3.0, 1.0, 8.0)
 )
 

@@ -15,6 +15,7 @@ from hf_sparse_pathways.measure.plots.quality import (
     plot_quality,
 )
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
+from hf_sparse_pathways.measure.plots.speed import plot_speed
 
 __all__ = [
     "plot_analysis",
@@ -27,5 +28,6 @@ __all__ = [
     "plot_scale",
     "plot_skippable",
     "plot_specialisation",
+    "plot_speed",
     "save_figures",
 ]

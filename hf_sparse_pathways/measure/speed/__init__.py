@@ -1,0 +1,1 @@
+"""Wall clock: executors beside dense, alternately in one process."""
