@@ -83,7 +83,7 @@ def test_every_workload_has_a_row_per_arm():
         "1.33",
         "90%",
     ]
-    assert rows["packed, law (-50%)"][2:] == ["1.25 (1.25-1.25)", "1.11", "200%"]
+    assert rows["packed, law (-50%)"][2:] == ["1.25 (1.25-1.25)", "1.11", "112%"]
     assert "50% FFN, 25% attention, 12% head, 12% rest" in tables[0].note
     assert "8 new tokens after a prompt of 16" in tables[0].note
     assert tables[4].rows == [["compact", "law, dense", "2.00 (1.50-2.50)", "2"]]
