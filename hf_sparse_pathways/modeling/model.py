@@ -29,6 +29,7 @@ from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
+from hf_sparse_pathways.modeling.grouping import group_rows
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
 
@@ -181,6 +182,25 @@ class SparsePathwaysModel(_Base):
         finally:
             residents.unpin(pathway)
         return True
+
+    def group_by_domain(self, domains: Sequence[str | None], *, max_batch: int) -> list[list[int]]:
+        """Group waiting requests into the batches that run fastest; see ``modeling.grouping``.
+
+        Args:
+            domains: Each request's domain, None for dense.
+            max_batch: Most rows of a batch.
+
+        Returns:
+            Batches of indices into ``domains``. A batch of several domains is run with
+            ``domain=[...]``, one per row.
+
+        Raises:
+            UnknownNameError: An unknown domain.
+            PathwaysError: ``max_batch`` is not positive.
+        """
+        if domains:
+            self._resolve([*domains])
+        return group_rows(domains, max_batch)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; copies of kept weights are dropped, since training changes weights."""
