@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+    from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "heal",
+    "permute",
     "profile",
     "select",
 ]
@@ -57,6 +59,7 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "evaluate": "measure.quality",
     "heal": "healing.healing",
+    "permute": "modeling.permutation",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
 }

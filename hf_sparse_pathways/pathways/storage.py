@@ -97,7 +97,10 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
 
 def base_to_json(base: BaseModel) -> dict[str, Any]:
     """Return a base's identity as JSON values."""
-    return asdict(base)
+    data = asdict(base)
+    if base.neuron_order is None:
+        del data["neuron_order"]
+    return data
 
 
 def base_from_json(data: dict[str, Any]) -> BaseModel:
@@ -111,8 +114,8 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
         texts = [data["name"], data["model_type"], data["revision"] or "", *data["routed"]]
         if not blocks or not isinstance(data["routed"], list) or not _all_text(texts):
             raise TypeError("a value of the wrong kind")
-        if data["revision"] is not None and not isinstance(data["revision"], str):
-            raise TypeError("a revision that is no text")
+        if not all(isinstance(data.get(name), str | None) for name in ("revision", "neuron_order")):
+            raise TypeError("a revision or an order that is no text")
         return BaseModel(**{**data, "blocks": blocks, "routed": tuple(data["routed"])})
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"The base's description does not fit: {error}.") from error
