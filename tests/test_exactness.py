@@ -46,7 +46,7 @@ def test_masks_visibly_change_the_output(case):
     assert _difference(expected["code"], expected["law"]) > 1e-2
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "sliced"])
 @torch.no_grad()
 def test_pathway_equals_zeroed_weights(case, executor):
     _, _, model, expected = case
@@ -150,7 +150,7 @@ def repaired_case(request):
     return dense, model, references
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "sliced"])
 @torch.no_grad()
 def test_compensation_equals_changed_weights(repaired_case, executor):
     dense, model, references = repaired_case

@@ -21,7 +21,7 @@ def run(  # noqa: PLR0913
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per call.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 7,
-    executor: Annotated[str, typer.Option(help="auto, masked or compact.")] = "auto",
+    executor: Annotated[str, typer.Option(help="auto, masked, compact or sliced.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     dtype: opt.Dtype = "auto",
     as_json: opt.Json = False,

@@ -18,7 +18,7 @@ from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
-from hf_sparse_pathways.ffn.executors import copy_bytes, kept_weights
+from hf_sparse_pathways.ffn.executors import AUTO_EXECUTOR, EXECUTORS
 from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
     OutgoingLeaf,
@@ -37,6 +37,7 @@ class Attachment:
         key: The model's identity among the choices.
         blocks: One entry per FFN block, in layer order.
         residents: Which pathways have copies of their kept weights.
+        executor: The name of the executor that makes them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,6 +47,7 @@ class Attachment:
             UnsupportedModelError: No FFN block was found.
         """
         self.key = ModelKey()
+        self.executor = AUTO_EXECUTOR
         self.residents = Residents(self.copy_bytes, self._drop_pathway)
         self.blocks = tuple(
             AttachedBlock(block, self.key, self.residents) for block in find_blocks(model)
@@ -65,12 +67,13 @@ class Attachment:
 
     def copy_bytes(self, pathway: int) -> int:
         """Return how many bytes the copies of a pathway's kept weights take."""
-        return sum(copy_bytes(leaf, pathway) for leaf in self._compact_leaves)
+        executor = EXECUTORS[self.executor]
+        return sum(executor.copy_bytes(leaf, pathway) for leaf in self._compact_leaves)
 
     def make_copies(self, pathway: int) -> None:
         """Make the copies of a pathway's kept weights that are not there or out of date."""
         for leaf in self._compact_leaves:
-            kept_weights(leaf, pathway)
+            EXECUTORS[self.executor].make_copies(leaf, pathway)
 
     def _drop_pathway(self, pathway: int) -> None:
         for attached in self.blocks:

@@ -8,6 +8,8 @@ everything between them (activation function, gating, dropout) is the block's ow
 - ``compact``: the kept rows and columns are copied out once per pathway; the block then computes
   them alone. The copies are remade when the weights have changed, and are not differentiable, so
   a forward pass that records gradients is masked instead.
+- ``sliced``: the kept rows and columns are views of the weights where a pathway's neurons stand in
+  few runs (``permute``) and its compensation leaves the weights as they are; else copies.
 
 To add one, write the two functions, register them in ``EXECUTORS``, and ``tests/test_exactness.py``
 compares it with zeroed weights on every architecture.
@@ -22,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sparse_pathways.errors import UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
-from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.slices import Sliced
 from hf_sparse_pathways.ffn.state import needed_input
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ AUTO_EXECUTOR = "compact"
 
 
 class Executor(Protocol):
-    """Two functions that compute a choice of pathway; ``x`` has any leading dimensions.
+    """Functions that compute a choice of pathway; ``x`` has any leading dimensions.
 
     ``pathway`` is an index, and for ``masked`` also a tensor with one index per row.
     """
@@ -52,6 +54,12 @@ class Executor(Protocol):
 
         ``block_input`` is what ``incoming`` was given; it is there if a pathway has a bypass.
         """
+
+    def copy_bytes(self, leaf: "PathwayLeaf", pathway: int) -> int:
+        """Return how many bytes of copies of a leaf's weights a pathway needs."""
+
+    def make_copies(self, leaf: "PathwayLeaf", pathway: int) -> None:
+        """Make those that are not there or out of date."""
 
 
 class Masked:
@@ -69,6 +77,13 @@ class Masked:
         state = leaf.state
         masked = x if state.masked_outside else state.mask(x, pathway)
         return state.add(leaf.dense(masked), masked, block_input, pathway)
+
+    def copy_bytes(self, leaf: "PathwayLeaf", pathway: int) -> int:  # noqa: ARG002
+        """Return 0: nothing is copied."""
+        return 0
+
+    def make_copies(self, leaf: "PathwayLeaf", pathway: int) -> None:
+        """Do nothing."""
 
 
 class Compact:
@@ -89,8 +104,22 @@ class Compact:
             output = output + kept.bypass(needed_input(block_input))
         return output
 
+    def copy_bytes(self, leaf: "PathwayLeaf", pathway: int) -> int:
+        """Return the bytes of a leaf's copy."""
+        return copy_bytes(leaf, pathway)
 
-EXECUTORS: Mapping[str, Executor] = {"masked": Masked(), "compact": Compact()}
+    def make_copies(self, leaf: "PathwayLeaf", pathway: int) -> None:
+        """Make a leaf's copy."""
+        kept_weights(leaf, pathway)
+
+
+_COMPACT = Compact()
+
+EXECUTORS: Mapping[str, Executor] = {
+    "masked": Masked(),
+    "compact": _COMPACT,
+    "sliced": Sliced(_COMPACT),
+}
 """A plain dictionary: Dynamo cannot trace a look-up in a mapping proxy."""
 
 
@@ -156,14 +185,7 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
 
 def _copy_kept(leaf: "PathwayLeaf", pathway: int, stamp: tuple[object, ...]) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
-        weight = linear_weight(leaf)
-        index = leaf.kept_index(pathway)
-        if weight.shape[leaf.neuron_dim] != leaf.state.d_ff * leaf.rows_per_neuron:
-            raise UnsupportedModelError(
-                f"A leaf holds {weight.shape[leaf.neuron_dim]} of "
-                f"{leaf.state.d_ff * leaf.rows_per_neuron} rows: its weights are sharded. "
-                "Call model.set_executor('masked'), or load without tensor parallelism."
-            )
+        weight, index = leaf.whole_weight(), leaf.kept_index(pathway)
         bias = leaf.bias
         if bias is not None and leaf.neuron_dim == 0:
             bias = bias[index]

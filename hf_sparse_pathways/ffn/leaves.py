@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.executors import EXECUTORS, Executor, KeptWeights
+from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -37,6 +39,20 @@ class PathwayLeaf(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """Compute as the leaf's own class does."""
         return super().forward(x)
+
+    def whole_weight(self) -> Tensor:
+        """Return the weight in ``nn.Linear``'s order, a view.
+
+        Raises:
+            UnsupportedModelError: It holds a part of the neurons only.
+        """
+        weight, rows = linear_weight(self), self.state.d_ff * self.rows_per_neuron
+        if weight.shape[self.neuron_dim] != rows:
+            raise UnsupportedModelError(
+                f"A leaf holds {weight.shape[self.neuron_dim]} of {rows} rows: its weights are "
+                "sharded. Call model.set_executor('masked'), or load without tensor parallelism."
+            )
+        return weight
 
     def kept_index(self, pathway: int) -> Tensor:
         """Return the kept rows (or columns) of a pathway, int64, ascending, beside the weight."""

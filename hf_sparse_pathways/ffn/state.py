@@ -11,6 +11,7 @@ from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey
 from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.runs import Run, few_runs
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class BlockState:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
         pathways: What each pathway keeps of the block.
+        runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
@@ -111,6 +113,7 @@ class BlockState:
         self.key = key
         self.d_ff = d_ff
         self.pathways: tuple[BlockPathway, ...] = ()
+        self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
         self.masked_only = False
         self.masked_outside = False
@@ -126,6 +129,7 @@ class BlockState:
     def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
         """Replace the pathways, in place."""
         self.pathways = pathways
+        self.runs = tuple(few_runs(pathway.keep) for pathway in pathways)
         self.bypassed = any(pathway.bypass is not None for pathway in pathways)
         self._tables, self._additions, self._incoming = {}, {}, {}
 
@@ -179,16 +183,16 @@ class BlockState:
         """
         position, rows_per_neuron = place
         if not isinstance(pathway, Tensor):
-            change = self._change(pathway, position, rows_per_neuron, output)
+            change = self.change(pathway, position, rows_per_neuron, output)
             return output if change is None else output + change(x)
         for index in range(len(self.pathways)):
-            change = self._change(index, position, rows_per_neuron, output)
+            change = self.change(index, position, rows_per_neuron, output)
             if change is not None:
                 rows = _spread((pathway == index).unsqueeze(1), output)
                 output = _add_to_rows(output, rows, change, x, None)
         return output
 
-    def _change(
+    def change(
         self, pathway: int, position: int, rows_per_neuron: int, like: Tensor
     ) -> IncomingAddition | None:
         """Return a pathway's change of an incoming leaf, in a tensor's dtype and device."""

@@ -155,7 +155,7 @@ class SparsePathwaysModel(_Base):
         if not isinstance(pathway, int):
             raise PathwaysError(f"prepare takes one domain, got {domain!r}.")
         self._look_at_weights()
-        if resolve_executor(self.config.executor) == "masked":
+        if self._use_executor() == "masked":
             return False
         needed = self._attachment.copy_bytes(pathway)
         if needed > self.max_resident_bytes:
@@ -232,7 +232,7 @@ class SparsePathwaysModel(_Base):
         if chosen is not None:
             self._attachment.settle()
             if not torch.is_grad_enabled():  # copies carry no gradient, masks do
-                executor = resolve_executor(self.config.executor)
+                executor = self._use_executor()
                 if executor != "masked" and not expand:  # generate has looked, for all its steps
                     self._attachment.check_copies()
         pinned = None
@@ -250,6 +250,14 @@ class SparsePathwaysModel(_Base):
         remove_choice(choice)
         if choice.pinned is not None:
             self._attachment.residents.unpin(choice.pinned)
+
+    def _use_executor(self) -> str:
+        """Return the executor's name, and let copies be made for it."""
+        executor = resolve_executor(self.config.executor)
+        if self._attachment.executor != executor:
+            self._attachment.executor = executor
+            self._attachment.drop_copies()
+        return executor
 
     def _look_at_weights(self) -> None:
         """Notice what has become of the leaves and their weights since the last call."""

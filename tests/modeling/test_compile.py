@@ -7,12 +7,13 @@ import hf_sparse_pathways as sp
 from tests.architectures import build, prompt, random_masks
 
 
+@pytest.mark.parametrize("executor", ["compact", "sliced"])
 @pytest.mark.parametrize("domain", ["code", None, "rows"])
 @torch.no_grad()
-def test_one_graph(domain):
+def test_one_graph(domain, executor):
     dense = build("llama")
     paths = sp.Pathways.from_masks(dense, random_masks(dense))
-    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+    model = sp.permute(sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor))
     chosen = torch.tensor([1, 0]) if domain == "rows" else domain
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
