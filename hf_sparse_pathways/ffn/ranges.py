@@ -1,12 +1,12 @@
 """Some rows or columns of a matrix in a file, read without the rest.
 
-Few runs are read as ranges. Many are read through a buffer of a few megabytes, from which the
-wanted entries are copied, so that the whole matrix is never in memory. Both read into memory of
-their own; only one run of rows that is wanted as it is stays a view of the mapped file, as the
-loaded weights of a dense model are.
+The excerpt is filled through a buffer of a fraction of a megabyte, in the dtype that it is going to
+have, so that nothing but the excerpt itself ever takes memory. Few runs are read as ranges; of many
+the rows that hold them are read, and the wanted entries copied. (A view of the mapped file would
+copy nothing, but the system maps large pieces around every page that is used.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.ffn.runs import MOST_RUNS, Run
 
-_BUFFER_BYTES = 2 << 20
+_BUFFER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -23,65 +23,71 @@ class Excerpt:
     """Some rows or columns of a tensor in a file: a stand-in for a lazy slice of safetensors.
 
     Attributes:
-        mapped: The whole tensor, lazily, as a view of the mapped file; or a tensor.
-        copied: The same, of which ranges are read into memory.
+        source: The whole tensor, as a lazy slice.
         dim: The dimension that is cut.
         runs: What is kept of it, ascending.
-        dtype: The dtype that the excerpt is going to have.
+        dtype: The excerpt's dtype; None for the stored one.
     """
 
-    mapped: Any
-    copied: Any
+    source: Any
     dim: int
     runs: Sequence[Run]
-    dtype: torch.dtype
+    dtype: torch.dtype | None = None
 
     def get_shape(self) -> list[int]:
         """Return the shape, as a lazy slice does."""
-        shape = list(self.mapped.get_shape())
+        shape = list(self.source.get_shape())
         shape[self.dim] = sum(stop - start for start, stop in self.runs)
         return shape
 
     def get_dtype(self) -> Any:
         """Return the stored dtype, as a lazy slice does."""
-        return self.mapped.get_dtype()
+        return self.source.get_dtype()
 
     def __getitem__(self, key: object) -> Tensor:
         """Read the excerpt; ``[...]`` is all that is asked of it."""
         if key is not Ellipsis:
             raise TypeError(f"An excerpt is read whole, with [...]; got [{key!r}].")
-        if self.dim == 0 and len(self.runs) == 1 and _NAMES.get(self.get_dtype()) == self.dtype:
-            start, stop = self.runs[0]
-            return self.mapped[start:stop]
-        if len(self.runs) <= 2 * MOST_RUNS:  # of a fused matrix there are two for each
-            parts = [_part(self.copied, self.dim, run) for run in self.runs]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
-        return self._read_buffered()
-
-    def _read_buffered(self) -> Tensor:
-        """Read all rows, a few at a time, and keep the entries that are wanted."""
-        whole = list(self.mapped.get_shape())
-        index = torch.cat([torch.arange(start, stop) for start, stop in self.runs])
-        first = self.copied[0:1]
+        first = self.source[0:1]
+        excerpt = torch.empty(self.get_shape(), dtype=self.dtype or first.dtype)
         rows = max(1, _BUFFER_BYTES // (first.numel() * first.element_size()))
-        excerpt = torch.empty(self.get_shape(), dtype=first.dtype)
-        for start in range(0, whole[0], rows):
-            stop = min(start + rows, whole[0])
+        if len(self.runs) > 2 * MOST_RUNS:  # of a fused matrix there are two for each
+            self._gather(excerpt, rows)
+        elif self.dim == 0:
+            self._fill_rows(excerpt, rows)
+        else:
+            self._fill_columns(excerpt, rows)
+        return excerpt
+
+    def _fill_rows(self, excerpt: Tensor, most: int) -> None:
+        done = 0
+        for run in self.runs:
+            for start, stop in _chunks(*run, most):
+                excerpt[done : done + stop - start] = self.source[start:stop]
+                done += stop - start
+
+    def _fill_columns(self, excerpt: Tensor, most: int) -> None:
+        for first, last in _chunks(0, len(excerpt), most):
+            done = 0
+            for start, stop in self.runs:
+                part = self.source[first:last, start:stop]
+                excerpt[first:last, done : done + stop - start] = part
+                done += stop - start
+
+    def _gather(self, excerpt: Tensor, most: int) -> None:
+        """Read all rows, a few at a time, and keep the entries that are wanted."""
+        index = torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+        for start, stop in _chunks(0, self.source.get_shape()[0], most):
             if self.dim == 1:
-                excerpt[start:stop] = self.copied[start:stop].index_select(1, index)
+                excerpt[start:stop] = self.source[start:stop].index_select(1, index)
                 continue
             low, high = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
             if low < high:
                 wanted = index[low:high] - start
-                excerpt[low:high] = self.copied[start:stop].index_select(0, wanted)
-        return excerpt
+                excerpt[low:high] = self.source[start:stop].index_select(0, wanted)
 
 
-_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Names of dtypes in safetensors files."""
-
-
-def _part(source: Any, dim: int, run: Run) -> Tensor:
-    start, stop = run
-    part: Tensor = source[start:stop] if dim == 0 else source[:, start:stop]
-    return part.contiguous()
+def _chunks(start: int, stop: int, most: int) -> Iterator[Run]:
+    """Yield the parts of a run that are at most so long."""
+    for first in range(start, stop, most):
+        yield first, min(first + most, stop)

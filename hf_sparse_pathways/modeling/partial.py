@@ -116,34 +116,32 @@ class Loading:
             return None
         if state is not None:
             return dict(state)
-        mapped: dict[str, Any] = {}
-        copied: dict[str, Any] = {}
+        whole: dict[str, Any] = {}
+        read: dict[str, Any] = {}
         for file in files:
-            mapped |= self._lazy(file, "pread" if _must_read(config) else "mmap")
-            copied |= self._lazy(file, "pread")
-        return {**mapped, **self._excerpts(model, mapped, copied, config)}
+            whole |= self._lazy(file, "pread" if _must_read(config) else "mmap")
+            read |= self._lazy(file, "pread")
+        return {**whole, **self._excerpts(model, read, config)}
 
     def _lazy(self, file: str, backend: str) -> dict[str, Any]:
         opened: Any = safe_open(file, framework="pt", device="cpu", backend=backend)
         self._files.append(opened)
         return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
 
-    def _excerpts(
-        self, model: nn.Module, mapped: dict[str, Any], copied: dict[str, Any], config: Any
-    ) -> dict[str, Excerpt]:
+    def _excerpts(self, model: nn.Module, read: dict[str, Any], config: Any) -> dict[str, Excerpt]:
         """Return an excerpt for each tensor that becomes one leaf's parameter as it is."""
-        sources = _sources(model, list(mapped), config.weight_mapping or [])
+        sources = _sources(model, list(read), config.weight_mapping or [])
         names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
         excerpts = {}
         for block in self._blocks:
             for leaf, name, dim, runs in block.parameters():
                 whole = leaf.get_parameter(name)
                 found = sources.get(names[id(whole)], [])
-                if len(found) != 1 or list(mapped[found[0]].get_shape()) != list(whole.shape):
+                if len(found) != 1 or list(read[found[0]].get_shape()) != list(whole.shape):
                     continue  # converted on the way, missing or of another shape: cut afterwards
-                key = found[0]
                 block.reserve(leaf, name, dim, runs)
-                excerpts[key] = Excerpt(mapped[key], copied[key], dim, runs, whole.dtype)
+                dtype = None if config.dtype_plan else whole.dtype
+                excerpts[found[0]] = Excerpt(read[found[0]], dim, runs, dtype)
         return excerpts
 
     def finish(self, model: "SparsePathwaysModel") -> None:

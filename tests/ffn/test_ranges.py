@@ -31,9 +31,20 @@ def saved(request, tmp_path_factory):
 
 
 def _excerpt(path, name, keep, dtype):
-    mapped = safe_open(path, "pt", backend="mmap").get_slice(name)
-    copied = safe_open(path, "pt", backend="pread").get_slice(name)
-    return Excerpt(mapped, copied, int(name == "columns"), find_runs(keep), dtype)
+    source = safe_open(path, "pt", backend="pread").get_slice(name)
+    return Excerpt(source, int(name == "columns"), find_runs(keep), dtype)
+
+
+class _Spy:
+    """A lazy slice that notes the shapes of what is read."""
+
+    def __init__(self, source, asked):
+        self.source, self.asked, self.get_shape = source, asked, source.get_shape
+
+    def __getitem__(self, key):
+        part = self.source[key]
+        self.asked.append(part.shape)
+        return part
 
 
 @pytest.mark.parametrize("buffer", [1, 100, 1 << 20])
@@ -44,13 +55,14 @@ def test_it_is_what_indexing_gives(saved, name, mask, buffer, monkeypatch):
     path, tensors = saved
     keep = MASKS[mask]
     expected = tensors[name][:, keep] if name == "columns" else tensors[name][keep]
-    for dtype in (tensors[name].dtype, torch.float64):
+    for dtype in (None, tensors[name].dtype, torch.float64):
         excerpt = _excerpt(path, name, keep, dtype)
         assert excerpt.get_shape() == list(expected.shape)
         found = excerpt[...]
-        assert found.dtype == tensors[name].dtype
+        assert found.dtype == (dtype or tensors[name].dtype)
+        assert found.untyped_storage().nbytes() == found.numel() * found.element_size()
         assert found.is_contiguous()
-        assert torch.equal(found, expected)
+        assert torch.equal(found, expected.to(found.dtype))
 
 
 @pytest.mark.parametrize("name", ["rows", "columns"])
@@ -59,26 +71,19 @@ def test_many_runs_never_read_the_whole(saved, name, monkeypatch):
     width = tensors[name].shape[1] * tensors[name].element_size()
     monkeypatch.setattr(ranges, "_BUFFER_BYTES", 4 * width)
     excerpt = _excerpt(path, name, MASKS["many"], torch.float32)
+    assert torch.equal(
+        Excerpt(_Spy(excerpt.source, asked := []), excerpt.dim, excerpt.runs)[...], excerpt[...]
+    )
+    assert max(shape[0] for shape in asked) == 4
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_of_few_runs_nothing_else_is_read(saved, name):
+    keep = MASKS["few"]
+    excerpt = _excerpt(saved[0], name, keep, None)
     asked = []
-
-    class Spy:
-        def __getitem__(self, key):
-            part = excerpt.copied[key]
-            asked.append(part.shape[0])
-            return part
-
-    spied = Excerpt(excerpt.mapped, Spy(), excerpt.dim, excerpt.runs, torch.float32)
-    assert torch.equal(spied[...], excerpt[...])
-    assert max(asked) == 4
-
-
-def test_a_run_of_rows_is_a_view_of_the_file_and_columns_are_not(saved):
-    path, tensors = saved
-    dtype = tensors["rows"].dtype
-    rows = _excerpt(path, "rows", MASKS["one run"], dtype)[...]
-    columns = _excerpt(path, "columns", MASKS["one run"], dtype)[...]
-    assert rows.untyped_storage().nbytes() > rows.numel() * rows.element_size()
-    assert columns.untyped_storage().nbytes() == columns.numel() * columns.element_size()
+    Excerpt(_Spy(excerpt.source, asked), excerpt.dim, excerpt.runs)[...]
+    assert sum(rows * columns for rows, columns in asked[1:]) == excerpt[...].numel()
 
 
 def test_only_the_whole_excerpt_can_be_read(saved):
