@@ -64,6 +64,7 @@ class Attachment:
         """Forget all copies of kept weights; they are made again when needed."""
         for attached in self.blocks:
             attached.drop_copies()
+        self.residents.clear()
 
     def copy_bytes(self, pathway: int) -> int:
         """Return how many bytes the copies of a pathway's kept weights take."""

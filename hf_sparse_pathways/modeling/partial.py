@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.ranges import Excerpt
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
 from hf_sparse_pathways.pathways.pathway import Pathways
@@ -79,6 +79,8 @@ class Loading:
         Raises:
             UnknownNameError: There is no such domain.
         """
+        if not isinstance(domain, str):
+            raise UnknownNameError("domain", domain, pathways.domains)
         self._chosen = pathways.subset([domain])
         self.domain = domain
         self._blocks: list[ReducedBlock] = []

@@ -5,6 +5,7 @@ import pickle
 import threading
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -21,6 +22,8 @@ from tests.architectures import (
     prompt,
     random_masks,
 )
+from tests.healing.healings import ENTANGLED, sparse
+from tests.pathways.corruption import set_field
 
 IDS = prompt()
 TOLERANCE = 1e-5
@@ -291,6 +294,9 @@ def test_wrong_domains_at_load_time(folder):
         load(folder, domain="coed")
     with pytest.raises(UnknownNameError, match="Did you mean 'code'"):
         load(folder, domain="coed", pathways=_model().pathways)
+    for pathways in (None, _model().pathways):
+        with pytest.raises(UnknownNameError, match=r"Unknown domain \['code'\]"):
+            load(folder, domain=["code"], pathways=pathways)
     with pytest.raises(sp.PathwaysError, match="default_domain='law' is another"):
         sp.SparsePathwaysForCausalLM.from_pretrained(folder, domain="code", default_domain="law")
     full = load(folder)
@@ -334,6 +340,30 @@ def test_shared_ffn_weights_are_refused(folder, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_norm_over_the_neurons(tmp_path):
+    model = sparse(ENTANGLED)
+    model.save_pretrained(tmp_path)
+    for domain in model.domains:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, domain=domain)
+        _close(loaded(IDS).logits, model(IDS, domain=domain).logits)
+    assert torch.equal(
+        sp.permute(model)(IDS, domain=domain).logits, model(IDS, domain=domain).logits
+    )
+
+
+@torch.no_grad()
+def test_an_adapter_on_top(folder):
+    loaded = AutoModelForCausalLM.from_pretrained(folder, domain="code", device_map="cpu")
+    expected = loaded(IDS).logits
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["down_proj", "up_proj"])
+    adapted = peft.get_peft_model(loaded, config)
+    assert torch.equal(adapted(input_ids=IDS).logits, expected)
+    with torch.enable_grad():
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
 def test_entangled_blocks_keep_their_width(tmp_path, monkeypatch):
     from hf_sparse_pathways.ffn import blocks
 
@@ -355,3 +385,20 @@ def test_only_the_chosen_pathway_is_read(folder):
         assert all(torch.equal(part, theirs.parts()[name]) for name, part in mine.parts().items())
     with pytest.raises(UnknownNameError, match="'law'"):
         sp.Pathways.from_pretrained(folder, only="pooled")
+
+
+@pytest.mark.parametrize("damaged", [None, 3, [], [[]], ["law"], [{"name": "law"}]])
+def test_a_damaged_list_of_domains_is_an_error(folder, tmp_path, damaged):
+    for name in ("pathways.json", "pathways.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    set_field(tmp_path / "pathways.json", ("domains",), damaged)
+    with pytest.raises(sp.PathwaysError):
+        sp.Pathways.from_pretrained(tmp_path, only="law")
+
+
+def test_a_truncated_file_is_an_error(folder, tmp_path):
+    for name in ("pathways.json", "pathways.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[:-1])
+    (tmp_path / "pathways.json").write_bytes((folder / "pathways.json").read_bytes())
+    with pytest.raises(sp.PathwaysError, match="SHA-256"):
+        sp.Pathways.from_pretrained(tmp_path, only="law")

@@ -195,9 +195,10 @@ def test_duplicates(duplicate):
         assert own.isdisjoint(p.untyped_storage().data_ptr() for p in model.parameters())
 
 
+@pytest.mark.parametrize("make", [None, compensate])
 @torch.no_grad()
-def test_saved_loaded_and_switched(tmp_path):
-    _, _, model = _permuted(make=compensate)
+def test_saved_loaded_and_switched(make, tmp_path):
+    _, _, model = _permuted(make=make)
     model.save_pretrained(tmp_path)
     loaded = sp.SparsePathwaysForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.executor == "sliced"
