@@ -22,7 +22,7 @@ def computing(blocks: Sequence[FfnBlock], pathways: Sequence[BlockPathway]) -> I
     """Within the block, FFN blocks of a dense model compute pathways; then they are as before."""
     key = ModelKey()
     attached: list[AttachedBlock] = []
-    choice = push_choice(key, 0, executor="compact")
+    choice = push_choice(key, 0, executor="compact", copies=0)
     try:
         for block, pathway in zip(blocks, pathways, strict=True):
             attached.append(AttachedBlock(block, key))

@@ -17,8 +17,16 @@ from transformers.pytorch_utils import Conv1D
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
-from hf_sparse_pathways.ffn.executors import AUTO_EXECUTOR, EXECUTORS
+from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
+from hf_sparse_pathways.ffn.copies import (
+    WHOLE,
+    Key,
+    copy_bytes,
+    copy_keys,
+    drop_copies,
+    kept_weights,
+)
+from hf_sparse_pathways.ffn.execution import PACKING, Execution, choose_execution
 from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
     OutgoingLeaf,
@@ -26,8 +34,15 @@ from hf_sparse_pathways.ffn.leaves import (
     restore_leaf,
     swap_leaf,
 )
+from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.packing import Packed
 from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.rest import REST, RestLeaves
+from hf_sparse_pathways.ffn.slices import has_views
 from hf_sparse_pathways.ffn.state import BlockState
+
+_MOST_MIXTURES = 16
+"""How many mixed batches are remembered, so that a generation sorts its rows once."""
 
 
 class Attachment:
@@ -36,8 +51,8 @@ class Attachment:
     Attributes:
         key: The model's identity among the choices.
         blocks: One entry per FFN block, in layer order.
+        rest: The linear leaves outside of them.
         residents: Which pathways have copies of their kept weights.
-        executor: The name of the executor that makes them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,39 +62,192 @@ class Attachment:
             UnsupportedModelError: No FFN block was found.
         """
         self.key = ModelKey()
-        self.executor = AUTO_EXECUTOR
-        self.residents = Residents(self.copy_bytes, self._drop_pathway)
+        self.residents = Residents(self.copy_bytes, self._drop_key)
         self.blocks = tuple(
             AttachedBlock(block, self.key, self.residents) for block in find_blocks(model)
         )
+        self.rest = RestLeaves(model, self.key, self.residents)
+        self._execution: tuple[Any, Execution] | None = None
         self._samples: Tensor | None = None
+        self._mixtures: dict[Any, Mixture] = {}
 
     def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
         """Replace the pathways, in place; each has one entry per block."""
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
+        self.reset()
+
+    # -- executors --------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all copies, and which executor was chosen."""
+        self._execution = None
+        self._mixtures = {}
         self.drop_copies()
+        self.rest.use(False)
+
+    def execution(self, name: str) -> Execution:
+        """Return what the name of an executor stands for now; see ``choose_execution``."""
+        if not self.blocks:
+            return Execution("masked", "one domain's neurons were loaded alone")
+        if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
+            return Execution(name if name in ("masked", "sliced") else "compact", "as traced")
+        weight = self._ffn_leaves[0].weight
+        now = (name, weight.dtype, weight.device, self.residents.limit, torch.get_num_threads())
+        if self._execution is None or self._execution[0] != now:
+            before, chosen = self._execution, choose_execution(name, self)
+            self._execution = (now, chosen)
+            if before is not None and before[1].executor != chosen.executor:
+                self.drop_copies()
+        return self._execution[1]
+
+    def begin(self, pathway: int | Tensor | None, name: str, *, looked: bool) -> Choice:
+        """Make the choice for one forward pass, its copies pinned; ``end`` takes it back.
+
+        Args:
+            pathway: What is computed.
+            name: The executor that was asked for.
+            looked: Whether ``check_copies`` has run for this pass.
+        """
+        executor, copies, rest = "masked", None, False
+        if pathway is not None or name in PACKING:
+            self.settle()
+            if not torch.is_grad_enabled():  # copies carry no gradient, masks do
+                executor = self.execution(name).executor
+        if executor != "masked":
+            if not looked:
+                self.check_copies()
+            copies = self._pin_copies(WHOLE if pathway is None else pathway)
+        if executor in PACKING:
+            self.rest.use(executor == "packed-all")
+            if torch.is_autocast_enabled("cpu"):  # which oneDNN's operators do not follow
+                executor = "compact"
+            else:
+                rest = bool(self.rest.leaves) and self._pin(REST)
+        return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+
+    def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
+        """Make the choice for several forward passes; ``end`` takes it back.
+
+        The copies of one pathway for all rows are made and pinned, so that each pass finds them,
+        compiled ones too: while a graph is traced none can be made.
+
+        Args:
+            pathway: What is computed.
+            name: The executor that was asked for.
+            plain: Whether the copies must not be packed, as for compiled passes.
+            expand: Whether rows may be repeated, as in ``Choice``.
+        """
+        choice = push_choice(self.key, pathway, expand=expand)
+        if not isinstance(pathway, int) or torch.is_grad_enabled():
+            return choice
+        executor = self.execution(name).executor
+        if executor != "masked" and self._pin(pathway):
+            choice.held = pathway
+            try:
+                self.make_copies(pathway, packed=executor in PACKING and not plain)
+            except BaseException:
+                self.end(choice)
+                raise
+        return choice
+
+    def end(self, choice: Choice) -> None:
+        """Take back what ``begin`` or ``hold`` did."""
+        remove_choice(choice)
+        if choice.held is not None:
+            self._unpin(choice.held)
+        if choice.copies is not None:
+            self._unpin(_key(choice.copies))
+        if choice.rest:
+            self._unpin(REST)
+
+    def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
+        """Return what a pass computes with, or None if there is no room for it."""
+        if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
+            held = self._held_plain()
+            return held if isinstance(pathway, int) and pathway == held else None
+        if isinstance(pathway, int):
+            return pathway if self._pin(pathway) else None
+        if self._is_sliced:  # which promises to take no memory
+            return None
+        rows = (tuple(pathway.tolist()), pathway.device)
+        mixture = self._mixtures.get(rows)
+        if mixture is None:
+            if len(self._mixtures) >= _MOST_MIXTURES:
+                self._mixtures.clear()
+            mixture = self._mixtures[rows] = Mixture.of(pathway)
+        return mixture if self._pin(mixture.key) else None
+
+    def _held_plain(self) -> int | None:
+        """Return the pathway that is held on this thread, if its copies can be traced."""
+        ambient = find_choice(self.key)
+        held = None if ambient is None else ambient.held
+        if held is None or any(not _is_traceable(leaf, held) for leaf in self._leaves_of(held)):
+            return None
+        return held
+
+    def _pin(self, key: Key) -> bool:
+        """Pin copies; a graph that is traced holds them itself."""
+        return torch.compiler.is_compiling() or self.residents.pin(key)
+
+    def _unpin(self, key: Key) -> None:
+        if not torch.compiler.is_compiling():
+            self.residents.unpin(key)
+
+    # -- copies -----------------------------------------------------------------------------
 
     def drop_copies(self) -> None:
-        """Forget all copies of kept weights; they are made again when needed."""
-        for attached in self.blocks:
-            attached.drop_copies()
+        """Forget all copies of weights; they are made again when needed."""
+        for leaf in (*self._ffn_leaves, *self.rest.leaves):
+            leaf.drop_copies()
         self.residents.clear()
 
-    def copy_bytes(self, pathway: int) -> int:
-        """Return how many bytes the copies of a pathway's kept weights take."""
-        executor = EXECUTORS[self.executor]
-        return sum(executor.copy_bytes(leaf, pathway) for leaf in self._compact_leaves)
+    def copy_bytes(self, key: Key) -> int:
+        """Return how many bytes the copies of a pathway take, or those of another key."""
+        packed = self._execution is not None and self._execution[1].executor in PACKING
+        return self._bytes(key, packed=packed)
 
-    def make_copies(self, pathway: int) -> None:
-        """Make the copies of a pathway's kept weights that are not there or out of date."""
-        for leaf in self._compact_leaves:
-            EXECUTORS[self.executor].make_copies(leaf, pathway)
+    def make_copies(self, key: Key, *, packed: bool) -> None:
+        """Make the copies of a key that are not there or out of date."""
+        for leaf in self._leaves_of(key):
+            for own in copy_keys(leaf, _of_leaf(key)):
+                kept_weights(leaf, own, packed=packed)
 
-    def _drop_pathway(self, pathway: int) -> None:
-        for attached in self.blocks:
-            for leaf in attached.leaves.values():
-                leaf.copies.pop(pathway, None)
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the FFN weights."""
+        return sum(leaf.weight.numel() * leaf.weight.element_size() for leaf in self._ffn_leaves)
+
+    def most_bytes(self, executor: str) -> int:
+        """Return how many bytes of packed copies the largest pathway needs under an executor."""
+        pathways = range(len(self.blocks[0].state.pathways))
+        most = max((self._bytes(pathway, packed=True) for pathway in pathways), default=0)
+        return most + (self._bytes(REST, packed=True) if executor == "packed-all" else 0)
+
+    def _bytes(self, key: Key, *, packed: bool) -> int:
+        own = _of_leaf(key)
+        return sum(copy_bytes(leaf, own, packed=packed) for leaf in self._leaves_of(key))
+
+    def _drop_key(self, key: Key) -> None:
+        for leaf in self.rest.leaves if key == REST else self._ffn_leaves:
+            drop_copies(leaf, _of_leaf(key))
+
+    def _leaves_of(self, key: Key) -> Sequence[PathwayLeaf]:
+        """Return the leaves that have copies of a key."""
+        if key == REST:
+            return self.rest.candidates
+        leaves = self._compact_leaves
+        if self._is_sliced and isinstance(key, int) and key != WHOLE:
+            return [leaf for leaf in leaves if not has_views(leaf, key)]
+        return leaves
+
+    @property
+    def _is_sliced(self) -> bool:
+        return self._execution is not None and self._execution[1].executor == "sliced"
+
+    @property
+    def _ffn_leaves(self) -> list[PathwayLeaf]:
+        return [leaf for attached in self.blocks for leaf in attached.leaves.values()]
 
     @property
     def _compact_leaves(self) -> list[PathwayLeaf]:
@@ -92,12 +260,14 @@ class Attachment:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        leaves = self._compact_leaves
+        leaves = [*self._compact_leaves, *self.rest.leaves]
         if torch.compiler.is_compiling() or not leaves:
             return
         samples = torch.stack([_sample(leaf) for leaf in leaves])
-        if self._samples is not None and not torch.equal(samples, self._samples):
-            self.drop_copies()
+        if self._samples is not None:  # leaves outside the blocks come and go, at the end
+            common = min(len(samples), len(self._samples))
+            if not torch.equal(samples[:common], self._samples[:common]):
+                self.drop_copies()
         self._samples = samples
 
     def settle(self) -> None:
@@ -111,8 +281,22 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the leaves' own classes, in place."""
+        self.rest.use(False)
         for attached in self.blocks:
             attached.detach()
+
+
+def _is_traceable(leaf: PathwayLeaf, key: int) -> bool:
+    return key in leaf.copies and not isinstance(leaf.copies[key].weight, Packed)
+
+
+def _key(copies: int | Mixture) -> Key:
+    return copies.key if isinstance(copies, Mixture) else copies
+
+
+def _of_leaf(key: Key) -> Key:
+    """Return the key of a leaf's copies: of a leaf outside the FFN blocks there is but one."""
+    return WHOLE if key == REST else key
 
 
 class AttachedBlock:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse_pathways.ffn.mixtures import Mixture
+
 
 class ModelKey:
     """Identity of one model. A deep copy or unpickled model has another, so it chooses alone."""
@@ -27,21 +29,26 @@ class Choice:
         key: The model it holds for; None means every model.
         pathway: The index of one pathway for all rows; an int64 tensor ``(batch,)`` with one index
             per row, -1 for dense rows; or None for dense.
-        executor: Name of the executor; blocks that cannot use it, and per-row choices, are masked.
+        executor: Name of the executor that computes with the copies.
+        copies: Key of the copies to compute with, or how a batch is mixed; they are resident until
+            the choice is taken back. Without, and in blocks that cannot use any, it is masked.
+        rest: Whether the leaves outside the FFN blocks have copies too.
+        held: The pathway whose copies are resident as long, for the passes within.
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
-        pinned: The pathway whose copies stay until then, if it has any.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
     """
 
     key: ModelKey | None
     pathway: int | Tensor | None
     executor: str = "masked"
+    copies: int | Mixture | None = None
+    rest: bool = False
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
-    pinned: int | None = None
+    held: int | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -65,10 +72,12 @@ def push_choice(
     pathway: int | Tensor | None,
     *,
     executor: str = "masked",
+    copies: int | Mixture | None = None,
+    rest: bool = False,
     expand: bool = False,
 ) -> Choice:
-    """Make a choice on this thread; return it for ``remove_choice``."""
-    _LOCAL.top = Choice(key, pathway, executor, expand, _LOCAL.top)
+    """Make a choice on this thread; return it for ``remove_choice``. See ``Choice``."""
+    _LOCAL.top = Choice(key, pathway, executor, copies, rest, expand, _LOCAL.top)
     return _LOCAL.top
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
-from hf_sparse_pathways.ffn.executors import EXECUTORS, Executor, KeptWeights
+from hf_sparse_pathways.ffn.copies import WHOLE, Columns, KeptWeights, Key, kept_weights
+from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import BlockState
 
@@ -22,14 +23,14 @@ class PathwayLeaf(nn.Module):
 
     Attributes:
         state: Shared with the block's other leaves.
-        copies: Kept weights by pathway, made by executors.
+        copies: Kept weights by key, made by executors.
         rows_per_neuron: 2 in a fused gate-up matrix, else 1.
         position: Which of the block's incoming leaves it is.
         neuron_dim: Which dimension of the weight, in ``nn.Linear``'s order, runs over neurons.
     """
 
     state: BlockState
-    copies: dict[int, KeptWeights]
+    copies: dict[Key | Columns, KeptWeights]
     rows_per_neuron: int
     position: int
     neuron_dim: ClassVar[int]
@@ -54,16 +55,17 @@ class PathwayLeaf(nn.Module):
             )
         return weight
 
-    def kept_index(self, pathway: int) -> Tensor:
-        """Return the kept rows (or columns) of a pathway, int64, ascending, beside the weight."""
-        return self.state.kept_rows(pathway, self.rows_per_neuron).to(self.weight.device)
+    def _plan(self) -> tuple[Executor | None, Any, Choice | None]:
+        """Return what computes this leaf now, which copies or pathway, and the choice.
 
-    def _executor(self) -> tuple[Executor | None, Choice | None]:
-        """Return what computes this leaf now, with the choice; None if it is dense."""
+        Without an executor it is dense.
+        """
         choice = find_choice(self.state.key)
-        if choice is None or choice.pathway is None:
-            return None, None
-        return EXECUTORS[self.state.executor_name(choice)], choice
+        if choice is None:
+            return None, None, None
+        if choice.copies is not None and not self.state.masked_only:
+            return EXECUTORS[choice.executor], choice.copies, choice
+        return (None if choice.pathway is None else MASKED), choice.pathway, choice
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast as any module, and drop the copies of what was before."""
@@ -90,12 +92,12 @@ class IncomingLeaf(PathwayLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute all neurons, or what the executor needs of them."""
-        executor, choice = self._executor()
+        executor, pathway, choice = self._plan()
         if executor is None or choice is None:
             return self.dense(x)
         if self.state.bypassed:
             choice.inputs[id(self.state)] = x
-        return executor.incoming(self, x, choice.pathway)
+        return executor.incoming(self, x, pathway)
 
 
 class OutgoingLeaf(PathwayLeaf):
@@ -105,11 +107,22 @@ class OutgoingLeaf(PathwayLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sum over all neurons, or over the kept ones."""
-        executor, choice = self._executor()
+        executor, pathway, choice = self._plan()
         if executor is None or choice is None:
             return self.dense(x)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        return executor.outgoing(self, x, choice.pathway, block_input)
+        return executor.outgoing(self, x, pathway, block_input)
+
+
+class RestLeaf(PathwayLeaf):
+    """A linear leaf outside the FFN blocks, of which there may be a packed copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute as its own class does, or with the packed copy."""
+        choice = find_choice(self.state.key)
+        if choice is None or not choice.rest:
+            return self.dense(x)
+        return kept_weights(self, WHOLE, packed=True)(x)
 
 
 def swap_leaf(

@@ -8,7 +8,7 @@ and nobody waits.
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 
@@ -19,7 +19,7 @@ class Residents:
         limit: Most bytes of copies; None for no limit.
     """
 
-    def __init__(self, measure: Callable[[int], int], evict: Callable[[int], None]) -> None:
+    def __init__(self, measure: Callable[[Any], int], evict: Callable[[Any], None]) -> None:
         """Begin with none.
 
         Args:
@@ -28,11 +28,11 @@ class Residents:
         """
         self.limit: int | None = None
         self._measure, self._evict = measure, evict
-        self._bytes: OrderedDict[int, int] = OrderedDict()
-        self._pins: Counter[int] = Counter()
+        self._bytes: OrderedDict[Hashable, int] = OrderedDict()
+        self._pins: Counter[Hashable] = Counter()
         self._lock = threading.RLock()
 
-    def pin(self, pathway: int) -> bool:
+    def pin(self, pathway: Hashable) -> bool:
         """Make room for a pathway and keep it there until ``unpin``; say whether there was any."""
         with self._lock:
             if pathway not in self._bytes:
@@ -44,7 +44,7 @@ class Residents:
             self._pins[pathway] += 1
             return True
 
-    def unpin(self, pathway: int) -> None:
+    def unpin(self, pathway: Hashable) -> None:
         """Take one ``pin`` back."""
         with self._lock:
             self._pins[pathway] -= 1
@@ -56,7 +56,7 @@ class Residents:
                 self._remove(pathway)
 
     @property
-    def sizes(self) -> Mapping[int, int]:
+    def sizes(self) -> Mapping[Any, int]:
         """Bytes by pathway, those used longest ago first."""
         with self._lock:
             return dict(self._bytes)
@@ -74,7 +74,7 @@ class Residents:
             self._remove(pathway)
         return True
 
-    def _remove(self, pathway: int) -> None:
+    def _remove(self, pathway: Hashable) -> None:
         del self._bytes[pathway]
         self._evict(pathway)
 

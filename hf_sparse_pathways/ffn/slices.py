@@ -2,9 +2,10 @@
 
 A run of rows of an incoming leaf, or of columns of the outgoing leaf, is a view that takes no
 memory; activations of several runs are joined, outputs are added up. Biases, low-rank changes and
-the bypass are added as ``masked`` adds them. Two things have no view and are copied as ``compact``
-does, leaf by leaf: weights that the pathway changes in full (a refit that is no patch), and blocks
-whose kept neurons are more than ``MOST_RUNS`` runs, as they are unless the neurons were permuted.
+the bypass are added as ``masked`` adds them. Two things are copied as ``compact`` does, leaf by
+leaf: weights that the pathway changes in full (a refit that is no patch), and blocks whose kept
+neurons are more than ``MOST_RUNS`` runs, as they are unless they were permuted. A batch of mixed
+pathways is masked, which takes no memory either.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class Sliced:
         ]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         change = leaf.state.change(pathway, leaf.position, leaf.rows_per_neuron, output)
-        return output if change is None else output + change.delta(x)  # type: ignore[operator]
+        return output if change is None else output + change.product(x)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
@@ -67,16 +68,10 @@ class Sliced:
             output = output + addition.bypass(needed_input(block_input))
         return output
 
-    def copy_bytes(self, leaf: "PathwayLeaf", pathway: int) -> int:
-        """Return how many bytes a leaf's copy for a pathway takes; none where it is sliced."""
-        if _runs(leaf, pathway) is not None:
-            return 0
-        return self._copying.copy_bytes(leaf, pathway)
 
-    def make_copies(self, leaf: "PathwayLeaf", pathway: int) -> None:
-        """Make the copies of a leaf that is not sliced."""
-        if _runs(leaf, pathway) is None:
-            self._copying.make_copies(leaf, pathway)
+def has_views(leaf: "PathwayLeaf", pathway: int) -> bool:
+    """Whether a leaf needs no copy for a pathway."""
+    return _runs(leaf, pathway) is not None
 
 
 def _runs(leaf: "PathwayLeaf", pathway: int) -> tuple[Run, ...] | None:

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
-from hf_sparse_pathways.ffn.choices import Choice, ModelKey
+from hf_sparse_pathways.ffn.choices import ModelKey
+from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
 
@@ -72,12 +73,15 @@ class IncomingAddition:
 
     def __call__(self, x: Tensor, _: Tensor | None = None) -> Tensor:
         """Return what is added to the leaf's output, ``(..., width)``."""
-        if isinstance(self.delta, LowRank):
-            change = self.delta(x)
-        else:
-            change = functional.linear(x, self.delta)
+        change = self.product(x)
         nothing = change.new_zeros(*change.shape[:-1], self.width)
         return nothing.index_copy(-1, self.rows, change)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return what is added to the changed rows alone, ``(..., rows)``."""
+        if isinstance(self.delta, LowRank):
+            return self.delta(x)
+        return functional.linear(x, self.delta)
 
 
 def needed_input(block_input: Tensor | None) -> Tensor:
@@ -93,6 +97,10 @@ def needed_input(block_input: Tensor | None) -> Tensor:
             "bypass for this model."
         )
     return block_input
+
+
+_MOST_UNIONS = 64
+"""How many different mixtures of pathways are remembered; each takes little."""
 
 
 class BlockState:
@@ -121,17 +129,19 @@ class BlockState:
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
+        self._unions: dict[tuple[tuple[int, ...], torch.device], Union] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        return {**self.__dict__, "_tables": {}, "_additions": {}, "_incoming": {}}
+        empty: dict[str, Any] = {"_tables": {}, "_additions": {}, "_incoming": {}, "_unions": {}}
+        return {**self.__dict__, **empty}
 
     def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
         """Replace the pathways, in place."""
         self.pathways = pathways
         self.runs = tuple(few_runs(pathway.keep) for pathway in pathways)
         self.bypassed = any(pathway.bypass is not None for pathway in pathways)
-        self._tables, self._additions, self._incoming = {}, {}, {}
+        self._tables, self._additions, self._incoming, self._unions = {}, {}, {}, {}
 
     def addition(self, pathway: int, like: Tensor) -> "Addition":
         """Return what a pathway adds to its kept neurons' sum, in a tensor's dtype and device."""
@@ -165,7 +175,7 @@ class BlockState:
             return output
         for index, candidate in enumerate(self.pathways):
             if candidate.compensated:
-                rows = _spread((pathway == index).unsqueeze(1), output)
+                rows = spread((pathway == index).unsqueeze(1), output)
                 addition = self.addition(index, output)
                 output = _add_to_rows(output, rows, addition, activation, block_input)
         return output
@@ -188,7 +198,7 @@ class BlockState:
         for index in range(len(self.pathways)):
             change = self.change(index, position, rows_per_neuron, output)
             if change is not None:
-                rows = _spread((pathway == index).unsqueeze(1), output)
+                rows = spread((pathway == index).unsqueeze(1), output)
                 output = _add_to_rows(output, rows, change, x, None)
         return output
 
@@ -210,19 +220,33 @@ class BlockState:
                 self._incoming[key] = found
         return found
 
+    def kept(self, pathway: int) -> Tensor:
+        """Return the neurons that a pathway keeps, int64, ascending."""
+        return self.pathways[pathway].keep.nonzero().flatten()
+
     def kept_rows(self, pathway: int, rows_per_neuron: int) -> Tensor:
         """Return the kept rows of a leaf, int64, ascending.
 
         Row ``i`` and row ``i + d_ff`` of a fused matrix belong to neuron ``i``.
         """
-        kept = self.pathways[pathway].keep.nonzero().flatten()
+        kept = self.kept(pathway)
         return torch.cat([kept + part * self.d_ff for part in range(rows_per_neuron)])
 
-    def executor_name(self, choice: Choice) -> str:
-        """Return the executor that this block uses under a choice."""
-        if self.masked_only or type(choice.pathway) is not int:
-            return "masked"
-        return choice.executor
+    def union(self, key: tuple[int, ...], device: torch.device | None = None) -> Union:
+        """Return what the pathways of a mixed batch keep together; on the CPU by default."""
+        device = torch.device("cpu") if device is None else device
+        found = self._unions.get((key, device))
+        if found is None:
+            masks = [None if index < 0 else self.pathways[index].keep for index in key]
+            if len(self._unions) >= _MOST_UNIONS:
+                self._unions.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._unions[key, device] = Union.of(masks, self.d_ff, device)
+        return found
+
+    def apart(self, key: tuple[int, ...]) -> bool:
+        """Whether a pathway of a mixed batch has columns of its own, so that none are shared."""
+        return any(index >= 0 and self.pathways[index].delta is not None for index in key)
 
     def mask(self, activation: Tensor, pathway: int | Tensor) -> Tensor:
         """Return the activation with the removed neurons zeroed. Pure.
@@ -243,7 +267,7 @@ class BlockState:
             )
         removed = self._removed(activation.device)[pathway]
         if removed.dim() == 2:
-            removed = _spread(removed, activation)
+            removed = spread(removed, activation)
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
 
     def _removed(self, device: torch.device) -> Tensor:
@@ -259,7 +283,7 @@ class BlockState:
         return table
 
 
-def _spread(masks: Tensor, activation: Tensor) -> Tensor:
+def spread(masks: Tensor, activation: Tensor) -> Tensor:
     """Bring one row of values per row of the batch, ``(rows, n)``, to an activation's shape.
 
     Nothing is copied per token, unless the block has flattened its input.

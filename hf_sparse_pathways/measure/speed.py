@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from hf_sparse_pathways.discovery.goal import check_sparsity
 from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.ffn.executors import resolve_executor
 from hf_sparse_pathways.measure.speed_report import SpeedReport
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
@@ -121,7 +120,7 @@ def compare_generation(
     dense, sparse = _alternate(lambda: run(None), lambda: run(domain), rounds, f"time {domain}")
     return SpeedReport(
         domain=domain,
-        executor=resolve_executor(model.config.executor),
+        executor=model.execution.executor,
         sparsity=model.pathways.sparsity(domain),
         dense=tuple(dense),
         sparse=tuple(sparse),

@@ -13,8 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
-from hf_sparse_pathways.ffn.choices import push_choice, remove_choice
-from hf_sparse_pathways.ffn.executors import resolve_executor
+from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET, Unset, fit_rows
 from hf_sparse_pathways.modeling.model import (
@@ -66,7 +65,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             UnsupportedModelError: It is no causal LM of Transformers, or already dispatched.
             UnknownNameError: Unknown executor or default domain.
         """
-        resolve_executor(executor)
+        check_executor(executor)
         pathways.check_fits(model)
         check_convertible(model)
         config = SparsePathwaysConfig.from_base(
@@ -169,10 +168,5 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         chosen, _ = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, batch_size(args, kwargs), expand=False)
-        if chosen is not None:
-            self._look_at_weights()
-        choice = push_choice(self._attachment.key, chosen, expand=True)
-        try:
+        with self._holding(chosen, expand=True):
             yield
-        finally:
-            remove_choice(choice)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -23,10 +22,10 @@ from hf_sparse_pathways.ffn.choices import (
     CheckpointedChoices,
     Choice,
     find_choice,
-    push_choice,
-    remove_choice,
 )
-from hf_sparse_pathways.ffn.executors import resolve_executor
+from hf_sparse_pathways.ffn.copies import WHOLE, Key
+from hf_sparse_pathways.ffn.execution import PACKING, Execution, check_executor
+from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
@@ -138,9 +137,15 @@ class SparsePathwaysModel(_Base):
         Raises:
             UnknownNameError: There is no such executor.
         """
-        resolve_executor(executor)
+        check_executor(executor)
         self.config.executor = executor
-        self._attachment.drop_copies()
+        self._attachment.reset()
+
+    @property
+    def execution(self) -> Execution:
+        """Which executor computes kept neurons now, and why."""
+        self._attachment.settle()
+        return self._attachment.execution(self.config.executor)
 
     @property
     def max_resident_bytes(self) -> int:
@@ -161,8 +166,12 @@ class SparsePathwaysModel(_Base):
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of the copies by pathway, those used longest ago first."""
-        sizes = self._attachment.residents.sizes
-        return {self._named[pathway]: size for pathway, size in sizes.items()}
+        names = {WHOLE: "dense", REST: "attention and head", **dict(enumerate(self._named))}
+
+        def name(key: Key) -> str:
+            return "+".join(names[one] for one in (key if isinstance(key, tuple) else (key,)))
+
+        return {name(key): size for key, size in self._attachment.residents.sizes.items()}
 
     def prepare(self, domain: str) -> bool:
         """Make the copies that a domain's first call would make, ahead of it.
@@ -182,7 +191,7 @@ class SparsePathwaysModel(_Base):
         if not isinstance(pathway, int):
             raise PathwaysError(f"prepare takes one domain, got {domain!r}.")
         self._look_at_weights()
-        if self._partial is not None or self._use_executor() == "masked":
+        if self.execution.executor == "masked":
             return False
         needed = self._attachment.copy_bytes(pathway)
         if needed > self.max_resident_bytes:
@@ -195,7 +204,7 @@ class SparsePathwaysModel(_Base):
         if not residents.pin(pathway):
             return False
         try:
-            self._attachment.make_copies(pathway)
+            self._attachment.make_copies(pathway, packed=self.execution.executor in PACKING)
         finally:
             residents.unpin(pathway)
         return True
@@ -217,13 +226,21 @@ class SparsePathwaysModel(_Base):
         Raises:
             UnknownNameError: An unknown domain.
         """
-        chosen = self._resolve(domain)
-        self._look_at_weights()
-        choice = push_choice(self._attachment.key, chosen)
-        try:
+        with self._holding(self._resolve(domain), expand=False):
             yield self
+
+    @contextmanager
+    def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[None]:
+        """Make a choice for all passes on this thread within the block."""
+        if chosen is not None or self.config.executor in PACKING:
+            self._look_at_weights()
+        compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
+        name = self.config.executor
+        choice = self._attachment.hold(chosen, name, plain=bool(compiled), expand=expand)
+        try:
+            yield
         finally:
-            remove_choice(choice)
+            self._attachment.end(choice)
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
@@ -259,41 +276,17 @@ class SparsePathwaysModel(_Base):
             chosen = fit_rows(chosen, batch_size(args, kwargs), expand=expand)
         if isinstance(chosen, Tensor):
             chosen = chosen.to(self.device)
-        executor = "masked"
-        if chosen is not None and self._partial is None:
-            self._attachment.settle()
-            if not torch.is_grad_enabled():  # copies carry no gradient, masks do
-                executor = self._use_executor()
-                if executor != "masked" and not expand:  # generate has looked, for all its steps
-                    self._attachment.check_copies()
-        pinned = None
-        if executor != "masked" and not torch.compiler.is_compiling():  # which makes no copies
-            if isinstance(chosen, int) and self._attachment.residents.pin(chosen):
-                pinned = chosen
-            else:
-                executor = "masked"
-        choice = push_choice(self._attachment.key, chosen, executor=executor)
-        choice.pinned = pinned
-        return choice
+        # generate has looked at the weights, for all its steps
+        return self._attachment.begin(chosen, self.config.executor, looked=expand)
 
     def leave_forward(self, choice: Choice) -> None:
         """Take back what ``enter_forward`` did."""
-        remove_choice(choice)
-        if choice.pinned is not None:
-            self._attachment.residents.unpin(choice.pinned)
-
-    def _use_executor(self) -> str:
-        """Return the executor's name, and let copies be made for it."""
-        executor = resolve_executor(self.config.executor)
-        if self._attachment.executor != executor:
-            self._attachment.executor = executor
-            self._attachment.drop_copies()
-        return executor
+        self._attachment.end(choice)
 
     def _look_at_weights(self) -> None:
         """Notice what has become of the leaves and their weights since the last call."""
         self._attachment.settle()
-        if resolve_executor(self.config.executor) != "masked":
+        if self.config.executor != "masked":
             self._attachment.check_copies()
 
     def _set_gradient_checkpointing(
@@ -365,7 +358,7 @@ class SparsePathwaysModel(_Base):
             ArtefactError: There are no pathways, or they are corrupt or of a newer format.
             MismatchError: They were made for another model.
         """
-        resolve_executor(executor or "auto")
+        check_executor(executor or "auto")
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
         loading = None if domain is None else Loading(pathways, domain)
         if loading is not None and default_domain not in (None, domain):

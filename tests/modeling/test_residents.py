@@ -10,6 +10,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.ffn.packing import Packed
 from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
 
 DOMAINS = ("a", "b", "c", "d")
@@ -25,17 +26,19 @@ def _sparse(name="llama", domains=DOMAINS, **arguments):
 def _copied_bytes(model):
     """What lies in memory beside the weights, whatever the books say."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-    for block in model._attachment.blocks:
-        for leaf in block.leaves.values():
-            for kept in leaf.copies.values():
-                bypass = kept.bypass
-                thin = [] if bypass is None else [bypass.outer, bypass.inner]
-                for tensor in (kept.weight, kept.bias, *thin):
-                    if tensor is not None:
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(size for place, size in storages.items() if place not in weights)
+    attachment = model._attachment
+    leaves = [leaf for block in attachment.blocks for leaf in block.leaves.values()]
+    storages, packed = {}, 0
+    for kept in [k for leaf in (*leaves, *attachment.rest.leaves) for k in leaf.copies.values()]:
+        thin = [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
+        is_packed = isinstance(kept.weight, Packed)
+        packed += torch.ops.mkldnn._nbytes(kept.weight.weight) if is_packed else 0
+        plain = [] if is_packed else [kept.weight]
+        for tensor in (*plain, kept.bias, *thin):
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return packed + sum(size for place, size in storages.items() if place not in weights)
 
 
 def _sizes(model):
@@ -59,7 +62,30 @@ def test_the_books_are_right(name, compensated):
     for domain in ("a", "b", "a"):
         model(IDS, domain=domain)
         assert _copied_bytes(model) == sum(model.resident.values())
-    assert list(model.resident) == ["b", "a"]
+    for domain in (["b", "a"], ["a", None], "a"):  # bypasses may be shared with those above
+        model(IDS, domain=domain)
+        assert _copied_bytes(model) <= sum(model.resident.values())
+    assert list(model.resident) == ["b", "a+b", "dense+a", "a"]
+
+
+@pytest.mark.usefixtures("packing_pays")
+@pytest.mark.parametrize("executor", ["packed", "packed-all"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_packed_copies_take_no_more_than_the_books_say(name, executor):
+    dense = build(name).eval()
+    paths = compensate(dense, random_masks(dense, ("a", "b")))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor)
+    model.max_resident_bytes = "1GB"
+    if model.execution.executor != executor:
+        pytest.skip(model.execution.reason)
+    for domain in ("a", None, ["b", "a"]):
+        model(IDS, domain=domain)
+        assert 0 < _copied_bytes(model) <= sum(model.resident.values())
+    assert {"a", "dense", "a+b"} <= set(model.resident)
+    assert ("attention and head" in model.resident) == (executor == "packed-all")
+    model.set_executor("compact")
+    assert (model.resident, _copied_bytes(model)) == ({}, 0)
 
 
 @torch.no_grad()
@@ -129,6 +155,44 @@ def test_a_limit_that_is_no_size_is_refused(size):
     with pytest.raises(PathwaysError, match="no size of memory"):
         model.max_resident_bytes = size
     assert model.max_resident_bytes == before
+
+
+@torch.no_grad()
+def test_a_mixed_batch_gives_way_and_makes_others_give_way():
+    model = _sparse()
+    expected = model(prompt(rows=3), domain=["a", "b", "c"]).logits
+    union = model.resident["a+b+c"]
+    model.max_resident_bytes = union
+    model(IDS, domain="d")
+    assert list(model.resident) == ["d"]
+    assert torch.equal(model(prompt(rows=3), domain=["a", "b", "c"]).logits, expected)
+    assert list(model.resident) == ["a+b+c"]
+    model.max_resident_bytes = union - 1
+    found = model(prompt(rows=3), domain=["a", "b", "c"]).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert model.resident == {}
+
+
+@torch.no_grad()
+def test_a_mixed_batch_computes_the_union_alone(monkeypatch):
+    model = _sparse()
+    ids, domains = prompt(rows=3), ["b", "a", "b"]
+    expected = [model(ids[row : row + 1], domain=name).logits for row, name in enumerate(domains)]
+    leaf = type(model._attachment.blocks[0].leaves["up_proj"])
+    monkeypatch.setattr(leaf, "dense", None)
+    found = model(ids, domain=domains).logits
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+    for attached in model._attachment.blocks:
+        one, other = (attached.state.pathways[index].keep for index in (0, 1))
+        shape = attached.leaves["up_proj"].copies[0, 1].weight.shape
+        assert shape[0] == int((one | other).sum()) < attached.state.d_ff
+
+
+@torch.no_grad()
+def test_where_nothing_is_left_out_a_mixed_batch_makes_no_copies():
+    model = _sparse()
+    model(IDS, domain=["a", None])
+    assert model.resident == {"dense+a": 0}
 
 
 CHANGES = {

@@ -1,0 +1,205 @@
+"""Copies of what a pass needs of a leaf's weights: kept rows or columns, or a packed whole.
+
+A leaf holds its copies by key. A copy is made again when the weights have changed; ``residents``
+decides which keys may have any.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.packing import Packed, pack, packed_bytes
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+
+WHOLE = -1
+"""Key of a copy of the whole leaf, which is worth having only if it is packed."""
+
+Key = int | tuple[int, ...]
+"""What is resident or not: a pathway's index, ``WHOLE``, or the pathways of a mixed batch."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Key of an outgoing leaf's copy for one pathway of a mixed batch.
+
+    Attributes:
+        mixture: The key of the batch.
+        pathway: The pathway.
+    """
+
+    mixture: tuple[int, ...]
+    pathway: int
+
+
+_MAKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """A leaf's kept rows ``(kept, d_in)`` or columns ``(d_out, kept)``, in ``linear``'s order.
+
+    Refit and bias are added in; the bypass of an outgoing leaf is apart.
+
+    Attributes:
+        weight: The matrix, plain or packed.
+        bias: Added to the product.
+        bypass: In the dtype and on the device of the weight.
+        stamp: Identifies the weights that were copied.
+    """
+
+    weight: Tensor | Packed
+    bias: Tensor | None
+    bypass: LowRank | None
+    stamp: tuple[object, ...]
+
+    def fits(self, stamp: tuple[object, ...], *, packed: bool) -> bool:
+        """Whether it was made of these weights, in this form."""
+        return self.stamp == stamp and isinstance(self.weight, Packed) == packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product with ``(..., inputs)``, without the bypass."""
+        if isinstance(self.weight, Packed):
+            return self.weight(x, self.bias)
+        return functional.linear(x, self.weight, self.bias)
+
+
+def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> KeptWeights:
+    """Return a leaf's copy, made again if the weights have changed since."""
+    if torch.compiler.is_compiling():  # they are held, and were looked at before the graph runs
+        return leaf.copies[key]
+    stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
+    copy = leaf.copies.get(key)
+    if copy is None or not copy.fits(stamp, packed=packed):
+        with _MAKING:  # two threads with one pathway would make two copies
+            copy = leaf.copies.get(key)
+            if copy is None or not copy.fits(stamp, packed=packed):
+                leaf.copies.pop(key, None)
+                copy = leaf.copies[key] = _copy(leaf, key, packed=packed, stamp=stamp)
+    return copy
+
+
+def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Key | Columns]:
+    """Yield the keys of all copies that a leaf has for a resident key."""
+    if not isinstance(key, tuple):
+        yield key
+    elif leaf.neuron_dim == 1 and leaf.state.apart(key):
+        yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
+    elif leaf.state.union(key).index is not None:
+        yield key
+
+
+def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
+    """Drop all copies that a leaf has for a resident key."""
+    for own in list(leaf.copies):
+        if key == (own.mixture if isinstance(own, Columns) else own):
+            leaf.copies.pop(own, None)
+
+
+def copy_bytes(leaf: "PathwayLeaf", key: Key, *, packed: bool) -> int:
+    """Return how many bytes a leaf's copies take; at most, if they are packed."""
+    return sum(_bytes(leaf, own, packed=packed) for own in copy_keys(leaf, key))
+
+
+def _bytes(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> int:
+    rows, columns = linear_weight(leaf).shape
+    itemsize, extra = leaf.weight.element_size(), 0
+    index, own = _neurons(leaf, key)
+    if index is not None and leaf.neuron_dim == 0:
+        rows = len(index) * leaf.rows_per_neuron
+        extra += 0 if leaf.bias is None else rows
+    elif index is not None:
+        columns = len(index)
+    if own is not None and leaf.neuron_dim == 1:
+        extra += 0 if own.bias is None else own.bias.numel()
+        extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
+    matrix = packed_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize
+    return matrix + extra * itemsize
+
+
+def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, BlockPathway | None]:
+    """Return the neurons that a copy holds (None: all), and the pathway that changes them."""
+    if isinstance(key, tuple):
+        return leaf.state.union(key).index, None
+    if key == WHOLE:
+        return None, None
+    pathway = key.pathway if isinstance(key, Columns) else key
+    return leaf.state.kept(pathway), leaf.state.pathways[pathway]
+
+
+def _stamp(tensor: Tensor) -> tuple[object, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
+
+
+def _copy(
+    leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool, stamp: tuple[object, ...]
+) -> KeptWeights:
+    with torch.inference_mode(False), torch.no_grad():
+        index, own = _neurons(leaf, key)
+        if index is None:
+            weight, bias, bypass = linear_weight(leaf), leaf.bias, None
+        elif leaf.neuron_dim == 0:
+            weight, bias, bypass = _kept_rows(leaf, index, own)
+        else:
+            weight, bias, bypass = _kept_columns(leaf, index, own)
+        return KeptWeights(pack(weight) if packed else weight, bias, bypass, stamp)
+
+
+def _kept_rows(
+    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
+) -> tuple[Tensor, Tensor | None, None]:
+    """Return an incoming leaf's rows of some neurons and their bias, healing added in."""
+    d_ff = leaf.state.d_ff
+    rows = torch.cat([index + part * d_ff for part in range(leaf.rows_per_neuron)])
+    rows = rows.to(leaf.weight.device)
+    changes = () if own is None else own.incoming
+    delta = changes[leaf.position] if leaf.position < len(changes) else None
+    bias = None if leaf.bias is None else leaf.bias[rows]
+    return _changed(_select(leaf, rows), delta), bias, None
+
+
+def _kept_columns(
+    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
+) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Return an outgoing leaf's columns, the bias and the bypass, compensation added in."""
+    columns = _select(leaf, index.to(leaf.weight.device))
+    bias = leaf.bias
+    if own is None:
+        return columns, bias, None
+    columns = _changed(columns, own.delta)
+    if own.bias is not None:
+        added = own.bias.to(columns.device).float()
+        bias = (added if bias is None else bias.float() + added).to(columns.dtype)
+    return columns, bias, None if own.bypass is None else own.bypass.to(columns)
+
+
+def _select(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
+    """Return some of a leaf's rows, or columns if it is an outgoing one; contiguous.
+
+    For two-byte types torch's selection of columns has no vector code on the CPU; gathering them as
+    integers takes a third to a half of the time.
+
+    Raises:
+        UnsupportedModelError: The leaf holds a part of its weights.
+    """
+    weight, dim = leaf.whole_weight(), leaf.neuron_dim
+    if dim == 1 and weight.device.type == "cpu" and weight.element_size() == 2:
+        bits = weight.view(torch.int16)
+        return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)
+    return weight.index_select(dim, index).contiguous()
+
+
+def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:
+    """Add a change to weights, in float32."""
+    if delta is None:
+        return weight
+    return (weight.float() + as_matrix(delta).to(weight.device)).to(weight.dtype)
