@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+    from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "heal",
+    "permute",
     "profile",
     "select",
 ]
@@ -60,6 +62,7 @@ _HOMES = {
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
     "heal": "healing.healing",
+    "permute": "modeling.permutation",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
 }

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -83,7 +84,10 @@ def write_pair(json_path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def read_pair(
-    json_path: Path, tensors_path: Path, newest: int
+    json_path: Path,
+    tensors_path: Path,
+    newest: int,
+    wanted: Callable[[dict[str, Any], str], bool] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what ``write_pair`` wrote.
 
@@ -91,6 +95,8 @@ def read_pair(
         json_path: The description.
         tensors_path: The tensors.
         newest: The newest format version that is understood.
+        wanted: Of the description and a tensor's name: whether to read it. The others are never in
+            memory.
 
     Raises:
         ArtefactError: A file is missing, corrupt or truncated, the two do not belong together, or
@@ -105,14 +111,19 @@ def read_pair(
             f"{json_path.name} has format {version}; this version of hf-sparse-pathways reads up "
             f"to {newest}. Upgrade hf-sparse-pathways."
         )
-    data = _read(tensors_path)
-    if hashlib.sha256(data).hexdigest() != meta.get("tensors_sha256"):
+    data = b"" if wanted else _read(tensors_path)
+    digest = _digest(tensors_path) if wanted else hashlib.sha256(data).hexdigest()
+    if digest != meta.get("tensors_sha256"):
         raise ArtefactError(
             f"{tensors_path.name} is not the file that {json_path.name} describes (SHA-256 "
             "differs): it is truncated, corrupt, or from another save. Fetch or save both again."
         )
     try:
-        return meta, load(data)
+        if wanted is None:
+            return meta, load(data)
+        with safe_open(tensors_path, framework="pt") as file:
+            names = [name for name in file.keys() if wanted(meta, name)]  # noqa: SIM118
+            return meta, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ArtefactError(f"{tensors_path.name} is not a safetensors file: {error}") from error
 
@@ -149,6 +160,15 @@ def _refuse_constant(name: str) -> float:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _digest(path: Path) -> str:
+    """Return a file's SHA-256, reading it a little at a time."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
 

@@ -263,6 +263,8 @@ def repaired(model, pathway):
             with torch.no_grad():
                 weight[:, part.keep] += part.full_delta.to(weight)
         for leaf, change in zip(block.incoming, part.incoming, strict=False):
+            if change is None:
+                continue
             rows = torch.cat([part.keep, part.keep]) if block.layout.fused else part.keep
             weight = leaf.weight if isinstance(leaf, nn.Linear) else leaf.weight.T
             full = change if isinstance(change, torch.Tensor) else change.product()

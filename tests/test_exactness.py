@@ -20,7 +20,7 @@ from tests.architectures import (
 
 TOLERANCE = 1e-5
 IDS = prompt()
-EXECUTORS = ["masked", "compact", "packed", "packed-all"]
+EXECUTORS = ["masked", "compact", "sliced", "packed", "packed-all"]
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))

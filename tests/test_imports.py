@@ -58,6 +58,7 @@ LAZY = {
     ("cli.build", "discovery.recipe"),
     ("cli.build", "discovery.selection"),
     ("cli.build", "modeling.causal_lm"),
+    ("cli.build", "modeling.permutation"),
     ("cli.build", "modeling.structure"),
     ("cli.build", "pathways.base"),
     ("cli.compare", "discovery.goal"),

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 QUICK_TOKENS = 8192
 QUICK_RIDGE = "0.01"
 
+LAYOUTS = ("original", "permuted")
+
 VALIDATION_SHARE = 0.1
 """Of the documents that are not held out: set aside where a limit of quality is searched."""
 
@@ -102,6 +104,10 @@ def run(  # noqa: PLR0913
     default_domain: Annotated[
         str | None, typer.Option(help="Domain to use when none is named; dense if not given.")
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(help="original, or permuted: each domain's neurons stand together."),
+    ] = "original",
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Find each domain's neurons and save weights, configuration, tokenizer and pathways."""
@@ -109,6 +115,8 @@ def run(  # noqa: PLR0913
         raise PathwaysError("Give --domain NAME=PATH (once per domain) or --profile DIR.")
     if profile is not None:
         refuse_beside(ctx, "--profile", (*opt.PROFILING, "max_length", "batch_size"))
+    if layout not in LAYOUTS:
+        raise UnknownNameError("layout", layout, LAYOUTS)
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
     sparsities = None if sparsity is None else parse_sparsities(sparsity)
@@ -145,7 +153,7 @@ def run(  # noqa: PLR0913
         inputs=needs_inputs(compensation),
         validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
     )
-    job = _Job(model, dtype, output, default_domain, profile)
+    job = _Job(model, dtype, output, default_domain, profile, layout)
     job.carry_out(split_texts(texts, held_out, seed), sampling, limits, rule)
     print_summary(output)
 
@@ -159,6 +167,7 @@ class _Job:
     output: Path
     default_domain: str | None
     profile: Path | None
+    layout: str
 
     @property
     def _key(self) -> tuple[str, str, str]:
@@ -188,10 +197,13 @@ class _Job:
     def _write(self, dense: Any, tokenizer: Any, pathways: "Pathways") -> None:
         """Write the checkpoint, whole or not at all."""
         from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+        from hf_sparse_pathways.modeling.permutation import permute
 
         sparse = SparsePathwaysForCausalLM.from_dense(
             dense, pathways, default_domain=self.default_domain
         )
+        if self.layout == "permuted":
+            sparse = permute(sparse)
         with written_whole(self.output) as folder:
             sparse.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -39,6 +39,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
             "revision": pathways.base.revision,
             "model_type": pathways.base.model_type,
             "summary": pathways.base.summary,
+            "neuron_order": pathways.base.neuron_order,
         },
         "bytes": sum(locate(source, name).stat().st_size for name in (JSON_NAME, TENSORS_NAME)),
         "weight_bytes": _weight_bytes(source),
@@ -72,6 +73,8 @@ def print_summary(source: str | PathLike[str]) -> None:
     facts = describe(source)
     typer.echo(f"pathways of {facts['base']['name'] or 'a model without a name'}")
     typer.echo(f"  base: {facts['base']['summary']}")
+    if facts["base"]["neuron_order"]:
+        typer.echo(f"  neurons: permuted ({facts['base']['neuron_order'][:8]})")
     weights = facts["weight_bytes"]
     beside = f"; weights: {weights / 1e6:.1f} MB" if weights else ""
     typer.echo(f"  pathways: {facts['bytes'] / 1e6:.2f} MB{beside}")

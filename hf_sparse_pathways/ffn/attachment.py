@@ -38,6 +38,7 @@ from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.packing import Packed
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
+from hf_sparse_pathways.ffn.slices import has_views
 from hf_sparse_pathways.ffn.state import BlockState
 
 _MOST_MIXTURES = 16
@@ -87,12 +88,17 @@ class Attachment:
 
     def execution(self, name: str) -> Execution:
         """Return what the name of an executor stands for now; see ``choose_execution``."""
+        if not self.blocks:
+            return Execution("masked", "one domain's neurons were loaded alone")
         if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
-            return Execution("masked" if name == "masked" else "compact", "as traced")
+            return Execution(name if name in ("masked", "sliced") else "compact", "as traced")
         weight = self._ffn_leaves[0].weight
         now = (name, weight.dtype, weight.device, self.residents.limit, torch.get_num_threads())
         if self._execution is None or self._execution[0] != now:
-            self._execution = (now, choose_execution(name, self))
+            before, chosen = self._execution, choose_execution(name, self)
+            self._execution = (now, chosen)
+            if before is not None and before[1].executor != chosen.executor:
+                self.drop_copies()
         return self._execution[1]
 
     def begin(self, pathway: int | Tensor | None, name: str, *, looked: bool) -> Choice:
@@ -162,6 +168,8 @@ class Attachment:
             return held if isinstance(pathway, int) and pathway == held else None
         if isinstance(pathway, int):
             return pathway if self._pin(pathway) else None
+        if self._is_sliced:  # which promises to take no memory
+            return None
         rows = (tuple(pathway.tolist()), pathway.device)
         mixture = self._mixtures.get(rows)
         if mixture is None:
@@ -174,7 +182,7 @@ class Attachment:
         """Return the pathway that is held on this thread, if its copies can be traced."""
         ambient = find_choice(self.key)
         held = None if ambient is None else ambient.held
-        if held is None or any(not _is_traceable(leaf, held) for leaf in self._compact_leaves):
+        if held is None or any(not _is_traceable(leaf, held) for leaf in self._leaves_of(held)):
             return None
         return held
 
@@ -192,6 +200,7 @@ class Attachment:
         """Forget all copies of weights; they are made again when needed."""
         for leaf in (*self._ffn_leaves, *self.rest.leaves):
             leaf.drop_copies()
+        self.residents.clear()
 
     def copy_bytes(self, key: Key) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""
@@ -224,7 +233,17 @@ class Attachment:
             drop_copies(leaf, _of_leaf(key))
 
     def _leaves_of(self, key: Key) -> Sequence[PathwayLeaf]:
-        return self.rest.candidates if key == REST else self._compact_leaves
+        """Return the leaves that have copies of a key."""
+        if key == REST:
+            return self.rest.candidates
+        leaves = self._compact_leaves
+        if self._is_sliced and isinstance(key, int) and key != WHOLE:
+            return [leaf for leaf in leaves if not has_views(leaf, key)]
+        return leaves
+
+    @property
+    def _is_sliced(self) -> bool:
+        return self._execution is not None and self._execution[1].executor == "sliced"
 
     @property
     def _ffn_leaves(self) -> list[PathwayLeaf]:

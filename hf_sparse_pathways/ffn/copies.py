@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.packing import Packed, pack, packed_bytes
@@ -192,13 +191,7 @@ def _select(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: The leaf holds a part of its weights.
     """
-    weight, dim = linear_weight(leaf), leaf.neuron_dim
-    whole = leaf.state.d_ff * leaf.rows_per_neuron
-    if weight.shape[dim] != whole:
-        raise UnsupportedModelError(
-            f"A leaf holds {weight.shape[dim]} of {whole} rows: its weights are sharded. "
-            "Call model.set_executor('masked'), or load without tensor parallelism."
-        )
+    weight, dim = leaf.whole_weight(), leaf.neuron_dim
     if dim == 1 and weight.device.type == "cpu" and weight.element_size() == 2:
         bits = weight.view(torch.int16)
         return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)

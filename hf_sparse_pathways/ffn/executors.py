@@ -9,6 +9,8 @@ everything between them (activation function, gating, dropout) is the block's ow
   them alone. The copies are remade when the weights have changed, and are not differentiable, so
   a forward pass that records gradients is masked instead. For a batch of mixed pathways their
   union is copied (``mixtures``).
+- ``sliced``: the kept rows and columns are views of the weights where a pathway's neurons stand in
+  few runs (``permute``) and its compensation leaves the weights as they are; else copies.
 - ``packed``: as ``compact``, with the copies packed for oneDNN (``packing``). A dense pass uses
   packed copies of the whole leaves.
 - ``packed-all``: the other linear leaves (attention, head) are packed too, in every pass.
@@ -27,6 +29,7 @@ from torch import Tensor
 from hf_sparse_pathways.ffn.copies import Columns, KeptWeights, kept_weights
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.slices import Sliced
 from hf_sparse_pathways.ffn.state import needed_input, spread
 
 if TYPE_CHECKING:
@@ -147,9 +150,12 @@ def _with_bypass(kept: KeptWeights, x: Tensor, block_input: Tensor | None) -> Te
 
 MASKED = Masked()
 
+_COMPACT = Compact()
+
 EXECUTORS: Mapping[str, Executor] = {
     "masked": MASKED,
-    "compact": Compact(),
+    "compact": _COMPACT,
+    "sliced": Sliced(_COMPACT),
     "packed": Compact(packed=True),
     "packed-all": Compact(packed=True),
 }

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, Columns, KeptWeights, Key, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
+from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -38,6 +40,20 @@ class PathwayLeaf(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """Compute as the leaf's own class does."""
         return super().forward(x)
+
+    def whole_weight(self) -> Tensor:
+        """Return the weight in ``nn.Linear``'s order, a view.
+
+        Raises:
+            UnsupportedModelError: It holds a part of the neurons only.
+        """
+        weight, rows = linear_weight(self), self.state.d_ff * self.rows_per_neuron
+        if weight.shape[self.neuron_dim] != rows:
+            raise UnsupportedModelError(
+                f"A leaf holds {weight.shape[self.neuron_dim]} of {rows} rows: its weights are "
+                "sharded. Call model.set_executor('masked'), or load without tensor parallelism."
+            )
+        return weight
 
     def _plan(self) -> tuple[Executor | None, Any, Choice | None]:
         """Return what computes this leaf now, which copies or pathway, and the choice.

@@ -12,6 +12,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.runs import Run, few_runs
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class BlockState:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
         pathways: What each pathway keeps of the block.
+        runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
@@ -119,6 +121,7 @@ class BlockState:
         self.key = key
         self.d_ff = d_ff
         self.pathways: tuple[BlockPathway, ...] = ()
+        self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
         self.masked_only = False
         self.masked_outside = False
@@ -136,6 +139,7 @@ class BlockState:
     def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
         """Replace the pathways, in place."""
         self.pathways = pathways
+        self.runs = tuple(few_runs(pathway.keep) for pathway in pathways)
         self.bypassed = any(pathway.bypass is not None for pathway in pathways)
         self._tables, self._additions, self._incoming, self._unions = {}, {}, {}, {}
 

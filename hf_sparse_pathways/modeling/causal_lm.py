@@ -86,8 +86,11 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
 
         Raises:
             UnsupportedModelError: An adapter wraps a leaf, or the model is dispatched.
+            PathwaysError: One domain's neurons were loaded alone.
         """
         check_undispatched(self)
+        if self._partial is not None:
+            raise self._partial.refuse("there is no dense form of it")
         base_config = self.config.base_config
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()
@@ -110,8 +113,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             args: As the base's.
             config: Configuration to use instead of the saved one.
             kwargs: ``pathways`` (Pathways, a folder or a Hub id; needed when the weights are those
-                of a plain base), ``executor``, ``default_domain``, and everything that
-                Transformers takes.
+                of a plain base), ``executor``, ``default_domain``, ``domain`` (to load one
+                domain's neurons alone), and everything that Transformers takes.
 
         Raises:
             ArtefactError: There are no pathways, or they are corrupt or of a newer format.

@@ -30,6 +30,9 @@ class SparsePathwaysConfig(PreTrainedConfig):
         default_domain: The domain when ``domain`` is omitted; None for dense.
         executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
         pathways_format: Version of the artefact's format.
+
+    Where ``permute`` has put the neurons in another order, ``neuron_order`` identifies it; the
+    plain configuration of ``to_dense`` has it too, since the order is that of the weights.
     """
 
     model_type = MODEL_TYPE

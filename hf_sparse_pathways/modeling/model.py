@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
 from hf_sparse_pathways.ffn.choices import (
     CheckpointedChoices,
@@ -30,6 +30,13 @@ from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
 from hf_sparse_pathways.modeling.grouping import group_rows
+from hf_sparse_pathways.modeling.partial import (
+    HOW_TO_LOAD_ALL,
+    Loading,
+    Partial,
+    current_loading,
+    partial_load,
+)
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
 
@@ -59,6 +66,7 @@ class SparsePathwaysModel(_Base):
     _attachment: Attachment
     _pathways: Pathways | None
     _shape: BaseModel
+    _partial: Partial | None = None
 
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
         """Build the base model and swap its FFN leaves; pathways are given afterwards."""
@@ -74,8 +82,10 @@ class SparsePathwaysModel(_Base):
         """The pathways in use.
 
         Raises:
-            PathwaysError: None were given yet.
+            PathwaysError: None were given yet, or one domain's neurons were loaded alone.
         """
+        if self._partial is not None:
+            raise self._partial.refuse("its pathway is part of the weights now")
         if self._pathways is None:
             raise PathwaysError(
                 "This model has no pathways yet. Load it with from_pretrained, or give it some "
@@ -89,13 +99,26 @@ class SparsePathwaysModel(_Base):
         Raises:
             MismatchError: They were made for a model of another shape.
             UnknownNameError: The default domain is not among them.
+            PathwaysError: One domain's neurons were loaded alone.
         """
+        if self._partial is not None:
+            raise self._partial.refuse("other pathways need other neurons")
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
         self._attachment.load([pathway.blocks for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
+        self._limit_copies()
+
+    def become_partial(self, partial: Partial) -> None:
+        """Note that one domain's neurons were loaded alone, in place."""
+        self._partial = partial
+        self.config.domains, self.config.default_domain = [partial.domain], partial.domain
+        self._limit_copies()
+
+    def _limit_copies(self) -> None:
+        """Let copies take as much as the weights, if nothing else was said."""
         if self._attachment.residents.limit is None:
             sizes = (p.numel() * p.element_size() for p in self.parameters())
             self._attachment.residents.limit = sum(sizes)
@@ -103,10 +126,14 @@ class SparsePathwaysModel(_Base):
     @property
     def domains(self) -> list[str]:
         """The names that ``domain=`` takes."""
+        if self._partial is not None:
+            return [self._partial.domain]
         return [] if self._pathways is None else self._pathways.domains
 
     def set_executor(self, executor: str) -> None:
         """Choose how kept neurons are computed: ``"auto"`` or a name in ``EXECUTORS``, in place.
+
+        A model of which one domain's neurons were loaded alone computes them whatever the executor.
 
         Raises:
             UnknownNameError: There is no such executor.
@@ -154,8 +181,8 @@ class SparsePathwaysModel(_Base):
             domain: A domain.
 
         Returns:
-            Whether they are there. They are not where other threads are using the memory, or
-            where the executor is ``masked``, which needs none.
+            Whether they are there. They are not where other threads are using the memory, and
+            where none are needed: by ``masked``, and where one domain's neurons were loaded alone.
 
         Raises:
             UnknownNameError: An unknown domain.
@@ -237,6 +264,8 @@ class SparsePathwaysModel(_Base):
 
     def _resolve(self, domain: Domain) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
+        if self._partial is not None:
+            self._partial.check(domain)
         controls = [] if self._pathways is None else list(self._pathways.controls)
         return resolve_domain(domain, self.domains, controls)
 
@@ -254,6 +283,8 @@ class SparsePathwaysModel(_Base):
         ambient = find_choice(self._attachment.key)
         if ambient is None:
             return self._resolve(self.config.default_domain), False
+        if ambient.pathway is None and self._partial is not None:
+            self._partial.check(None)
         return ambient.pathway, ambient.expand
 
     def enter_forward(
@@ -296,7 +327,11 @@ class SparsePathwaysModel(_Base):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save weights, configuration and pathways; see the base for the other arguments."""
+        """Save weights, configuration and pathways; see the base for the other arguments.
+
+        Raises:
+            PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
+        """
         pathways = self.pathways
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -322,6 +357,7 @@ class SparsePathwaysModel(_Base):
         executor: str | None = None,
         default_domain: str | None = None,
         max_resident_bytes: int | str | None = None,
+        domain: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load weights, configuration and pathways.
@@ -334,6 +370,8 @@ class SparsePathwaysModel(_Base):
             executor: How kept neurons are computed; by default as saved.
             default_domain: The domain when ``domain`` is omitted; by default as saved.
             max_resident_bytes: Most bytes of copies of kept weights, also as ``"2GB"``.
+            domain: Load this domain's neurons alone. The model then has no other domain and no
+                dense form, cannot be saved, and takes the memory of what is kept.
             kwargs: As the base's.
 
         Raises:
@@ -341,17 +379,47 @@ class SparsePathwaysModel(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
-        pathways = _read_pathways(pathways, pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
+        loading = None if domain is None else Loading(pathways, domain)
+        if loading is not None and default_domain not in (None, domain):
+            raise Partial(loading.domain).refuse(f"default_domain={default_domain!r} is another")
+        with partial_load(loading):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if default_domain is not None:
             model.config.default_domain = default_domain
-        model.set_pathways(pathways)
+        if loading is None:
+            model.set_pathways(pathways)
+        elif model._partial is None:
+            raise UnsupportedModelError(
+                "This version of transformers loads models in a way in which they cannot be loaded "
+                f"in part. {HOW_TO_LOAD_ALL}instead."
+            )
         if executor is not None:
             model.set_executor(executor)
         if max_resident_bytes is not None:
             model.max_resident_bytes = max_resident_bytes
         return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        """Load as the base does, in part if that is what this thread is doing."""
+        loading = current_loading()
+        if loading is not None:
+            state_dict = loading.prepare(model, state_dict, checkpoint_files, load_config)
+        load = PreTrainedModel._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, load_config, *args)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, *args: Any) -> Any:
+        """Finish as the base does, and fold the pathway into weights that were loaded in part."""
+        info = PreTrainedModel._finalize_model_loading(model, *args)
+        loading = current_loading()
+        if loading is not None:
+            loading.finish(model)
+        return info
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the base's class, since the derived one is made at run time."""
@@ -371,6 +439,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def _read_pathways(
     pathways: "Pathways | str | PathLike[str] | None",
     beside: "str | PathLike[str]",
+    only: str | None,
     kwargs: dict[str, Any],
 ) -> Pathways:
     """Return pathways as given, from their own place, or from beside the weights."""
@@ -378,10 +447,10 @@ def _read_pathways(
         return pathways
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     if pathways is None:
-        return Pathways.from_pretrained(beside, **hub)
+        return Pathways.from_pretrained(beside, only=only, **hub)
     for name in ("revision", "subfolder"):  # those of the weights' repository
         hub.pop(name, None)
-    return Pathways.from_pretrained(pathways, **hub)
+    return Pathways.from_pretrained(pathways, only=only, **hub)
 
 
 def made_class(base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]) -> Any:

@@ -76,6 +76,8 @@ class BaseModel:
         model_type: The architecture, as in its config.
         blocks: Its FFN blocks, in layer order.
         routed: Modules with routed experts, which stay dense whatever the pathway.
+        neuron_order: Digest of the order of its neurons where ``permute`` has changed it; None for
+            the original order.
     """
 
     name: str
@@ -83,6 +85,7 @@ class BaseModel:
     model_type: str
     blocks: tuple[BlockShape, ...]
     routed: tuple[str, ...] = ()
+    neuron_order: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -99,6 +102,7 @@ class BaseModel:
             model_type=str(getattr(type(config), "model_type", "")),
             blocks=tuple(BlockShape.of(block, prefix) for block in find_blocks(model)),
             routed=tuple(name.removeprefix(prefix) for name in survey_model(model).routed),
+            neuron_order=getattr(config, "neuron_order", None),
         )
 
     @property
@@ -111,13 +115,26 @@ class BaseModel:
             f"d_model {_span(models)}, d_ff {_span(widths)}"
         )
 
+    @property
+    def _order(self) -> str:
+        if self.neuron_order is None:
+            return "their original order"
+        return f"the permuted order {self.neuron_order[:8]}"
+
     def check_same(self, other: Self) -> None:
         """Check that another model has the same FFN blocks; names of the models may differ.
 
         Raises:
-            MismatchError: It has others.
+            MismatchError: It has others, or their neurons stand in another order.
         """
         if self.model_type == other.model_type and self.blocks == other.blocks:
+            if self.neuron_order != other.neuron_order:
+                raise MismatchError(
+                    f"Made for {self.name or 'a model without a name'!r} with its neurons in "
+                    f"{self._order}, but this model has them in {other._order}: the masks would "
+                    "name other neurons. Use the weights and the pathways of one checkpoint; "
+                    "sp.permute(model) brings both into a new order."
+                )
             return
         detail = next(
             (

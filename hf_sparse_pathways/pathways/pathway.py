@@ -102,20 +102,24 @@ class Pathways:
         )
 
     @classmethod
-    def from_pretrained(cls, source: "str | PathLike[str]", **hub: Any) -> Self:
+    def from_pretrained(
+        cls, source: "str | PathLike[str]", *, only: str | None = None, **hub: Any
+    ) -> Self:
         """Read the pathways in a folder or Hub repository.
 
         Args:
             source: A folder, or a Hub repository id.
+            only: A domain, to read its pathway alone.
             hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``,
                 ``force_download``, as everywhere in Transformers.
 
         Raises:
             ArtefactError: There are none, or they are corrupt, truncated or of a newer format.
+            UnknownNameError: There is no such domain.
         """
         from hf_sparse_pathways.pathways.storage import read_pathways
 
-        return read_pathways(cls, source, **hub)
+        return read_pathways(cls, source, only, **hub)
 
     def save_pretrained(self, folder: "str | PathLike[str]") -> None:
         """Write ``pathways.json`` and ``pathways.safetensors``; the base is named, not copied.

@@ -8,6 +8,7 @@ the parts that a pathway holds (its keep masks, and compensation) are listed by 
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
+from hf_sparse_pathways.errors import (
+    ArtefactError,
+    MismatchError,
+    PathwaysError,
+    UnknownNameError,
+)
 from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
 from hf_sparse_pathways.files import check_finite, read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
@@ -46,28 +52,49 @@ def write_pathways(pathways: Pathways, folder: Path) -> None:
     write_pair(folder / JSON_NAME, meta, tensors)
 
 
-def read_pathways(cls: type[Pathways], source: str | PathLike[str], **hub: Any) -> Any:
+def read_pathways(
+    cls: type[Pathways], source: str | PathLike[str], only: str | None = None, **hub: Any
+) -> Any:
     """Read the two files from a folder or Hub repository.
+
+    Args:
+        cls: What is returned.
+        source: The folder or repository.
+        only: A domain, to read it alone.
+        hub: As in ``Pathways.from_pretrained``.
 
     Raises:
         ArtefactError: They are missing, corrupt, truncated or of a newer format.
+        UnknownNameError: There is no such domain.
     """
-    meta, tensors = read_pair(
-        locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub), FORMAT_VERSION
-    )
+    files = locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub)
+    wanted = None if only is None else partial(_belongs, only)
     try:
+        meta, tensors = read_pair(*files, FORMAT_VERSION, wanted)
         base = base_from_json(meta["base"])
+        if only is not None:
+            check_entries(meta["domains"])
+            names = [entry["name"] for entry in meta["domains"]]
+            if only not in names:
+                raise UnknownNameError("domain", only, names)
         return cls(
             base=base,
-            by_domain=_restored(meta["domains"], "", base, tensors),
-            controls=_restored(meta["controls"], "c", base, tensors),
+            by_domain=_restored(meta["domains"], "", base, tensors, only),
+            controls={} if only else _restored(meta["controls"], "c", base, tensors),
         )
-    except (ArtefactError, MismatchError):
+    except (ArtefactError, MismatchError, UnknownNameError):
         raise
     except PathwaysError as error:
         raise ArtefactError(f"{JSON_NAME} in {source}: {error}") from error
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
+
+
+def _belongs(domain: str, meta: dict[str, Any], tensor: str) -> bool:
+    """Whether a tensor belongs to a domain's pathway."""
+    index = tensor.partition(".")[0]
+    entries = meta["domains"]
+    return index.isdigit() and int(index) < len(entries) and entries[int(index)]["name"] == domain
 
 
 def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
@@ -97,7 +124,10 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
 
 def base_to_json(base: BaseModel) -> dict[str, Any]:
     """Return a base's identity as JSON values."""
-    return asdict(base)
+    data = asdict(base)
+    if base.neuron_order is None:
+        del data["neuron_order"]
+    return data
 
 
 def base_from_json(data: dict[str, Any]) -> BaseModel:
@@ -111,8 +141,8 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
         texts = [data["name"], data["model_type"], data["revision"] or "", *data["routed"]]
         if not blocks or not isinstance(data["routed"], list) or not _all_text(texts):
             raise TypeError("a value of the wrong kind")
-        if data["revision"] is not None and not isinstance(data["revision"], str):
-            raise TypeError("a revision that is no text")
+        if not all(isinstance(data.get(name), str | None) for name in ("revision", "neuron_order")):
+            raise TypeError("a revision or an order that is no text")
         return BaseModel(**{**data, "blocks": blocks, "routed": tuple(data["routed"])})
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"The base's description does not fit: {error}.") from error
@@ -158,12 +188,18 @@ def _held(pathway: Pathway) -> list[str]:
 
 
 def _restored(
-    described: list[dict[str, Any]], prefix: str, base: BaseModel, tensors: dict[str, Tensor]
+    described: list[dict[str, Any]],
+    prefix: str,
+    base: BaseModel,
+    tensors: dict[str, Tensor],
+    only: str | None = None,
 ) -> dict[str, Pathway]:
     check_entries(described)
     restored: dict[str, Pathway] = {}
     for index, entry in enumerate(described):
         name = str(entry["name"])
+        if only not in (None, name):
+            continue
         holds = entry["holds"]
         known = isinstance(holds, list) and set(map(str, holds)) <= set(PARTS)
         if name in restored or not known or "keep" not in holds:

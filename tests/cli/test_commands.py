@@ -13,8 +13,8 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.version import __version__
-from tests.architectures import build, random_masks
-from tests.cli.commands import run, run_well
+from tests.architectures import build, prompt, random_masks
+from tests.cli.commands import assert_error, run, run_well
 from tests.cli.conftest import save_dense
 from tests.texts import tiny_tokenizer
 
@@ -204,6 +204,26 @@ def test_build_takes_any_rule(places, tmp_path, options, per_block, recipe):
     assert {name: arm[name] for name in recipe} == recipe
     assert arm["text"]["documents"] == (10 if "--held-out" in options else 8)
     assert not facts["controls"]
+
+
+def test_build_permutes_and_says_so(places, tmp_path):
+    output = ("--output", tmp_path / "permuted", "--layout", "permuted")
+    said = run_well("build", places.dense, *places.texts, *output, "--sparsity", "0.5")
+    permuted = AutoModelForCausalLM.from_pretrained(tmp_path / "permuted")
+    order = _info(tmp_path / "permuted")["base"]["neuron_order"]
+    assert order == permuted.config.neuron_order
+    assert order[:8] in said
+    original = AutoModelForCausalLM.from_pretrained(places.built)
+    assert _info(places.built)["base"]["neuron_order"] is None
+    ids = prompt()
+    for domain in ("code", None):
+        with torch.no_grad():
+            found, expected = (m(ids, domain=domain).logits for m in (permuted, original))
+        assert torch.allclose(found, expected, atol=1e-4)
+    ran = run(
+        "build", places.dense, *places.texts, "--output", tmp_path / "x", "--layout", "permute"
+    )
+    assert_error(ran, "Did you mean 'permuted'")
 
 
 def test_build_sets_the_default_domain(places, tmp_path):

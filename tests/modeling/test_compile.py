@@ -119,3 +119,16 @@ def test_nothing_is_held_where_gradients_are_recorded():
         model(prompt(), labels=prompt()).loss.backward()
     assert model.resident == {}
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+@torch.no_grad()
+def test_a_held_pathway_is_traced_with_views():
+    model = sp.permute(_sparse(executor="sliced"))
+    expected = model(prompt(), domain="code").logits
+    graphs = _Graphs()
+    graphs.compile(model)
+    with model.pathway("code"):
+        found = model(prompt()).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert model._attachment.blocks[0].state.d_ff not in graphs.widths
+    assert not any(leaf.copies for b in model._attachment.blocks for leaf in b.leaves.values())

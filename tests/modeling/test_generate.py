@@ -48,7 +48,7 @@ def _generate(model, ids, **arguments):
         return model.generate(ids, attention_mask=mask, max_new_tokens=6, **arguments)
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "sliced"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_zeroed_weights(case, form, executor):
     model, references = case
