@@ -11,7 +11,7 @@ from torch.nn import functional
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
-from hf_sparse_pathways.ffn.attachment import AttachedBlock
+from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.choices import ModelKey, all_dense, push_choice, remove_choice

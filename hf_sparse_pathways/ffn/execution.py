@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.model_copies import PACKING, ModelCopies
 from hf_sparse_pathways.ffn.packing import Verdict, judge
 from hf_sparse_pathways.memory import format_memory
 
 if TYPE_CHECKING:
-    from hf_sparse_pathways.ffn.attachment import AttachedBlock, Attachment
-
-PACKING = ("packed-all", "packed")
-"""Executors with packed copies, the one that packs more first."""
+    from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 
 _WORTH_BYTES = 32 << 20
 """Below this all FFN weights may stay in the processor's caches, where packing gains nothing."""
@@ -46,40 +44,54 @@ def check_executor(name: str) -> None:
         raise UnknownNameError("executor", name, ["auto", *EXECUTORS])
 
 
-def choose_execution(name: str, attachment: "Attachment") -> Execution:
+def choose_execution(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for in a model.
 
     ``"packed"`` and ``"packed-all"`` stand for themselves where a test in this process found packed
     weights equal and faster, else for ``"compact"``. ``"auto"`` packs as much as fits
-    ``max_resident_bytes`` beside the largest pathway, if the weights are large enough.
+    ``max_resident_bytes`` beside the largest pathway, if the weights are large enough to gain from
+    it; where not even plain copies fit, it takes views if the neurons are in order for them.
 
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
-        attachment: The model's leaves.
+        copies: The model's leaves.
     """
-    if name != "auto" and name not in PACKING:
+    if name not in ("auto", *PACKING):
         return Execution(name, "as asked for")
-    verdict = _judge(attachment)
+    if name == "auto" and (other := _without_packing(copies)) is not None:
+        return other
+    verdict = _judge(copies)
     if not verdict.usable:
         return Execution("compact", verdict.reason)
     if name != "auto":
         return Execution(name, verdict.reason)
-    size = attachment.weight_bytes
+    limit = copies.residents.limit
+    for candidate in PACKING:
+        needed = copies.most(packed=True, rest=candidate == "packed-all")
+        if limit is None or needed <= limit:
+            return Execution(candidate, verdict.reason)
+    return Execution("compact", f"{_room(copies)} hold no packed pathway")
+
+
+def _without_packing(copies: ModelCopies) -> Execution | None:
+    """Return what ``"auto"`` stands for where packing is out of the question."""
+    limit = copies.residents.limit
+    if limit is not None and copies.most(packed=False) > limit and copies.are_views():
+        return Execution("sliced", f"{_room(copies)} hold no pathway, and views take nothing")
+    size = sum(leaf.weight.numel() * leaf.weight.element_size() for leaf in copies.leaves)
     if size < _WORTH_BYTES:
         small = f"the FFN weights take {format_memory(size)}, too little for packing to matter"
         return Execution("compact", small)
-    limit = attachment.residents.limit
-    for candidate in PACKING:
-        needed = attachment.most_bytes(candidate)
-        if limit is None or needed <= limit:
-            return Execution(candidate, verdict.reason)
-    room = f"{format_memory(limit or 0)} of max_resident_bytes hold no packed pathway"
-    return Execution("compact", room)
+    return None
 
 
-def _judge(attachment: "Attachment") -> Verdict:
+def _room(copies: ModelCopies) -> str:
+    return f"{format_memory(copies.residents.limit or 0)} of max_resident_bytes"
+
+
+def _judge(copies: ModelCopies) -> Verdict:
     """Judge packing by a block of middling width, in the first pathway."""
-    blocks = [block for block in attachment.blocks if block.compact_leaves]
+    blocks = [block for block in copies.blocks if block.compact_leaves]
     if not blocks:
         return Verdict(False, "no block can be computed with copies")
     reasons = []

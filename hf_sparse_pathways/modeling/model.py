@@ -24,7 +24,8 @@ from hf_sparse_pathways.ffn.choices import (
     find_choice,
 )
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
-from hf_sparse_pathways.ffn.execution import PACKING, Execution, check_executor
+from hf_sparse_pathways.ffn.execution import Execution, check_executor
+from hf_sparse_pathways.ffn.model_copies import PACKING
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
@@ -162,7 +163,7 @@ class SparsePathwaysModel(_Base):
     @max_resident_bytes.setter
     def max_resident_bytes(self, size: int | str) -> None:
         self._attachment.residents.limit = parse_memory(size)
-        self._attachment.drop_copies()
+        self._attachment.copies.drop()
 
     @property
     def resident(self) -> dict[str, int]:
@@ -194,7 +195,7 @@ class SparsePathwaysModel(_Base):
         self._look_at_weights()
         if self.execution.executor == "masked":
             return False
-        needed = self._attachment.copy_bytes(pathway)
+        needed = self._attachment.copies.size(pathway)
         if needed > self.max_resident_bytes:
             raise PathwaysError(
                 f"The kept weights of {domain!r} take {format_memory(needed)}, and "
@@ -205,7 +206,7 @@ class SparsePathwaysModel(_Base):
         if not residents.pin(pathway):
             return False
         try:
-            self._attachment.make_copies(pathway, packed=self.execution.executor in PACKING)
+            self._attachment.copies.make(pathway, packed=self.execution.executor in PACKING)
         finally:
             residents.unpin(pathway)
         return True
@@ -231,7 +232,7 @@ class SparsePathwaysModel(_Base):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; copies of kept weights are dropped, since training changes weights."""
-        self._attachment.drop_copies()
+        self._attachment.copies.drop()
         return super().train(mode)
 
     @contextmanager
@@ -307,7 +308,7 @@ class SparsePathwaysModel(_Base):
         """Notice what has become of the leaves and their weights since the last call."""
         self._attachment.settle()
         if self.config.executor != "masked":
-            self._attachment.check_copies()
+            self._attachment.copies.check()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

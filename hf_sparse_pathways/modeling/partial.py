@@ -109,7 +109,7 @@ class Loading:
         attached = model._attachment.blocks
         parts = self._chosen[self.domain].blocks
         model._attachment.detach()
-        model._attachment.blocks = ()
+        model._attachment.copies.blocks = ()
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, parts, strict=True)
         ]

@@ -123,8 +123,8 @@ def test_auto_packs_what_is_large_and_fits(monkeypatch):
     assert model.execution.executor == "compact"
     assert "too little" in model.execution.reason
     monkeypatch.setattr(execution, "_WORTH_BYTES", 0)
-    everything = model._attachment.most_bytes("packed-all")
-    blocks = model._attachment.most_bytes("packed")
+    everything = model._attachment.copies.most(packed=True, rest=True)
+    blocks = model._attachment.copies.most(packed=True)
     assert blocks < everything
     for limit, expected in [
         (everything, "packed-all"),

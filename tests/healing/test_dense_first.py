@@ -107,7 +107,7 @@ def test_the_teacher_at_the_cut_has_all_neurons(how, precision, monkeypatch):
 
 
 def test_what_is_cut_is_not_stopped_before():
-    settings = {"steps": 40, "validations": 20, "patience": 2, "learning_rate": 3.0}
+    settings = {"steps": 40, "validations": 20, "patience": 1, "learning_rate": 3.0}
     last = [
         heal(_whole(), dense_first=first, dense_partner=True, **settings)
         .reports["code"]
@@ -116,7 +116,7 @@ def test_what_is_cut_is_not_stopped_before():
         for first in (0.0, 0.5)
     ]
     assert last[0] < 20
-    assert last[1] >= 24, "two validations are given to what goes on from the cut"
+    assert last[1] >= 22, "a validation is given to what goes on from the cut"
 
 
 def test_a_cut_lora_keeps_its_rank():

@@ -103,7 +103,7 @@ def test_graphs_follow_changed_weights():
 @torch.no_grad()
 def test_what_is_held_does_not_give_way():
     model = _sparse(executor="compact")
-    size = model._attachment.copy_bytes(0) + model._attachment.copy_bytes(1) // 2
+    size = model._attachment.copies.size(0) + model._attachment.copies.size(1) // 2
     model.max_resident_bytes = size
     with model.pathway("code"):
         assert list(model.resident) == ["code"]

@@ -138,7 +138,7 @@ def test_cache_and_attention_mask_are_used_as_by_the_dense_model(case):
 def test_four_threads_with_four_domains(case):
     model, references = case
     model.set_executor("compact")
-    model._attachment.drop_copies()
+    model._attachment.copies.drop()
     ids = {name: prompt(2, 9, seed=index) for index, name in enumerate(DOMAINS)}
     expected = {n: _generate(references[n], ids[n], do_sample=False) for n in DOMAINS}
     wrong = []

@@ -1,0 +1,165 @@
+"""One FFN block with swapped leaves, and what has become of them since.
+
+An adapter library may wrap a leaf, a quantiser replace one, a dispatcher offload its weights.
+Wrapped blocks are masked in front of the wrapper, offloaded ones in the leaf, and a replaced leaf
+is an error instead of silently dense output.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.blocks import FfnBlock
+from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
+from hf_sparse_pathways.ffn.leaves import (
+    IncomingLeaf,
+    OutgoingLeaf,
+    PathwayLeaf,
+    restore_leaf,
+    swap_leaf,
+)
+from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.state import BlockState
+
+
+class AttachedBlock:
+    """One FFN block with swapped leaves."""
+
+    def __init__(self, block: FfnBlock, key: ModelKey, residents: Residents | None = None) -> None:
+        self.block = block
+        self.state = BlockState(key, block.d_ff, residents)
+        rows = 2 if block.layout.fused else 1
+        for position, leaf in enumerate(block.incoming):
+            swap_leaf(leaf, IncomingLeaf, self.state, rows=rows, position=position)
+        swap_leaf(block.outgoing, OutgoingLeaf, self.state)
+        names = (*block.layout.incoming, block.layout.outgoing)
+        self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}
+        self._places = [_place(block.parent, name) for name in names]
+        self._seen: list[nn.Module] = []
+        self._hook: Any = None
+
+    def drop_copies(self) -> None:
+        """Forget the copies of kept weights."""
+        for leaf in self.leaves.values():
+            leaf.drop_copies()
+
+    def settle(self) -> None:
+        """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
+        for (children, key), seen in zip(self._places, self._seen, strict=False):
+            if children[key] is not seen:
+                break
+        else:
+            if self._seen:
+                return
+        self._adapt()
+
+    def _adapt(self) -> None:
+        """Look at the leaves anew: where they are masked, and whether they can run compact."""
+        leaves = [*self.leaves.values()]
+        seen = [
+            self._holder(name, children[key])
+            for name, (children, key) in zip(self.leaves, self._places, strict=True)
+        ]
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        outside = seen[-1] is not leaves[-1]
+        if outside:
+            self._hook = seen[-1].register_forward_pre_hook(_MaskInput(self.state))
+        self.state.masked_outside = outside
+        self.state.masked_only = bool(
+            _differ(seen, leaves) or self.block.entangled or not all(map(_is_plain, leaves))
+        )
+        self.drop_copies()
+        self._seen = seen  # last: another thread takes it as a sign that the rest is done
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether an adapter wraps a leaf, as of the last ``settle``."""
+        return _differ(self._seen, [*self.leaves.values()])
+
+    @property
+    def compact_leaves(self) -> tuple[PathwayLeaf, ...]:
+        """The leaves of which copies may be resident, as of the last ``settle``."""
+        return () if self.state.masked_only else tuple(self.leaves.values())
+
+    def _holder(self, name: str, module: nn.Module | None) -> nn.Module:
+        """Return what sits at a leaf's place, if the leaf is in it."""
+        leaf = self.leaves[name]
+        if module is None or not any(inner is leaf for inner in module.modules()):
+            raise UnsupportedModelError(
+                f"{self.block.name}.{name} was replaced by {type(module).__name__} after the "
+                "pathways were attached, so they cannot be computed. Quantise or convert the "
+                "dense model first, then attach pathways to it."
+            )
+        return module
+
+    def detach(self) -> None:
+        """Restore the leaves' own classes, in place.
+
+        Raises:
+            UnsupportedModelError: An adapter wraps a leaf.
+        """
+        self.settle()
+        if self.wrapped or not all(map(_is_swapped, self.leaves.values())):
+            raise UnsupportedModelError(
+                f"An adapter wraps leaves of {self.block.name}, or a parametrisation has changed "
+                "them. Merge, unload or remove it first."
+            )
+        for leaf in self.leaves.values():
+            restore_leaf(leaf)
+
+
+def _place(parent: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    """Return the dictionary of children, and the key, under which a leaf is found."""
+    holder, _, key = path.rpartition(".")
+    return parent.get_submodule(holder)._modules, key
+
+
+class _MaskInput:
+    """Forward pre-hook that masks the input of an outgoing leaf's wrapper."""
+
+    def __init__(self, state: BlockState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002
+        choice = find_choice(self.state.key)
+        if choice is None or choice.pathway is None:
+            return None
+        return (self.state.mask(args[0], choice.pathway), *args[1:])
+
+
+def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:
+    return any(module is not leaf for module, leaf in zip(modules, leaves, strict=True))
+
+
+def _is_swapped(leaf: nn.Module) -> bool:
+    """Whether a leaf's class is still the one made here; a parametrisation changes it again."""
+    return len(type(leaf).__bases__) == 2
+
+
+def _is_plain(leaf: PathwayLeaf) -> bool:
+    """Whether a leaf computes what ``linear`` does with weights that lie in memory as they are."""
+    if not _is_swapped(leaf):
+        return False
+    hook = getattr(leaf, "_hf_hook", None)
+    if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:
+        return False
+    own: Any = type(leaf).__bases__[1]
+    return own.forward in (nn.Linear.forward, Conv1D.forward) or _behaves_linearly(leaf)
+
+
+@torch.no_grad()
+def _behaves_linearly(leaf: PathwayLeaf) -> bool:
+    """Compare a leaf whose class has its own forward with ``linear`` on one random vector."""
+    weight = leaf.weight
+    if weight.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, weight.shape[1], generator=generator).to(weight)
+    expected = functional.linear(probe, weight, leaf.bias)
+    return torch.allclose(leaf.dense(probe), expected, rtol=1e-2, atol=1e-4)

@@ -1,0 +1,147 @@
+"""All copies of one model's weights: what they take, made, looked at, dropped."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse_pathways.ffn.attached_block import AttachedBlock
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.choices import ModelKey
+from hf_sparse_pathways.ffn.copies import (
+    WHOLE,
+    Key,
+    copy_bytes,
+    copy_keys,
+    drop_copies,
+    kept_weights,
+)
+from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+from hf_sparse_pathways.ffn.packing import Packed
+from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.rest import REST, RestLeaves
+from hf_sparse_pathways.ffn.slices import has_views
+
+PACKING = ("packed-all", "packed")
+"""Executors with packed copies, the one that packs more first."""
+
+
+class ModelCopies:
+    """The leaves of one model that may have copies, and the books of what is resident.
+
+    Attributes:
+        residents: Which keys have copies.
+        blocks: One entry per FFN block, in layer order.
+        rest: The linear leaves outside of them.
+        executor: The executor that the copies are for.
+    """
+
+    def __init__(self, model: nn.Module, key: ModelKey) -> None:
+        """Swap the leaves of a model, in place.
+
+        Raises:
+            UnsupportedModelError: No FFN block was found.
+        """
+        self.residents = Residents(self.size, self._drop)
+        self.blocks = tuple(
+            AttachedBlock(block, key, self.residents) for block in find_blocks(model)
+        )
+        self.rest = RestLeaves(model, key, self.residents)
+        self.executor = "compact"
+        self._samples: Tensor | None = None
+
+    def size(self, key: Key) -> int:
+        """Return how many bytes the copies of a pathway take, or those of another key."""
+        return self._size(key, packed=self.executor in PACKING)
+
+    def most(self, *, packed: bool, rest: bool = False) -> int:
+        """Return how many bytes the largest pathway's copies take.
+
+        Args:
+            packed: Whether they are packed.
+            rest: Whether those of the leaves outside the blocks are added.
+        """
+        pathways = range(len(self.blocks[0].state.pathways))
+        most = max((self._size(pathway, packed=packed) for pathway in pathways), default=0)
+        return most + (self._size(REST, packed=packed) if rest else 0)
+
+    def _size(self, key: Key, *, packed: bool) -> int:
+        own = _of_leaf(key)
+        return sum(copy_bytes(leaf, own, packed=packed) for leaf in self._leaves_of(key))
+
+    def make(self, key: Key, *, packed: bool) -> None:
+        """Make the copies of a key that are not there or out of date."""
+        for leaf in self._leaves_of(key):
+            for own in copy_keys(leaf, _of_leaf(key)):
+                kept_weights(leaf, own, packed=packed)
+
+    def are_traceable(self, pathway: int) -> bool:
+        """Whether all copies of a pathway are there, in a form that a graph can hold."""
+        return all(
+            pathway in leaf.copies and not isinstance(leaf.copies[pathway].weight, Packed)
+            for leaf in self._leaves_of(pathway)
+        )
+
+    def are_views(self) -> bool:
+        """Whether every pathway can be computed on views of the weights alone."""
+        pathways = range(len(self.blocks[0].state.pathways))
+        return all(has_views(leaf, own) for leaf in self.compact_leaves for own in pathways)
+
+    def drop(self) -> None:
+        """Forget all copies; they are made again when needed."""
+        for leaf in (*self.leaves, *self.rest.leaves):
+            leaf.drop_copies()
+        self.residents.clear()
+
+    def _drop(self, key: Key) -> None:
+        for leaf in self.rest.leaves if key == REST else self.leaves:
+            drop_copies(leaf, _of_leaf(key))
+
+    def check(self) -> None:
+        """Drop copies whose weights were written past autograd's version counter.
+
+        ``parameter.data`` (merging an adapter, averaging weights) leaves no trace that a copy's
+        stamp could show. Samples of the weights do, unless a write touches single entries only:
+        after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
+        """
+        leaves = [*self.compact_leaves, *self.rest.leaves]
+        if torch.compiler.is_compiling() or not leaves:
+            return
+        samples = torch.stack([_sample(leaf) for leaf in leaves])
+        if self._samples is not None:  # leaves outside the blocks come and go, at the end
+            common = min(len(samples), len(self._samples))
+            if not torch.equal(samples[:common], self._samples[:common]):
+                self.drop()
+        self._samples = samples
+
+    def _leaves_of(self, key: Key) -> Sequence[PathwayLeaf]:
+        """Return the leaves that have copies of a key."""
+        if key == REST:
+            return self.rest.candidates
+        leaves = self.compact_leaves
+        if self.executor == "sliced" and isinstance(key, int) and key != WHOLE:
+            return [leaf for leaf in leaves if not has_views(leaf, key)]
+        return leaves
+
+    @property
+    def leaves(self) -> list[PathwayLeaf]:
+        """The leaves of all FFN blocks."""
+        return [leaf for attached in self.blocks for leaf in attached.leaves.values()]
+
+    @property
+    def compact_leaves(self) -> list[PathwayLeaf]:
+        """Those of which there may be copies."""
+        return [leaf for attached in self.blocks for leaf in attached.compact_leaves]
+
+
+def _of_leaf(key: Key) -> Key:
+    """Return the key of a leaf's copies: of a leaf outside the FFN blocks there is but one."""
+    return WHOLE if key == REST else key
+
+
+@torch.no_grad()
+def _sample(leaf: PathwayLeaf) -> Tensor:
+    """Return a weighted sum of about a hundred entries of a leaf's weight, on the CPU."""
+    values = leaf.weight.detach().flatten()
+    values = values[:: max(1, len(values) // 101)].float()
+    return (values * torch.arange(1, len(values) + 1, device=values.device)).sum().cpu()
