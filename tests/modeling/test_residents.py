@@ -29,7 +29,9 @@ def _copied_bytes(model):
     attachment = model._attachment
     leaves = [leaf for block in attachment.blocks for leaf in block.leaves.values()]
     storages, packed = {}, 0
-    for kept in [k for leaf in (*leaves, *attachment.copies.rest.leaves) for k in leaf.copies.values()]:
+    for kept in [
+        k for leaf in (*leaves, *attachment.copies.rest.leaves) for k in leaf.copies.values()
+    ]:
         thin = [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
         is_packed = isinstance(kept.weight, Packed)
         packed += torch.ops.mkldnn._nbytes(kept.weight.weight) if is_packed else 0
