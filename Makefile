@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed clean
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ benchmark-healing: install
 
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py
+
+benchmark-speed: install
+	$(BIN)/python benchmarks/speed.py --cache "$(CACHE)" --readme README.md
 
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2

@@ -68,6 +68,8 @@ LAZY = {
     ("cli.evaluate", "pathways.pathway"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
+    ("cli.info", "ffn.packing"),
+    ("cli.info", "files"),
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
     ("cli.loading", "modeling.causal_lm"),

@@ -24,7 +24,9 @@ def run(  # noqa: PLR0913
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
-    executor: Annotated[str | None, typer.Option(help="auto, masked, compact or sliced.")] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="auto, masked, compact, sliced, packed or packed-all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: opt.Dtype = "auto",
     as_json: opt.Json = False,

@@ -8,7 +8,7 @@ from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.model_copies import PACKING, ModelCopies
-from hf_sparse_pathways.ffn.packing import Verdict, judge
+from hf_sparse_pathways.ffn.packing import Verdict, judge_all
 from hf_sparse_pathways.memory import format_memory
 
 if TYPE_CHECKING:
@@ -94,28 +94,16 @@ def _judge(copies: ModelCopies) -> Verdict:
     blocks = [block for block in copies.blocks if block.compact_leaves]
     if not blocks:
         return Verdict(False, "no block can be computed with copies")
-    reasons = []
-    for shape in sorted(_shapes(blocks)):
-        weight = blocks[0].compact_leaves[0].weight
-        verdict = judge(shape, weight.dtype, weight.device)
-        if not verdict.usable:
-            return verdict
-        reasons.append(verdict.reason)
-    return Verdict(True, reasons[-1])
-
-
-def _shapes(blocks: "list[AttachedBlock]") -> set[tuple[int, int]]:
-    """Return the shapes of one block's kept weights."""
 
     def kept(block: "AttachedBlock") -> int:
         pathways = block.state.pathways
         return pathways[0].kept if pathways else block.state.d_ff
 
     width = median_low(map(kept, blocks))
-    block = next(block for block in blocks if kept(block) == width)
+    leaves = next(block for block in blocks if kept(block) == width).compact_leaves
     shapes = set()
-    for leaf in block.compact_leaves:
+    for leaf in leaves:
         rows, columns = linear_weight(leaf).shape
         incoming = (width * leaf.rows_per_neuron, columns)
         shapes.add(incoming if leaf.neuron_dim == 0 else (rows, width))
-    return shapes
+    return judge_all(shapes, leaves[0].weight.dtype, leaves[0].weight.device)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,14 @@ def judge(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> V
     return _judge(shape, dtype, torch.get_num_threads())
 
 
+def judge_all(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Verdict:
+    """Say whether packed matrices of all these shapes are worth it; see ``judge``."""
+    verdicts = [judge(shape, dtype, device) for shape in sorted(shapes)]
+    return next((verdict for verdict in verdicts if not verdict.usable), verdicts[-1])
+
+
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode()
 def _judge(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> Verdict:
@@ -126,7 +134,7 @@ def _judge(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> Verdict:
     if problem:
         return Verdict(False, problem)
     ratio = measure_gain(shape, dtype)
-    label = f"packed weights are {ratio:.2f}x as fast as plain ones here ({threads} threads)"
+    label = f"packed weights are {ratio:.2f}x as fast as plain ones (threads: {threads})"
     return Verdict(ratio > 1.0, label)
 
 
