@@ -72,7 +72,6 @@ LAZY = {
     ("cli.info", "files"),
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
-    ("cli.info", "torch"),
     ("cli.loading", "modeling.causal_lm"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
