@@ -81,6 +81,7 @@ LAZY = {
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
+    ("cli.info", "torch"),
     ("cli.generate", "transformers"),
     ("cli.loading", "huggingface_hub"),
     ("cli.loading", "torch"),
