@@ -1,10 +1,10 @@
 """How much of the FFN has to go for ``generate`` to be as fast as asked for.
 
 Random pathways of some sparsity, with a random bypass if one is asked for, are timed against dense,
-alternately, by ``compact``: with the same kernels, so that what packing gains is not counted. What a
-sparsity saves is measured, not modelled: the next one to be timed lies on the line between the two
-nearest timings below and above the target (regula falsi), since the saving per neuron is not the
-same everywhere.
+alternately, by ``compact``: with the same kernels, so that what packing gains is not counted. What
+a sparsity saves is measured, not modelled: the next one to be timed lies on the line between the
+two nearest timings below and above the target (regula falsi), since the saving per neuron is not
+the same everywhere.
 """
 
 import math
