@@ -48,9 +48,10 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for in a model.
 
     ``"packed"`` and ``"packed-all"`` stand for themselves where a test in this process found packed
-    weights equal and faster, else for ``"compact"``. ``"auto"`` packs as much as fits
-    ``max_resident_bytes`` beside the largest pathway, if the weights are large enough to gain from
-    it; where not even plain copies fit, it takes views if the neurons are in order for them.
+    weights equal and faster, else for ``"compact"``. ``"auto"`` packs if the weights are large enough to
+    gain from it: attention and head only if ``max_resident_bytes`` holds them beside every pathway,
+    so that no pathway has to give way to them. Where not even plain copies fit, it takes views if
+    the neurons are in order for them.
 
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
@@ -66,10 +67,10 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     if name != "auto":
         return Execution(name, verdict.reason)
     limit = copies.residents.limit
-    for candidate in PACKING:
-        needed = copies.most(packed=True, rest=candidate == "packed-all")
-        if limit is None or needed <= limit:
-            return Execution(candidate, verdict.reason)
+    if limit is None or copies.total() <= limit:
+        return Execution("packed-all", verdict.reason)
+    if copies.most(packed=True) <= limit:
+        return Execution("packed", f"{verdict.reason}; {_room(copies)} do not hold everything")
     return Execution("compact", f"{_room(copies)} hold no packed pathway")
 
 

@@ -54,16 +54,13 @@ class ModelCopies:
         """Return how many bytes the copies of a pathway take, or those of another key."""
         return self._size(key, packed=self.executor in PACKING)
 
-    def most(self, *, packed: bool, rest: bool = False) -> int:
-        """Return how many bytes the largest pathway's copies take.
+    def most(self, *, packed: bool) -> int:
+        """Return how many bytes the largest pathway's copies take."""
+        return max((self._size(own, packed=packed) for own in self._pathways), default=0)
 
-        Args:
-            packed: Whether they are packed.
-            rest: Whether those of the leaves outside the blocks are added.
-        """
-        pathways = range(len(self.blocks[0].state.pathways))
-        most = max((self._size(pathway, packed=packed) for pathway in pathways), default=0)
-        return most + (self._size(REST, packed=packed) if rest else 0)
+    def total(self) -> int:
+        """Return how many bytes everything takes that ``packed-all`` packs for all pathways."""
+        return sum(self._size(key, packed=True) for key in (*self._pathways, REST))
 
     def _size(self, key: Key, *, packed: bool) -> int:
         own = _of_leaf(key)
@@ -84,8 +81,7 @@ class ModelCopies:
 
     def are_views(self) -> bool:
         """Whether every pathway can be computed on views of the weights alone."""
-        pathways = range(len(self.blocks[0].state.pathways))
-        return all(has_views(leaf, own) for leaf in self.compact_leaves for own in pathways)
+        return all(has_views(leaf, own) for leaf in self.compact_leaves for own in self._pathways)
 
     def drop(self) -> None:
         """Forget all copies; they are made again when needed."""
@@ -122,6 +118,10 @@ class ModelCopies:
         if self.executor == "sliced" and isinstance(key, int) and key != WHOLE:
             return [leaf for leaf in leaves if not has_views(leaf, key)]
         return leaves
+
+    @property
+    def _pathways(self) -> range:
+        return range(len(self.blocks[0].state.pathways))
 
     @property
     def leaves(self) -> list[PathwayLeaf]:

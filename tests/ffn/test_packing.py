@@ -123,7 +123,7 @@ def test_auto_packs_what_is_large_and_fits(monkeypatch):
     assert model.execution.executor == "compact"
     assert "too little" in model.execution.reason
     monkeypatch.setattr(execution, "_WORTH_BYTES", 0)
-    everything = model._attachment.copies.most(packed=True, rest=True)
+    everything = model._attachment.copies.total()
     blocks = model._attachment.copies.most(packed=True)
     assert blocks < everything
     for limit, expected in [
