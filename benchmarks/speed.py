@@ -171,7 +171,7 @@ def _sections(measured: dict[str, Any]) -> list[str]:
         f"block's neurons removed, in at most {measured['runs']} runs. Dense decodes "
         f"{decode['summary']['dense']['tokens_per_second']['median']:.1f} tokens/s; of its time "
         f"the FFN takes {shares['ffn']:.0%}, attention {shares['attention']:.0%}, the head "
-        f"{shares['head']:.0%}. `auto` is {report['auto']['executor']}."
+        f"{shares['head']:.0%}."
     )
     header = [
         "executor",

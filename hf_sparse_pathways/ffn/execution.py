@@ -48,10 +48,10 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for in a model.
 
     ``"packed"`` and ``"packed-all"`` stand for themselves where a test in this process found packed
-    weights equal and faster, else for ``"compact"``. ``"auto"`` packs if the weights are large enough to
-    gain from it: attention and head only if ``max_resident_bytes`` holds them beside every pathway,
-    so that no pathway has to give way to them. Where not even plain copies fit, it takes views if
-    the neurons are in order for them.
+    weights equal and faster, else for ``"compact"``. ``"auto"`` packs if the weights are large
+    enough to gain from it: attention and head only if ``max_resident_bytes`` holds them beside
+    every pathway, so that no pathway has to give way to them. Where not even plain copies fit, it
+    takes views if the neurons are in order for them.
 
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
