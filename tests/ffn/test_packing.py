@@ -105,6 +105,9 @@ def test_without_gain_packed_falls_back_and_says_so(monkeypatch):
     model = _sparse(executor="packed")
     assert model.execution.executor == "compact"
     assert "0.50x" in model.execution.reason
+    expected = model.to_dense()(prompt()).logits
+    assert torch.equal(model(prompt(), domain=None).logits, expected)
+    assert model.resident == {}, "a dense pass without packing needs no copies"
     model(prompt(), domain="code")
     assert all(not isinstance(kept.weight, packing.Packed) for kept in _copies(model))
 
