@@ -17,9 +17,14 @@ REST = -2
 
 _SWAPPING = threading.Lock()
 
+_LINEAR = (nn.Linear, Conv1D)
+
 
 class RestLeaves:
     """A model's linear leaves outside the FFN blocks; their classes are swapped while in use.
+
+    They are looked for when the model is made, and looked at when they are used: a model that is
+    being loaded has no weights yet.
 
     Attributes:
         leaves: Those that are swapped now.
@@ -28,7 +33,7 @@ class RestLeaves:
     def __init__(self, model: nn.Module, key: ModelKey, residents: Residents) -> None:
         self.leaves: tuple[PathwayLeaf, ...] = ()
         self._state = BlockState(key, 0, residents)
-        self._found = [module for module in model.modules() if _is_plain(module)]
+        self._found = [module for module in model.modules() if type(module) in _LINEAR]
 
     @property
     def candidates(self) -> Sequence[Any]:
@@ -54,7 +59,7 @@ class RestLeaves:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes ``linear`` with weights that lie in memory as they are."""
-    if type(module) not in (nn.Linear, Conv1D) or hasattr(module, "_hf_hook"):
+    if type(module) not in _LINEAR or hasattr(module, "_hf_hook"):
         return False
     weight: Any = module.weight
     return type(weight.data) is Tensor and not weight.is_meta

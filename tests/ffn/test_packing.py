@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
@@ -186,6 +187,19 @@ def test_leaves_outside_the_blocks_are_swapped_only_while_packed(monkeypatch):
     assert type(model.to_dense().model.layers[0].self_attn.q_proj) is torch.nn.Linear
     model.set_executor("compact")
     assert type(attention) is torch.nn.Linear
+
+
+@torch.no_grad()
+def test_a_loaded_model_packs_its_attention_too(monkeypatch, tmp_path):
+    _gain(monkeypatch, 2.0)
+    _sparse().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, executor="packed-all")
+    model.max_resident_bytes = "1GB"
+    expected = _sparse(executor="masked")(prompt(), domain="code").logits
+    assert torch.allclose(model(prompt(), domain="code").logits, expected, atol=1e-5)
+    if model.execution.executor != "packed-all":
+        pytest.skip(model.execution.reason)
+    assert list(model.resident) == ["code", "attention and head"]
 
 
 @torch.no_grad()
