@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.ffn.executors import PACKING
 from tests.architectures import (
     ARCHITECTURES,
     build,
@@ -20,7 +21,8 @@ from tests.architectures import (
 
 TOLERANCE = 1e-5
 IDS = prompt()
-EXECUTORS = ["masked", "compact", "sliced", "packed", "packed-all"]
+PACKED = [pytest.param(name, marks=pytest.mark.needs_packing) for name in PACKING]
+EXECUTORS = ["masked", "compact", "sliced", *PACKED]
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
@@ -42,8 +44,7 @@ def _packing_pays(packing_pays):
 
 def _use(model, executor):
     model.set_executor(executor)
-    if model.execution.executor != executor:
-        pytest.skip(model.execution.reason)
+    assert model.execution.executor == executor, model.execution.reason
 
 
 def _difference(left, right):

@@ -16,8 +16,9 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
+from hf_sparse_pathways.ffn.executors import PACKING
 from hf_sparse_pathways.ffn.mixtures import Mixture
-from hf_sparse_pathways.ffn.model_copies import PACKING, ModelCopies
+from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST
 

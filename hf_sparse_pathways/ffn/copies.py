@@ -158,9 +158,7 @@ def _kept_rows(
     leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
 ) -> tuple[Tensor, Tensor | None, None]:
     """Return an incoming leaf's rows of some neurons and their bias, healing added in."""
-    d_ff = leaf.state.d_ff
-    rows = torch.cat([index + part * d_ff for part in range(leaf.rows_per_neuron)])
-    rows = rows.to(leaf.weight.device)
+    rows = leaf.state.rows_of(index, leaf.rows_per_neuron).to(leaf.weight.device)
     changes = () if own is None else own.incoming
     delta = changes[leaf.position] if leaf.position < len(changes) else None
     bias = None if leaf.bias is None else leaf.bias[rows]

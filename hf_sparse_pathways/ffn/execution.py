@@ -5,9 +5,9 @@ from statistics import median_low
 from typing import TYPE_CHECKING
 
 from hf_sparse_pathways.errors import UnknownNameError
-from hf_sparse_pathways.ffn.executors import EXECUTORS
+from hf_sparse_pathways.ffn.executors import EXECUTORS, PACKING
 from hf_sparse_pathways.ffn.layouts import linear_weight
-from hf_sparse_pathways.ffn.model_copies import PACKING, ModelCopies
+from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.packing import Verdict, judge_all
 from hf_sparse_pathways.memory import format_memory
 

@@ -160,3 +160,6 @@ EXECUTORS: Mapping[str, Executor] = {
     "packed-all": Compact(packed=True),
 }
 """A plain dictionary: Dynamo cannot trace a look-up in a mapping proxy."""
+
+PACKING = ("packed", "packed-all")
+"""Executors with packed copies, of dense passes too."""

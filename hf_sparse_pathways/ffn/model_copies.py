@@ -16,14 +16,12 @@ from hf_sparse_pathways.ffn.copies import (
     drop_copies,
     kept_weights,
 )
+from hf_sparse_pathways.ffn.executors import PACKING
 from hf_sparse_pathways.ffn.leaves import PathwayLeaf
 from hf_sparse_pathways.ffn.packing import Packed
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.slices import has_views
-
-PACKING = ("packed-all", "packed")
-"""Executors with packed copies, the one that packs more first."""
 
 
 class ModelCopies:

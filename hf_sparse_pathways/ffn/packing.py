@@ -151,7 +151,7 @@ def _find_problem(shape: tuple[int, int], dtype: torch.dtype) -> str | None:
             error = (packed(x, added) - expected).abs().max()
             if not error <= _TOLERANCE[dtype] * expected.abs().max():
                 return "this version of torch computes something else with packed weights"
-    except (AttributeError, RuntimeError, NotImplementedError) as failure:
+    except (AttributeError, RuntimeError) as failure:  # private operators: not in every build
         return f"packing does not work here ({str(failure).splitlines()[0][:90]})"
     return None
 

@@ -225,12 +225,15 @@ class BlockState:
         return self.pathways[pathway].keep.nonzero().flatten()
 
     def kept_rows(self, pathway: int, rows_per_neuron: int) -> Tensor:
-        """Return the kept rows of a leaf, int64, ascending.
+        """Return the kept rows of a leaf, int64, ascending."""
+        return self.rows_of(self.kept(pathway), rows_per_neuron)
+
+    def rows_of(self, neurons: Tensor, rows_per_neuron: int) -> Tensor:
+        """Return the rows of some neurons in a leaf, int64.
 
         Row ``i`` and row ``i + d_ff`` of a fused matrix belong to neuron ``i``.
         """
-        kept = self.kept(pathway)
-        return torch.cat([kept + part * self.d_ff for part in range(rows_per_neuron)])
+        return torch.cat([neurons + part * self.d_ff for part in range(rows_per_neuron)])
 
     def union(self, key: tuple[int, ...], device: torch.device | None = None) -> Union:
         """Return what the pathways of a mixed batch keep together; on the CPU by default."""

@@ -25,7 +25,7 @@ from hf_sparse_pathways.ffn.choices import (
 )
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
-from hf_sparse_pathways.ffn.model_copies import PACKING
+from hf_sparse_pathways.ffn.executors import PACKING
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for

@@ -13,8 +13,7 @@ import torch
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
-from hf_sparse_pathways.ffn.executors import EXECUTORS
-from hf_sparse_pathways.ffn.model_copies import PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS, PACKING
 from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import Pathways
