@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.ffn.executors import PACKING
+from hf_sparse_pathways.native import product
 from tests.architectures import (
     ARCHITECTURES,
     build,
@@ -21,8 +21,14 @@ from tests.architectures import (
 
 TOLERANCE = 1e-5
 IDS = prompt()
-PACKED = [pytest.param(name, marks=pytest.mark.needs_packing) for name in PACKING]
-EXECUTORS = ["masked", "compact", "sliced", *PACKED]
+EXECUTORS = [
+    "masked",
+    "compact",
+    "sliced",
+    pytest.param("packed", marks=pytest.mark.needs_packing),
+    pytest.param("packed-all", marks=pytest.mark.needs_packing),
+    pytest.param("indexed", marks=pytest.mark.needs_compiler),
+]
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
@@ -38,7 +44,7 @@ def case(request):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _packing_pays(packing_pays):
+def _every_form_pays(every_form_pays):
     """Tiny models gain nothing from packing, which would not be used for them."""
 
 
@@ -49,6 +55,12 @@ def _use(model, executor):
 
 def _difference(left, right):
     return (left - right).abs().max().item()
+
+
+@pytest.fixture(autouse=True)
+def _the_kernel_multiplies(monkeypatch):
+    """Let ``indexed`` take its kernel for prompts, too."""
+    monkeypatch.setattr(product, "MOST_INPUTS", 10**6)
 
 
 @torch.no_grad()
@@ -66,6 +78,17 @@ def test_pathway_equals_zeroed_weights(case, executor):
     _use(model, executor)
     for name in ("code", "law"):
         assert _difference(model(IDS, domain=name).logits, expected[name]) <= TOLERANCE
+
+
+@pytest.mark.needs_compiler
+@torch.no_grad()
+def test_many_inputs_are_multiplied_by_tiles(case, monkeypatch):
+    _, _, model, expected = case
+    _use(model, "indexed")
+    monkeypatch.setattr(product, "MOST_INPUTS", 0)
+    monkeypatch.setattr(product, "_TILE_BYTES", 1024)
+    for domain in ("code", None):
+        assert _difference(model(IDS, domain=domain).logits, expected[domain]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -152,7 +175,7 @@ def test_compact_really_computes_fewer_neurons(case):
     for attached, keep in zip(model._attachment.blocks, masks["code"], strict=True):
         assert attached.block.entangled is None
         for leaf in attached.leaves.values():
-            width = leaf.copies[0].weight.shape[leaf.neuron_dim]
+            width = leaf.copies[0].product.weight.shape[leaf.neuron_dim]
             assert width == int(keep.sum()) * leaf.rows_per_neuron
 
 

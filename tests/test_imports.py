@@ -13,6 +13,7 @@ ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
     ("errors", "version", "files", "memory", "shares"),
+    ("native",),
     ("ffn",),
     ("pathways",),
     ("discovery",),
@@ -68,7 +69,8 @@ LAZY = {
     ("cli.evaluate", "pathways.pathway"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
-    ("cli.info", "ffn.packing"),
+    ("cli.info", "ffn.forms"),
+    ("cli.info", "ffn.verdicts"),
     ("cli.info", "files"),
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),

@@ -25,7 +25,8 @@ def run(  # noqa: PLR0913
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.0,
     executor: Annotated[
-        str | None, typer.Option(help="auto, masked, compact, sliced, packed or packed-all.")
+        str | None,
+        typer.Option(help="auto, or a name in the README's table of executors."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: opt.Dtype = "auto",

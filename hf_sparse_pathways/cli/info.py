@@ -43,7 +43,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
         },
         "bytes": sum(locate(source, name).stat().st_size for name in (JSON_NAME, TENSORS_NAME)),
         "weight_bytes": _weight_bytes(source),
-        "packing": _describe_packing(source, pathways),
+        "executors": _describe_executors(source, pathways),
         "blocks": [block.name for block in pathways.base.blocks],
         "dense_experts": list(pathways.base.routed),
         "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
@@ -57,11 +57,12 @@ def _weight_bytes(source: str | PathLike[str]) -> int | None:
     return sum(sizes) or None
 
 
-def _describe_packing(source: str | PathLike[str], pathways: "Pathways") -> str:
-    """Return whether this machine gains from packed weights, by the first pathway's shapes."""
+def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> dict[str, str]:
+    """Return what this machine gains by each form of weights, by the first pathway's shapes."""
     import torch
 
-    from hf_sparse_pathways.ffn.packing import judge_all
+    from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
+    from hf_sparse_pathways.ffn.verdicts import judge_all
     from hf_sparse_pathways.files import read_json
 
     config = Path(source, "config.json")
@@ -70,9 +71,13 @@ def _describe_packing(source: str | PathLike[str], pathways: "Pathways") -> str:
     block = pathways.base.blocks[len(pathways.base.blocks) // 2]
     first = next(iter(pathways.by_domain.values()), None)
     kept = block.d_ff if first is None else first.blocks[len(first.blocks) // 2].kept
-    verdict = judge_all({(kept, block.d_in), (block.d_out, kept)}, dtype, torch.device("cpu"))
-    answer = "yes" if verdict.usable else "no"
-    return f"packing in {str(dtype).removeprefix('torch.')} on this CPU: {answer}, {verdict.reason}"
+    shapes = {(kept, block.d_in), (block.d_out, kept)}
+    described = {}
+    for name, form in (("indexed", NATIVE), ("packed", PACKED)):
+        verdict = judge_all(form, shapes, dtype, torch.device("cpu"))
+        answer = "pays" if verdict.usable else "falls back to compact"
+        described[name] = f"{answer} in {str(dtype).removeprefix('torch.')}: {verdict.reason}"
+    return described
 
 
 def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def print_summary(source: str | PathLike[str]) -> None:
     weights = facts["weight_bytes"]
     beside = f"; weights: {weights / 1e6:.1f} MB" if weights else ""
     typer.echo(f"  pathways: {facts['bytes'] / 1e6:.2f} MB{beside}")
-    typer.echo(f"  {facts['packing']}")
+    for executor, answer in facts["executors"].items():
+        typer.echo(f"  {executor}: {answer}")
     if facts["dense_experts"]:
         typer.echo(f"  routed experts in {len(facts['dense_experts'])} layers stay dense")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}

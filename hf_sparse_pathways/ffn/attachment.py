@@ -16,7 +16,8 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
-from hf_sparse_pathways.ffn.executors import PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
+from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.residents import Residents
@@ -95,20 +96,20 @@ class Attachment:
             looked: Whether ``ModelCopies.check`` has run for this pass.
         """
         executor, copies, rest = "masked", None, False
-        if pathway is not None or name in PACKING:
+        if pathway is not None or name in OWN_DENSE:
             self.settle()
             if not torch.is_grad_enabled():  # copies carry no gradient, masks do
                 executor = self.execution(name).executor
-            if pathway is None and executor not in PACKING:
+            if pathway is None and executor not in OWN_DENSE:
                 executor = "masked"  # of nothing: the leaves compute as their own class does
         if executor != "masked":
             if not looked:
                 self.copies.check()
             copies = self._pin_copies(WHOLE if pathway is None else pathway)
-        if executor in PACKING:
-            self.copies.rest.use(executor == "packed-all")
-            if torch.is_autocast_enabled("cpu"):  # which oneDNN's operators do not follow
-                executor = "compact"
+        if executor in OWN_DENSE:
+            self.copies.rest.use(EXECUTORS[executor].everywhere)
+            if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
+                executor = "compact"  # oneDNN's operators do not follow autocast
             else:
                 rest = bool(self.copies.rest.leaves) and self._pin(REST)
         return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
@@ -122,7 +123,7 @@ class Attachment:
         Args:
             pathway: What is computed.
             name: The executor that was asked for.
-            plain: Whether the copies must not be packed, as for compiled passes.
+            plain: Whether the copies must be traceable, as for compiled passes.
             expand: Whether rows may be repeated, as in ``Choice``.
         """
         choice = push_choice(self.key, pathway, expand=expand)
@@ -132,7 +133,8 @@ class Attachment:
         if executor != "masked" and self._pin(pathway):
             choice.held = pathway
             try:
-                self.copies.make(pathway, packed=executor in PACKING and not plain)
+                form = EXECUTORS[executor].form
+                self.copies.make(pathway, form if form.traceable or not plain else PLAIN)
             except BaseException:
                 self.end(choice)
                 raise

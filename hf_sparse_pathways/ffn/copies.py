@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
 from hf_sparse_pathways.ffn.layouts import linear_weight
-from hf_sparse_pathways.ffn.packing import Packed, pack, packed_bytes
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
 
 WHOLE = -1
-"""Key of a copy of the whole leaf, which is worth having only if it is packed."""
+"""Key of a copy of the whole leaf, which is worth having in other forms than plain."""
 
 Key = int | tuple[int, ...]
 """What is resident or not: a pathway's index, ``WHOLE``, or the pathways of a mixed batch."""
@@ -40,6 +39,8 @@ class Columns:
     pathway: int
 
 
+_INDEX_BYTES = 8
+
 _MAKING = threading.Lock()
 
 
@@ -50,40 +51,40 @@ class KeptWeights:
     Refit and bias are added in; the bypass of an outgoing leaf is apart.
 
     Attributes:
-        weight: The matrix, plain or packed.
+        form: The form of the product.
+        product: Multiplies by the matrix.
         bias: Added to the product.
         bypass: In the dtype and on the device of the weight.
-        stamp: Identifies the weights that were copied.
+        stamp: Identifies the weights that it was made of.
     """
 
-    weight: Tensor | Packed
+    form: Form
+    product: Product
     bias: Tensor | None
     bypass: LowRank | None
     stamp: tuple[object, ...]
 
-    def fits(self, stamp: tuple[object, ...], *, packed: bool) -> bool:
+    def fits(self, stamp: tuple[object, ...], form: Form) -> bool:
         """Whether it was made of these weights, in this form."""
-        return self.stamp == stamp and isinstance(self.weight, Packed) == packed
+        return self.stamp == stamp and self.form is form
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product with ``(..., inputs)``, without the bypass."""
-        if isinstance(self.weight, Packed):
-            return self.weight(x, self.bias)
-        return functional.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
-def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> KeptWeights:
+def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> KeptWeights:
     """Return a leaf's copy, made again if the weights have changed since."""
     if torch.compiler.is_compiling():  # they are held, and were looked at before the graph runs
         return leaf.copies[key]
     stamp = _stamp(leaf.weight) if leaf.bias is None else _stamp(leaf.weight) + _stamp(leaf.bias)
     copy = leaf.copies.get(key)
-    if copy is None or not copy.fits(stamp, packed=packed):
+    if copy is None or not copy.fits(stamp, form):
         with _MAKING:  # two threads with one pathway would make two copies
             copy = leaf.copies.get(key)
-            if copy is None or not copy.fits(stamp, packed=packed):
+            if copy is None or not copy.fits(stamp, form):
                 leaf.copies.pop(key, None)
-                copy = leaf.copies[key] = _copy(leaf, key, packed=packed, stamp=stamp)
+                copy = leaf.copies[key] = _copy(leaf, key, form, stamp)
     return copy
 
 
@@ -104,12 +105,12 @@ def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
             leaf.copies.pop(own, None)
 
 
-def copy_bytes(leaf: "PathwayLeaf", key: Key, *, packed: bool) -> int:
+def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
     """Return how many bytes a leaf's copies take; at most, if they are packed."""
-    return sum(_bytes(leaf, own, packed=packed) for own in copy_keys(leaf, key))
+    return sum(_bytes(leaf, own, form) for own in copy_keys(leaf, key))
 
 
-def _bytes(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> int:
+def _bytes(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> int:
     rows, columns = linear_weight(leaf).shape
     itemsize, extra = leaf.weight.element_size(), 0
     index, own = _neurons(leaf, key)
@@ -121,8 +122,9 @@ def _bytes(leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool) -> int:
     if own is not None and leaf.neuron_dim == 1:
         extra += 0 if own.bias is None else own.bias.numel()
         extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
-    matrix = packed_bytes(rows, columns, itemsize) if packed else rows * columns * itemsize
-    return matrix + extra * itemsize
+    if form is NATIVE and _is_in_place(leaf, index, own):
+        return (0 if index is None else rows * _INDEX_BYTES) + extra * itemsize
+    return form.size(rows, columns, itemsize) + extra * itemsize
 
 
 def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, BlockPathway | None]:
@@ -140,29 +142,48 @@ def _stamp(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
 
 
+def _is_in_place(leaf: "PathwayLeaf", index: Tensor | None, own: BlockPathway | None) -> bool:
+    """Whether rows of the leaf's own weight are all that is needed."""
+    contiguous = linear_weight(leaf).stride(-1) == 1
+    return contiguous and (index is None or leaf.neuron_dim == 0) and _change(leaf, own) is None
+
+
+def _change(leaf: "PathwayLeaf", own: BlockPathway | None) -> Tensor | LowRank | None:
+    """Return what a pathway adds to an incoming leaf's kept rows."""
+    if own is None or leaf.neuron_dim == 1:
+        return None
+    return own.incoming[leaf.position] if leaf.position < len(own.incoming) else None
+
+
 def _copy(
-    leaf: "PathwayLeaf", key: Key | Columns, *, packed: bool, stamp: tuple[object, ...]
+    leaf: "PathwayLeaf", key: Key | Columns, form: Form, stamp: tuple[object, ...]
 ) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
         index, own = _neurons(leaf, key)
+        if form is NATIVE and _is_in_place(leaf, index, own):
+            rows = None if index is None else _row_index(leaf, index)
+            bias = leaf.bias if rows is None or leaf.bias is None else leaf.bias[rows]
+            return KeptWeights(form, Rows(linear_weight(leaf), rows), bias, None, stamp)
         if index is None:
             weight, bias, bypass = linear_weight(leaf), leaf.bias, None
         elif leaf.neuron_dim == 0:
             weight, bias, bypass = _kept_rows(leaf, index, own)
         else:
             weight, bias, bypass = _kept_columns(leaf, index, own)
-        return KeptWeights(pack(weight) if packed else weight, bias, bypass, stamp)
+        return KeptWeights(form, form.make(weight), bias, bypass, stamp)
+
+
+def _row_index(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
+    return leaf.state.rows_of(index, leaf.rows_per_neuron).to(leaf.weight.device)
 
 
 def _kept_rows(
     leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
 ) -> tuple[Tensor, Tensor | None, None]:
     """Return an incoming leaf's rows of some neurons and their bias, healing added in."""
-    rows = leaf.state.rows_of(index, leaf.rows_per_neuron).to(leaf.weight.device)
-    changes = () if own is None else own.incoming
-    delta = changes[leaf.position] if leaf.position < len(changes) else None
+    rows = _row_index(leaf, index)
     bias = None if leaf.bias is None else leaf.bias[rows]
-    return _changed(_select(leaf, rows), delta), bias, None
+    return _changed(_select(leaf, rows), _change(leaf, own)), bias, None
 
 
 def _kept_columns(

@@ -5,17 +5,21 @@ from statistics import median_low
 from typing import TYPE_CHECKING
 
 from hf_sparse_pathways.errors import UnknownNameError
-from hf_sparse_pathways.ffn.executors import EXECUTORS, PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
+from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
-from hf_sparse_pathways.ffn.packing import Verdict, judge_all
+from hf_sparse_pathways.ffn.verdicts import Verdict, judge_all
 from hf_sparse_pathways.memory import format_memory
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 
 _WORTH_BYTES = 32 << 20
-"""Below this all FFN weights may stay in the processor's caches, where packing gains nothing."""
+"""Below this all FFN weights may stay in the processor's caches, where no form gains anything."""
+
+_ALIKE = 0.95
+"""Reading in place is preferred to packing if it is at least so many times as fast."""
 
 
 @dataclass(frozen=True)
@@ -47,51 +51,58 @@ def check_executor(name: str) -> None:
 def choose_execution(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for in a model.
 
-    ``"packed"`` and ``"packed-all"`` stand for themselves where a test in this process found packed
-    weights equal and faster, else for ``"compact"``. ``"auto"`` packs if the weights are large
-    enough to gain from it: attention and head only if ``max_resident_bytes`` holds them beside
-    every pathway, so that no pathway has to give way to them. Where not even plain copies fit, it
-    takes views if the neurons are in order for them.
+    Executors with another form of weights stand for themselves where a test in this process found
+    it equal and faster, else for ``"compact"``. ``"auto"`` takes one of them if the weights are
+    large enough to gain from it: ``"indexed"``, which needs least memory, unless packing is faster
+    and fits ``max_resident_bytes``; then attention and head are packed only if every pathway fits
+    beside them, so that none has to give way to them. Where not even plain copies fit, it takes
+    views if the neurons are in order for them.
 
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
         copies: The model's leaves.
     """
-    if name not in ("auto", *PACKING):
+    if name == "auto":
+        return _choose_any(copies)
+    if name not in OWN_DENSE:
         return Execution(name, "as asked for")
-    if name == "auto" and (other := _without_packing(copies)) is not None:
-        return other
-    verdict = _judge(copies)
-    if not verdict.usable:
-        return Execution("compact", verdict.reason)
-    if name != "auto":
-        return Execution(name, verdict.reason)
-    limit = copies.residents.limit
-    if limit is None or copies.total() <= limit:
-        return Execution("packed-all", verdict.reason)
-    if copies.most(packed=True) <= limit:
-        return Execution("packed", f"{verdict.reason}; {_room(copies)} do not hold everything")
-    return Execution("compact", f"{_room(copies)} hold no packed pathway")
+    verdict = _judge(copies, EXECUTORS[name].form)
+    return Execution(name if verdict.usable else "compact", verdict.reason)
 
 
-def _without_packing(copies: ModelCopies) -> Execution | None:
-    """Return what ``"auto"`` stands for where packing is out of the question."""
-    limit = copies.residents.limit
-    if limit is not None and copies.most(packed=False) > limit and copies.are_views():
+def _choose_any(copies: ModelCopies) -> Execution:
+    """Return what ``"auto"`` stands for."""
+    if not _fits(copies, copies.most(PLAIN)) and copies.are_views():
         return Execution("sliced", f"{_room(copies)} hold no pathway, and views take nothing")
     size = sum(leaf.weight.numel() * leaf.weight.element_size() for leaf in copies.leaves)
     if size < _WORTH_BYTES:
-        small = f"the FFN weights take {format_memory(size)}, too little for packing to matter"
+        small = f"the FFN weights take {format_memory(size)}, too little for another to be faster"
         return Execution("compact", small)
-    return None
+    native, packed = _judge(copies, NATIVE), _judge(copies, PACKED)
+    indexed = native.usable and _fits(copies, copies.most(NATIVE))
+    if indexed and native.gain >= _ALIKE * packed.gain:
+        return Execution("indexed", f"{native.reason}; {packed.reason}")
+    if packed.usable and _fits(copies, copies.total()):
+        return Execution("packed-all", packed.reason)
+    if packed.usable and _fits(copies, copies.most(PACKED)):
+        return Execution("packed", f"{packed.reason}; {_room(copies)} do not hold everything")
+    if indexed:
+        return Execution("indexed", f"{native.reason}; {_room(copies)} hold no packed pathway")
+    if packed.usable:
+        return Execution("compact", f"{_room(copies)} hold no packed pathway")
+    return Execution("compact", f"{packed.reason}; {native.reason}")
+
+
+def _fits(copies: ModelCopies, size: int) -> bool:
+    return copies.residents.limit is None or size <= copies.residents.limit
 
 
 def _room(copies: ModelCopies) -> str:
     return f"{format_memory(copies.residents.limit or 0)} of max_resident_bytes"
 
 
-def _judge(copies: ModelCopies) -> Verdict:
-    """Judge packing by a block of middling width, in the first pathway."""
+def _judge(copies: ModelCopies, form: Form) -> Verdict:
+    """Judge a form by a block of middling width, in the first pathway."""
     blocks = [block for block in copies.blocks if block.compact_leaves]
     if not blocks:
         return Verdict(False, "no block can be computed with copies")
@@ -107,4 +118,4 @@ def _judge(copies: ModelCopies) -> Verdict:
         rows, columns = linear_weight(leaf).shape
         incoming = (width * leaf.rows_per_neuron, columns)
         shapes.add(incoming if leaf.neuron_dim == 0 else (rows, width))
-    return judge_all(shapes, leaves[0].weight.dtype, leaves[0].weight.device)
+    return judge_all(form, shapes, leaves[0].weight.dtype, leaves[0].weight.device)

@@ -14,6 +14,8 @@ everything between them (activation function, gating, dropout) is the block's ow
 - ``packed``: as ``compact``, with the copies packed for oneDNN (``packing``). A dense pass uses
   packed copies of the whole leaves.
 - ``packed-all``: the other linear leaves (attention, head) are packed too, in every pass.
+- ``indexed``: kept rows are multiplied where they lie, by a kernel in C (``native``); so is every
+  whole leaf, in every pass. Only columns are copied, and rows that a pathway changes.
 
 ``execution`` says which of them a model uses. To add one, write the two functions, register them
 in ``EXECUTORS``, and ``tests/test_exactness.py`` compares it with zeroed weights on every
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.ffn.copies import Columns, KeptWeights, kept_weights
+from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.slices import Sliced
@@ -41,7 +44,14 @@ class Executor(Protocol):
 
     ``pathway`` is for ``masked`` an index, or a tensor with one index per row; else the key of the
     leaf's copies, or a ``Mixture``.
+
+    Attributes:
+        form: Of its copies.
+        everywhere: Whether leaves outside the FFN blocks have copies, in every pass.
     """
+
+    form: Form
+    everywhere: bool
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Map ``(..., d_model)`` to ``(..., d_ff)``, or to the kept neurons only."""
@@ -57,6 +67,9 @@ class Executor(Protocol):
 
 class Masked:
     """Multiply the activation by the keep mask."""
+
+    form = PLAIN
+    everywhere = False
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute every neuron, the kept ones with their change."""
@@ -75,21 +88,23 @@ class Masked:
 class Compact:
     """Compute with copies of the kept rows and columns, into which the compensation is folded."""
 
-    def __init__(self, *, packed: bool = False) -> None:
-        self.packed = packed
+    def __init__(self, form: Form = PLAIN, *, everywhere: bool = False) -> None:
+        """Take the form of the copies, and whether other leaves than the FFN's have some."""
+        self.form = form
+        self.everywhere = everywhere
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
         if isinstance(pathway, Mixture):
             return self._incoming_mixed(leaf, x, pathway)
-        return kept_weights(leaf, pathway, packed=self.packed)(x)
+        return kept_weights(leaf, pathway, self.form)(x)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
     ) -> Tensor:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
         if not isinstance(pathway, Mixture):
-            kept = kept_weights(leaf, pathway, packed=self.packed)
+            kept = kept_weights(leaf, pathway, self.form)
             return _with_bypass(kept, x, block_input)
         if leaf.state.apart(pathway.key):
             return self._outgoing_apart(leaf, x, pathway, block_input)
@@ -98,7 +113,7 @@ class Compact:
         if union.index is None:
             output = leaf.dense(masked)
         else:
-            output = kept_weights(leaf, pathway.key, packed=self.packed)(masked)
+            output = kept_weights(leaf, pathway.key, self.form)(masked)
         return leaf.state.add(output, masked, block_input, pathway.pathways)
 
     def _incoming_mixed(self, leaf: "PathwayLeaf", x: Tensor, mixture: Mixture) -> Tensor:
@@ -107,7 +122,7 @@ class Compact:
         if union.index is None:
             output = leaf.dense(x)
         else:
-            output = kept_weights(leaf, mixture.key, packed=self.packed)(x)
+            output = kept_weights(leaf, mixture.key, self.form)(x)
         for pathway, places, rows in zip(
             mixture.key, union.places, mixture.rows_of(len(x)), strict=True
         ):
@@ -134,7 +149,7 @@ class Compact:
             if places is None:
                 output.index_copy_(0, rows, leaf.dense(theirs))
                 continue
-            kept = kept_weights(leaf, Columns(mixture.key, pathway), packed=self.packed)
+            kept = kept_weights(leaf, Columns(mixture.key, pathway), self.form)
             inputs = None if block_input is None else block_input.index_select(0, rows)
             theirs = theirs.index_select(-1, places)
             output.index_copy_(0, rows, _with_bypass(kept, theirs, inputs))
@@ -156,10 +171,11 @@ EXECUTORS: Mapping[str, Executor] = {
     "masked": MASKED,
     "compact": _COMPACT,
     "sliced": Sliced(_COMPACT),
-    "packed": Compact(packed=True),
-    "packed-all": Compact(packed=True),
+    "packed": Compact(PACKED),
+    "packed-all": Compact(PACKED, everywhere=True),
+    "indexed": Compact(NATIVE, everywhere=True),
 }
 """A plain dictionary: Dynamo cannot trace a look-up in a mapping proxy."""
 
-PACKING = ("packed", "packed-all")
-"""Executors with packed copies, of dense passes too."""
+OWN_DENSE = tuple(name for name, executor in EXECUTORS.items() if executor.form is not PLAIN)
+"""Executors that compute dense passes in a form of their own, too."""

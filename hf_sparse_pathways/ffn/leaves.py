@@ -115,14 +115,14 @@ class OutgoingLeaf(PathwayLeaf):
 
 
 class RestLeaf(PathwayLeaf):
-    """A linear leaf outside the FFN blocks, of which there may be a packed copy."""
+    """A linear leaf outside the FFN blocks, of which there may be a copy in another form."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute as its own class does, or with the packed copy."""
+        """Compute as its own class does, or with the copy."""
         choice = find_choice(self.state.key)
         if choice is None or not choice.rest:
             return self.dense(x)
-        return kept_weights(self, WHOLE, packed=True)(x)
+        return kept_weights(self, WHOLE, EXECUTORS[choice.executor].form)(x)
 
 
 def swap_leaf(

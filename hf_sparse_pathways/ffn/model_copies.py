@@ -16,9 +16,9 @@ from hf_sparse_pathways.ffn.copies import (
     drop_copies,
     kept_weights,
 )
-from hf_sparse_pathways.ffn.executors import PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS
+from hf_sparse_pathways.ffn.forms import PACKED, Form
 from hf_sparse_pathways.ffn.leaves import PathwayLeaf
-from hf_sparse_pathways.ffn.packing import Packed
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.slices import has_views
@@ -50,30 +50,30 @@ class ModelCopies:
 
     def size(self, key: Key) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""
-        return self._size(key, packed=self.executor in PACKING)
+        return self._size(key, EXECUTORS[self.executor].form)
 
-    def most(self, *, packed: bool) -> int:
+    def most(self, form: Form) -> int:
         """Return how many bytes the largest pathway's copies take."""
-        return max((self._size(own, packed=packed) for own in self._pathways), default=0)
+        return max((self._size(own, form) for own in self._pathways), default=0)
 
     def total(self) -> int:
         """Return how many bytes everything takes that ``packed-all`` packs for all pathways."""
-        return sum(self._size(key, packed=True) for key in (*self._pathways, REST))
+        return sum(self._size(key, PACKED) for key in (*self._pathways, REST))
 
-    def _size(self, key: Key, *, packed: bool) -> int:
+    def _size(self, key: Key, form: Form) -> int:
         own = _of_leaf(key)
-        return sum(copy_bytes(leaf, own, packed=packed) for leaf in self._leaves_of(key))
+        return sum(copy_bytes(leaf, own, form) for leaf in self._leaves_of(key))
 
-    def make(self, key: Key, *, packed: bool) -> None:
+    def make(self, key: Key, form: Form) -> None:
         """Make the copies of a key that are not there or out of date."""
         for leaf in self._leaves_of(key):
             for own in copy_keys(leaf, _of_leaf(key)):
-                kept_weights(leaf, own, packed=packed)
+                kept_weights(leaf, own, form)
 
     def are_traceable(self, pathway: int) -> bool:
         """Whether all copies of a pathway are there, in a form that a graph can hold."""
         return all(
-            pathway in leaf.copies and not isinstance(leaf.copies[pathway].weight, Packed)
+            pathway in leaf.copies and leaf.copies[pathway].form.traceable
             for leaf in self._leaves_of(pathway)
         )
 

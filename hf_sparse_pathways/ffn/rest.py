@@ -1,4 +1,4 @@
-"""The linear leaves outside the FFN blocks (attention, head), packed when ``packed-all`` runs."""
+"""The linear leaves outside the FFN blocks (attention, head), for executors of every leaf."""
 
 import threading
 from collections.abc import Sequence

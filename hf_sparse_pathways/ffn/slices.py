@@ -28,6 +28,7 @@ class Sliced:
     def __init__(self, copying: "Compact") -> None:
         """Take what computes leaves that have no views."""
         self._copying = copying
+        self.form, self.everywhere = copying.form, False
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone, run by run."""

@@ -25,7 +25,7 @@ from hf_sparse_pathways.ffn.choices import (
 )
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
-from hf_sparse_pathways.ffn.executors import PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
@@ -206,7 +206,7 @@ class SparsePathwaysModel(_Base):
         if not residents.pin(pathway):
             return False
         try:
-            self._attachment.copies.make(pathway, packed=self.execution.executor in PACKING)
+            self._attachment.copies.make(pathway, EXECUTORS[self.execution.executor].form)
         finally:
             residents.unpin(pathway)
         return True
@@ -253,7 +253,7 @@ class SparsePathwaysModel(_Base):
     @contextmanager
     def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[None]:
         """Make a choice for all passes on this thread within the block."""
-        if chosen is not None or self.config.executor in PACKING:
+        if chosen is not None or self.config.executor in OWN_DENSE:
             self._look_at_weights()
         compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
         name = self.config.executor

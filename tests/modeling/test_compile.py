@@ -53,8 +53,8 @@ def test_one_graph(domain):
         assert torch.allclose(found, model(ids, domain=chosen).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("executor", ["auto", "compact", "packed-all"])
-def test_static_cache_traces_each_domain_once(executor, packing_pays):  # noqa: ARG001
+@pytest.mark.parametrize("executor", ["auto", "compact", "packed-all", "indexed"])
+def test_static_cache_traces_each_domain_once(executor, every_form_pays):  # noqa: ARG001
     model = _sparse(executor="compact")
     expected = {name: model.generate(prompt(), domain=name, **GENERATION) for name in DOMAINS}
     expected[None] = model.generate(prompt(), domain=None, **GENERATION)

@@ -33,9 +33,9 @@ def _copied_bytes(model):
         k for leaf in (*leaves, *attachment.copies.rest.leaves) for k in leaf.copies.values()
     ]:
         thin = [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
-        is_packed = isinstance(kept.weight, Packed)
-        packed += torch.ops.mkldnn._nbytes(kept.weight.weight) if is_packed else 0
-        plain = [] if is_packed else [kept.weight]
+        is_packed = isinstance(kept.product, Packed)
+        packed += torch.ops.mkldnn._nbytes(kept.product.weight) if is_packed else 0
+        plain = [] if is_packed else [kept.product.weight, getattr(kept.product, "rows", None)]
         for tensor in (*plain, kept.bias, *thin):
             if tensor is not None:
                 storage = tensor.untyped_storage()
@@ -70,12 +70,13 @@ def test_the_books_are_right(name, compensated):
     assert list(model.resident) == ["b", "a+b", "dense+a", "a"]
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.needs_packing
-@pytest.mark.usefixtures("packing_pays")
-@pytest.mark.parametrize("executor", ["packed", "packed-all"])
+@pytest.mark.usefixtures("every_form_pays")
+@pytest.mark.parametrize("executor", ["packed", "packed-all", "indexed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_packed_copies_take_no_more_than_the_books_say(name, executor):
+def test_other_forms_take_no_more_than_the_books_say(name, executor):
     dense = build(name).eval()
     paths = compensate(dense, random_masks(dense, ("a", "b")))
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor)
@@ -85,7 +86,7 @@ def test_packed_copies_take_no_more_than_the_books_say(name, executor):
         model(IDS, domain=domain)
         assert 0 < _copied_bytes(model) <= sum(model.resident.values())
     assert {"a", "dense", "a+b"} <= set(model.resident)
-    assert ("attention and head" in model.resident) == (executor == "packed-all")
+    assert ("attention and head" in model.resident) == (executor != "packed")
     model.set_executor("compact")
     assert (model.resident, _copied_bytes(model)) == ({}, 0)
 
@@ -186,7 +187,7 @@ def test_a_mixed_batch_computes_the_union_alone(monkeypatch):
     assert torch.allclose(found, torch.cat(expected), atol=1e-5)
     for attached in model._attachment.blocks:
         one, other = (attached.state.pathways[index].keep for index in (0, 1))
-        shape = attached.leaves["up_proj"].copies[0, 1].weight.shape
+        shape = attached.leaves["up_proj"].copies[0, 1].product.weight.shape
         assert shape[0] == int((one | other).sum()) < attached.state.d_ff
 
 

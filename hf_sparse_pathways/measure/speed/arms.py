@@ -13,7 +13,7 @@ import torch
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
-from hf_sparse_pathways.ffn.executors import EXECUTORS, PACKING
+from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
 from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import Pathways
@@ -178,7 +178,7 @@ def has_own_dense(executor: str) -> bool:
     What such an executor gains by kernels is not gained by removing neurons: the pathway is
     compared with its dense pass, any other with the eager one.
     """
-    return executor in PACKING
+    return executor in OWN_DENSE
 
 
 def _dense_arms(names: Iterable[str]) -> list[Arm]:

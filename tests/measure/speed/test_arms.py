@@ -5,13 +5,14 @@ import pytest
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn import executors as ffn_executors
-from hf_sparse_pathways.ffn import packing
+from hf_sparse_pathways.ffn import verdicts
 from hf_sparse_pathways.ffn.executors import EXECUTORS, Compact
+from hf_sparse_pathways.ffn.forms import PACKED
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.measure.speed.arms import DENSE, has_own_dense, line_up
 from tests.architectures import build, compensate, random_masks, tiny_llama
 
-pytestmark = pytest.mark.usefixtures("packing_pays")
+pytestmark = pytest.mark.usefixtures("every_form_pays")
 
 USUAL = {"masked": ffn_executors.Masked(), "compact": Compact()}
 
@@ -49,7 +50,7 @@ def test_every_registered_executor_takes_part_by_itself(only):
 
 
 def test_kernels_of_their_own_have_a_dense_partner_of_their_own(only):
-    only(packed=Compact(packed=True))
+    only(packed=Compact(PACKED))
     assert [has_own_dense(name) for name in ("masked", "compact", "packed")] == [False, False, True]
     lineup = line_up(tiny_llama(), _pathways(), ["law"])
     partners = {arm.label: arm.partner for arm in lineup.arms}
@@ -60,16 +61,16 @@ def test_kernels_of_their_own_have_a_dense_partner_of_their_own(only):
 
 
 def test_an_executor_in_whose_place_another_runs_is_not_timed(only, monkeypatch):
-    only(packed=Compact(packed=True))
-    monkeypatch.setattr(packing, "_find_problem", lambda *_: "this build of torch has no oneDNN")
-    packing._judge.cache_clear()
+    only(packed=Compact(PACKED))
+    monkeypatch.setattr(verdicts, "find_problem", lambda *_: "this build of torch has no oneDNN")
+    verdicts._judge.cache_clear()
     lineup = line_up(tiny_llama(), _pathways(), ["law"])
     assert lineup.unavailable == {
         "packed": "compact runs in its place: this build of torch has no oneDNN"
     }
     assert list(lineup.models) == ["masked", "compact"]
     assert not any("packed" in arm.label for arm in lineup.arms)
-    packing._judge.cache_clear()
+    verdicts._judge.cache_clear()
 
 
 def test_an_executor_without_room_for_copies_is_not_timed(only, monkeypatch):

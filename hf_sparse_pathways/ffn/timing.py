@@ -1,0 +1,33 @@
+"""Timing two ways of multiplying by matrices, in this process and by wall clock."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_STREAM_BYTES = 48 << 20
+"""Weights that are timed together: more than the processor's caches hold."""
+
+_MOST_MATRICES = 64
+
+_ROUNDS = 5
+
+
+def matrices(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Return as many equal matrices as do not fit the caches, within reason."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    count = min(_MOST_MATRICES, -(-_STREAM_BYTES // size))
+    return [torch.ones(shape, dtype=dtype) for _ in range(count)]
+
+
+def time_ratio(slow: Callable[[], None], fast: Callable[[], None]) -> float:
+    """Return the median of how many times as long the first takes, timed in turn."""
+
+    def seconds(run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    return statistics.median(seconds(slow) / seconds(fast) for _ in range(_ROUNDS))

@@ -1,0 +1,129 @@
+"""Compile the kernel with the system's C compiler, keep it, and load it.
+
+The library lies in ``HF_HOME``, under a name that stands for source, command and processor; another
+machine that shares the folder compiles its own. Nothing happens on import, and where there is no
+compiler callers get the reason.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+_SOURCE = Path(__file__).with_name("linear.c")
+
+_COMPILERS = ("cc", "gcc", "clang")
+
+_FLAGS = ("-O3", "-fPIC", "-ffp-contract=fast", "-w")
+
+_TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+"""Flags that not every compiler has, best first. Without OpenMP the kernel has one thread."""
+
+_SECONDS = 120
+
+
+class NativeError(RuntimeError):
+    """The kernel cannot be had here; the text is a clause that says why."""
+
+
+@functools.cache
+def load_kernel() -> Any:
+    """Return the kernel as a ctypes function; ``linear.c`` says what its arguments are.
+
+    Raises:
+        NativeError: There is no compiler, or what it makes does not load.
+    """
+    compiler = _find_compiler()
+    problem = ""
+    for flags in _TRIED:
+        try:
+            return _declare(_load(compiler, [*_FLAGS, *flags]))
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = problem or _describe(error)
+    raise NativeError(f"its kernel does not compile with {shlex.join(compiler)} ({problem})")
+
+
+def _find_compiler() -> list[str]:
+    """Return the command of a C compiler: that of ``CC``, or one on the path.
+
+    Raises:
+        NativeError: There is none.
+    """
+    given = shlex.split(os.environ.get("CC", ""))
+    found = [name for name in _COMPILERS if shutil.which(name)]
+    if not given and not found:
+        raise NativeError(f"no C compiler was found (CC, {', '.join(_COMPILERS)})")
+    return given or found[:1]
+
+
+def _load(compiler: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
+    """Load the library, compiled if it is not in the cache.
+
+    Raises:
+        OSError: The compiler is not there, or the library does not load.
+        subprocess.SubprocessError: The compiler failed.
+    """
+    kept = Path(HF_HOME, "hf_sparse_pathways", f"linear-{_digest([*compiler, *flags])}.so")
+    if kept.is_file():
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        library = ctypes.CDLL(str(_compile(compiler, flags, Path(folder))))
+        _keep(Path(library._name), kept)
+    return library
+
+
+def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Path:
+    """Compile and link.
+
+    It is linked without OpenMP's library: torch has one loaded, whose threads it then shares.
+    """
+    unlinked, library = folder / "linear.o", folder / "linear.so"
+    run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=_SECONDS)
+    run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(unlinked)])
+    run([*compiler, "-shared", str(unlinked), "-o", str(library)])
+    return library
+
+
+def _keep(library: Path, kept: Path) -> None:
+    """Copy a library into the cache; a folder that cannot be written costs a second each time."""
+    partial = kept.with_suffix(f".{os.getpid()}")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, partial)
+        os.replace(partial, kept)
+    except OSError:
+        return
+
+
+def _digest(command: Sequence[str]) -> str:
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.is_file() else [platform.processor()]
+    features = sorted({line for line in lines if line.lower().startswith(("flags", "features"))})
+    decisive = [_SOURCE.read_text(), *command, platform.machine(), *(features or lines)]
+    return hashlib.sha256("\0".join(decisive).encode()).hexdigest()[:20]
+
+
+def _declare(library: ctypes.CDLL) -> Any:
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    linear = library.linear
+    linear.argtypes = [pointer, ctypes.c_int, ctypes.c_ssize_t, pointer, pointer, pointer]
+    linear.argtypes += [pointer, ctypes.c_int, pointer, number, number, number, ctypes.c_int]
+    linear.restype = ctypes.c_int
+    return linear
+
+
+def _describe(error: Exception) -> str:
+    """Return the first line that says what went wrong."""
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+    text = (output or b"").decode(errors="replace").strip() or str(error)
+    return text.splitlines()[0][:120]

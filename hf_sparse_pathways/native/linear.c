@@ -1,0 +1,195 @@
+/* y = x W[rows]^T + bias for a few inputs, reading the wanted rows of W where they lie.
+ *
+ * A product of one or a few vectors is as fast as the weights stream from memory. The rows that are
+ * wanted lie apart, so the processor's own prefetcher loses them at each gap; here every row is
+ * asked for a few rows ahead. Weights are float32, bfloat16 or int8 (with a scale per row); sums
+ * are float32. Vectors are those of GCC and Clang, which lower them to what the processor has.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16    /* floats per vector */
+#define AHEAD_BYTES 4096 /* least distance at which rows are asked for */
+#define AHEAD_ROWS 4
+#define LINE 64
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+enum { FLOAT32, BFLOAT16, INT8 };
+
+static inline float widen(uint16_t value) {
+    uint32_t wide = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &wide, 4);
+    return result;
+}
+
+static inline uint16_t narrow(float value) {
+    uint32_t wide;
+    memcpy(&wide, &value, 4);
+    if ((wide & 0x7fffffff) > 0x7f800000) return (uint16_t)(wide >> 16) | 0x40; /* NaN */
+    return (uint16_t)((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+static inline vec load_float32(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline vec load_bfloat16(const uint16_t *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+    bits b = __builtin_convertvector(h, bits) << 16;
+    vec v;
+    memcpy(&v, &b, sizeof v);
+    return v;
+}
+
+static inline vec load_int8(const int8_t *p) {
+#ifdef __AVX512F__ /* compilers make more instructions of the lines below */
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+    bytes b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(
+        __builtin_convertvector(__builtin_convertvector(b, shorts), ints), vec);
+#endif
+}
+
+static inline float one_float32(const float *p) { return *p; }
+static inline float one_bfloat16(const uint16_t *p) { return widen(*p); }
+static inline float one_int8(const int8_t *p) { return *p; }
+
+static inline float sum(vec v) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += v[lane];
+    return total;
+}
+
+struct job {
+    const void *weight;
+    ptrdiff_t stride; /* between rows, in elements */
+    const int64_t *rows;
+    long n, k;
+    const float *x; /* (m, k) */
+    float *y;       /* (m, n) */
+};
+
+/* R rows of W times M inputs; R and M are constants after inlining. The first M of a block of rows
+ * ask for the rows that come later, the others find the block in the cache. */
+#define DEFINE_TILE(TYPE, NAME)                                                                    \
+    static inline __attribute__((always_inline)) void tile_##NAME(                                 \
+        const struct job *job, const TYPE *const *row, const TYPE *const *later, long first,       \
+        int count, long input, const int R, const int M) {                                         \
+        vec total[4][4] = {{{0}}};                                                                 \
+        const float *x = job->x + input * job->k;                                                  \
+        long i = 0;                                                                                \
+        for (; i + LANES <= job->k; i += LANES) {                                                  \
+            vec in[4];                                                                             \
+            for (int m = 0; m < M; m++) in[m] = load_float32(x + m * job->k + i);                  \
+            for (int r = 0; r < R; r++) {                                                          \
+                if (later && (i * sizeof(TYPE)) % LINE == 0)                                       \
+                    __builtin_prefetch(later[r] + i, 0, 2);                                        \
+                vec w = load_##NAME(row[r] + i);                                                   \
+                for (int m = 0; m < M; m++) total[r][m] += w * in[m];                              \
+            }                                                                                      \
+        }                                                                                          \
+        for (int r = 0; r < count; r++)                                                            \
+            for (int m = 0; m < M; m++) {                                                          \
+                float value = sum(total[r][m]);                                                    \
+                for (long j = i; j < job->k; j++)                                                  \
+                    value += one_##NAME(row[r] + j) * x[m * job->k + j];                           \
+                job->y[(input + m) * job->n + first + r] = value;                                  \
+            }                                                                                      \
+    }                                                                                              \
+                                                                                                   \
+    static void run_##NAME(const struct job *job, long begin, long end, long inputs) {             \
+        const TYPE *weight = job->weight;                                                          \
+        long row_bytes = job->k * (long)sizeof(TYPE);                                              \
+        long ahead = AHEAD_BYTES / (row_bytes ? row_bytes : 1);                                    \
+        if (ahead < AHEAD_ROWS) ahead = AHEAD_ROWS;                                                \
+        for (long first = begin; first < end; first += 4) {                                        \
+            const TYPE *row[4], *later[4];                                                         \
+            int count = end - first < 4 ? (int)(end - first) : 4;                                  \
+            for (int r = 0; r < 4; r++) {                                                          \
+                long at = first + (r < count ? r : count - 1);                                     \
+                long next = at + ahead < end ? at + ahead : end - 1;                               \
+                row[r] = weight + job->stride * (job->rows ? job->rows[at] : at);                  \
+                later[r] = weight + job->stride * (job->rows ? job->rows[next] : next);            \
+            }                                                                                      \
+            long input = 0;                                                                        \
+            for (; input + 4 <= inputs; input += 4)                                                \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 4);            \
+            for (; input + 2 <= inputs; input += 2)                                                \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 2);            \
+            if (input < inputs)                                                                    \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 1);            \
+        }                                                                                          \
+    }
+
+DEFINE_TILE(float, float32)
+DEFINE_TILE(uint16_t, bfloat16)
+DEFINE_TILE(int8_t, int8)
+
+static void run(const struct job *job, int type, long begin, long end, long inputs) {
+    if (type == FLOAT32) run_float32(job, begin, end, inputs);
+    if (type == BFLOAT16) run_bfloat16(job, begin, end, inputs);
+    if (type == INT8) run_int8(job, begin, end, inputs);
+}
+
+/* Return 0, or 1 if there is no memory.
+ *
+ * weight: (any, k), rows `stride` elements apart; weight_type one of the enum.
+ * rows: n of its rows, or NULL for the first n.
+ * scale: n factors of the sums, float32, or NULL.
+ * bias: n values of the inputs' type, or NULL.
+ * x: (m, k), y: (m, n), both contiguous, of input_type (float32 or bfloat16).
+ */
+int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t *rows,
+           const float *scale, const void *bias, const void *x, int input_type, void *y, long m,
+           long n, long k, int threads) {
+    int narrow_inputs = input_type == BFLOAT16;
+    float *wide = NULL;
+    struct job job = {weight, stride, rows, n, k, x, y};
+    if (narrow_inputs) {
+        wide = malloc(sizeof(float) * (size_t)(m * k + m * n + 1));
+        if (wide == NULL) return 1;
+        for (long i = 0; i < m * k; i++) wide[i] = widen(((const uint16_t *)x)[i]);
+        job.x = wide;
+        job.y = wide + m * k;
+    }
+    if (threads <= 1) {
+        run(&job, weight_type, 0, n, m);
+    } else {
+        long share = (n + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int thread = 0; thread < threads; thread++) {
+            long begin = share * thread, end = begin + share < n ? begin + share : n;
+            if (begin < end) run(&job, weight_type, begin, end, m);
+        }
+    }
+    for (long i = 0; i < m && (scale || bias || narrow_inputs); i++)
+        for (long j = 0; j < n; j++) {
+            float value = job.y[i * n + j];
+            if (scale) value *= scale[j];
+            if (bias)
+                value += narrow_inputs ? widen(((const uint16_t *)bias)[j]) : ((const float *)bias)[j];
+            if (narrow_inputs)
+                ((uint16_t *)y)[i * n + j] = narrow(value);
+            else
+                ((float *)y)[i * n + j] = value;
+        }
+    free(wide);
+    return 0;
+}

@@ -1,0 +1,136 @@
+"""``linear`` with some rows of a matrix, read where they lie.
+
+One or a few inputs, as in decoding, are multiplied by the kernel in C: no row is copied. For many,
+as in a prompt, arithmetic takes the time and not the memory: rows are gathered a tile at a time,
+and torch multiplies.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sparse_pathways.native.library import load_kernel
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16)
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+MOST_INPUTS = 8
+"""Up to so many inputs the time is that of reading the weights."""
+
+_TILE_BYTES = 1 << 20
+"""Rows that are gathered at a time: about what a core's own cache holds."""
+
+
+def linear_rows(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``linear(x, scale[:, None] * weight[rows], bias)``. Pure.
+
+    Args:
+        x: Inputs ``(..., d_in)``, float32 or bfloat16, on the CPU.
+        weight: ``(any, d_in)``, of the inputs' dtype or int8; each row contiguous.
+        rows: Which of its rows, int64 ``(n,)``; None for all.
+        scale: A factor per output, float32 ``(n,)``; None for 1.
+        bias: Added per output, ``(n,)``.
+
+    Returns:
+        ``(..., n)``, sums in float32 rounded once for few inputs.
+
+    Raises:
+        NativeError: The kernel is not to be had here.
+    """
+    if torch.compiler.is_compiling():
+        output: Tensor = _traced(x, weight, rows, scale, bias)
+        return output
+    inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    by_kernel = len(inputs) <= MOST_INPUTS and _can_multiply(inputs, weight)
+    multiply = _by_kernel if by_kernel and not torch.is_autocast_enabled("cpu") else _by_tiles
+    output = multiply(inputs, weight, rows, scale, bias)
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def _can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel knows the dtypes, and may read what it would read."""
+    return (
+        x.dtype in INPUT_DTYPES
+        and weight.dtype in (x.dtype, torch.int8)
+        and x.shape[1] == weight.shape[1]
+        and weight.stride(1) == 1
+        and x.device.type == weight.device.type == "cpu"
+    )
+
+
+def _by_kernel(
+    x: Tensor, weight: Tensor, rows: Tensor | None, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    n = len(weight) if rows is None else len(rows)
+    output = x.new_empty(len(x), n)
+    bias = None if bias is None else bias.to(x.dtype)
+    failed = load_kernel()(
+        weight.data_ptr(),
+        WEIGHT_DTYPES.index(weight.dtype),
+        weight.stride(0),
+        _address(rows),
+        _address(scale),
+        _address(bias),
+        x.data_ptr(),
+        INPUT_DTYPES.index(x.dtype),
+        output.data_ptr(),
+        len(x),
+        n,
+        x.shape[1],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("The kernel got no memory for its sums.")
+    return output
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _by_tiles(
+    x: Tensor, weight: Tensor, rows: Tensor | None, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if rows is None and scale is None:
+        return functional.linear(x, weight, bias)
+    n = len(weight) if rows is None else len(rows)
+    size = max(1, _TILE_BYTES // (max(1, weight.shape[1]) * x.element_size()))
+    parts = []
+    for start in range(0, max(n, 1), size):
+        some = slice(start, start + size)
+        tile = weight[some] if rows is None else weight.index_select(0, rows[some])
+        part = functional.linear(x, tile.to(x.dtype))
+        part = part if scale is None else part * scale[some].to(x.dtype)
+        parts.append(part if bias is None else part + bias[some].to(part.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@torch.library.custom_op("hf_sparse_pathways::linear_rows", mutates_args=())
+def _traced(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    return linear_rows(x, weight, rows, scale, bias)
+
+
+@_traced.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight) if rows is None else len(rows))

@@ -1,0 +1,74 @@
+"""Models whose weights are multiplied in another form: packed, or in place."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_sparse_pathways as sp
+from tests.architectures import build, prompt, random_masks
+
+pytestmark = pytest.mark.usefixtures("every_form_pays")
+
+
+def _sparse(**arguments):
+    dense = build("llama")
+    paths = sp.Pathways.from_masks(dense, random_masks(dense))
+    return sp.SparsePathwaysForCausalLM.from_dense(dense, paths, **arguments)
+
+
+@pytest.mark.parametrize("executor", ["packed", "packed-all", "indexed"])
+def test_gradients_autocast_and_tracing_do_without(executor):
+    model = _sparse(executor=executor)
+    reference = _sparse(executor="masked")
+    ids = prompt()
+    for domain in ("code", None, ["code", "law"]):
+        model.zero_grad()
+        reference.zero_grad()
+        model(ids, labels=ids, domain=domain).loss.backward()
+        reference(ids, labels=ids, domain=domain).loss.backward()
+        for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            mine, theirs = (m(ids, domain=domain).logits for m in (model, reference))
+        assert (mine - theirs).abs().max() <= 0.1 * theirs.abs().max()
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.needs_packing
+@pytest.mark.parametrize("executor", ["packed-all", "indexed"])
+@torch.no_grad()
+def test_leaves_outside_the_blocks_are_swapped_only_while_in_use(executor):
+    model = _sparse(executor=executor)
+    attention = model.model.layers[0].self_attn.q_proj
+    assert type(attention) is torch.nn.Linear
+    model(prompt(), domain="code")
+    assert type(attention) is not torch.nn.Linear
+    assert type(model.to_dense().model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    model.set_executor("compact")
+    assert type(attention) is torch.nn.Linear
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.needs_packing
+@pytest.mark.parametrize("executor", ["packed-all", "indexed"])
+@torch.no_grad()
+def test_the_attention_of_a_loaded_model_takes_part(executor, tmp_path):
+    _sparse().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, executor=executor)
+    model.max_resident_bytes = "1GB"
+    expected = _sparse(executor="masked")(prompt(), domain="code").logits
+    assert torch.allclose(model(prompt(), domain="code").logits, expected, atol=1e-5)
+    assert list(model.resident) == ["code", "attention and head"]
+
+
+@pytest.mark.parametrize("executor", ["packed-all", "indexed"])
+@torch.no_grad()
+def test_changed_attention_weights_are_noticed(executor):
+    model = _sparse(executor=executor)
+    model(prompt(), domain="code")
+    for change in (lambda w: w.mul_(0.5), lambda w: w.data.mul_(3.0)):
+        change(model.model.layers[1].self_attn.o_proj.weight)
+        found = model(prompt(), domain="code").logits
+        model.set_executor("masked")
+        assert torch.allclose(found, model(prompt(), domain="code").logits, atol=1e-5)
+        model.set_executor(executor)
