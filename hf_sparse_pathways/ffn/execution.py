@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _WORTH_BYTES = 32 << 20
 """Below this all FFN weights may stay in the processor's caches, where no form gains anything."""
 
-_ALIKE = 0.95
-"""Reading in place is preferred to packing if it is at least so many times as fast."""
+_WORTH_MEMORY = 1.25
+"""How many times as fast packed weights have to be for their memory, beside reading in place."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
 
     Executors with another form of weights stand for themselves where a test in this process found
     it equal and faster, else for ``"compact"``. ``"auto"`` takes one of them if the weights are
-    large enough to gain from it: ``"indexed"``, which needs least memory, unless packing is faster
-    and fits ``max_resident_bytes``; then attention and head are packed only if every pathway fits
-    beside them, so that none has to give way to them. Where not even plain copies fit, it takes
-    views if the neurons are in order for them.
+    large enough to gain from it: ``"indexed"``, which needs least memory, unless packing is much
+    faster and fits ``max_resident_bytes``; then attention and head are packed only if every
+    pathway fits beside them, so that none has to give way to them. Where not even plain copies
+    fit, it takes views if the neurons are in order for them.
 
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
@@ -80,7 +80,7 @@ def _choose_any(copies: ModelCopies) -> Execution:
         return Execution("compact", small)
     native, packed = _judge(copies, NATIVE), _judge(copies, PACKED)
     indexed = native.usable and _fits(copies, copies.most(NATIVE))
-    if indexed and native.gain >= _ALIKE * packed.gain:
+    if indexed and packed.gain < _WORTH_MEMORY * native.gain:
         return Execution("indexed", f"{native.reason}; {packed.reason}")
     if packed.usable and _fits(copies, copies.total()):
         return Execution("packed-all", packed.reason)
