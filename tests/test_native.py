@@ -16,9 +16,9 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 130)
 
 @pytest.fixture(autouse=True)
 def _load_anew():
-    library.load_kernel.cache_clear()
+    library.find_kernel.cache_clear()
     yield
-    library.load_kernel.cache_clear()
+    library.find_kernel.cache_clear()
 
 
 def _case(n, k, m, dtype, weight_dtype, seed=0):
@@ -176,7 +176,7 @@ def own_cache(monkeypatch, tmp_path):
 def test_it_is_compiled_once_and_kept(own_cache, monkeypatch):
     library.load_kernel()
     (kept,) = own_cache.iterdir()
-    library.load_kernel.cache_clear()
+    library.find_kernel.cache_clear()
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("it was compiled again"))
     library.load_kernel()
     assert list(own_cache.iterdir()) == [kept]
@@ -236,8 +236,27 @@ def test_flags_that_a_compiler_does_not_have_are_left_out(monkeypatch):
     assert _close(linear_rows(x, weight, rows), _expected(x, weight, rows, None, None))
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("own_cache")
+def test_without_a_kernel_torch_multiplies(monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise OSError("no compiler works here")
+
+    monkeypatch.setattr(library, "_load", fail)
+    for kind in (torch.float32, torch.int8):
+        x, weight, rows, scale, bias = _case(9, 20, 2, torch.float32, kind)
+        found = linear_rows(x, weight, rows, scale, bias)
+        assert _close(found, _expected(x, weight, rows, scale, bias))
+    assert len(tried) == len(library._TRIED), "it was tried again"
+
+
 def test_a_kernel_without_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(product, "load_kernel", lambda: lambda *_: 1)
+    monkeypatch.setattr(product, "find_kernel", lambda: None)
     with pytest.raises(MemoryError):
         linear_rows(torch.ones(1, 2), torch.ones(2, 2))
 

@@ -8,7 +8,7 @@ is an error instead of silently dense output.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +24,7 @@ from hf_sparse_pathways.ffn.leaves import (
 )
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.state import BlockState
+from hf_sparse_pathways.ffn.stored import lies_in_memory
 
 
 class AttachedBlock:
@@ -147,7 +148,7 @@ def _is_plain(leaf: PathwayLeaf) -> bool:
     if not _is_swapped(leaf):
         return False
     hook = getattr(leaf, "_hf_hook", None)
-    if getattr(hook, "offload", False) or type(leaf.weight.data) is not Tensor:
+    if getattr(hook, "offload", False) or not lies_in_memory(leaf.weight):
         return False
     own: Any = type(leaf).__bases__[1]
     return own.forward in (nn.Linear.forward, Conv1D.forward) or _behaves_linearly(leaf)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.stored import Stored, is_int8, stored_tensor
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -40,6 +41,8 @@ class Columns:
 
 
 _INDEX_BYTES = 8
+
+_SCALE_BYTES = 4
 
 _MAKING = threading.Lock()
 
@@ -122,9 +125,13 @@ def _bytes(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> int:
     if own is not None and leaf.neuron_dim == 1:
         extra += 0 if own.bias is None else own.bias.numel()
         extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
+    whole, extra = index is None, extra * itemsize
+    if is_int8(leaf.weight):
+        extra += rows * _SCALE_BYTES
+        itemsize = 1
     if form is NATIVE and _is_in_place(leaf, index, own):
-        return (0 if index is None else rows * _INDEX_BYTES) + extra * itemsize
-    return form.size(rows, columns, itemsize) + extra * itemsize
+        return (0 if whole else rows * _INDEX_BYTES) + extra
+    return form.size(rows, columns, itemsize) + extra
 
 
 def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, BlockPathway | None]:
@@ -137,7 +144,8 @@ def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, Bl
     return leaf.state.kept(pathway), leaf.state.pathways[pathway]
 
 
-def _stamp(tensor: Tensor) -> tuple[object, ...]:
+def _stamp(weight: Tensor) -> tuple[object, ...]:
+    tensor = stored_tensor(weight)
     version = 0 if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
 
@@ -160,65 +168,33 @@ def _copy(
 ) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
         index, own = _neurons(leaf, key)
-        if form is NATIVE and _is_in_place(leaf, index, own):
-            rows = None if index is None else _row_index(leaf, index)
-            bias = leaf.bias if rows is None or leaf.bias is None else leaf.bias[rows]
-            return KeptWeights(form, Rows(linear_weight(leaf), rows), bias, None, stamp)
+        stored = Stored.of(leaf)
         if index is None:
-            weight, bias, bypass = linear_weight(leaf), leaf.bias, None
-        elif leaf.neuron_dim == 0:
-            weight, bias, bypass = _kept_rows(leaf, index, own)
-        else:
-            weight, bias, bypass = _kept_columns(leaf, index, own)
-        return KeptWeights(form, form.make(weight), bias, bypass, stamp)
+            return KeptWeights(form, form.make(stored), leaf.bias, None, stamp)
+        leaf.check_whole()
+        if leaf.neuron_dim == 0:
+            rows = leaf.state.rows_of(index, leaf.rows_per_neuron).to(stored.values.device)
+            bias = None if leaf.bias is None else leaf.bias[rows]
+            if form is NATIVE and _is_in_place(leaf, index, own):
+                return KeptWeights(form, Rows.of(stored, rows), bias, None, stamp)
+            kept = stored.rows(rows).changed(_change(leaf, own))
+            return KeptWeights(form, form.make(kept), bias, None, stamp)
+        columns = stored.columns(index.to(stored.values.device))
+        if own is None:
+            return KeptWeights(form, form.make(columns), leaf.bias, None, stamp)
+        product = form.make(columns.changed(own.delta))
+        bypass = None if own.bypass is None else own.bypass.to(_like(leaf))
+        return KeptWeights(form, product, _added_bias(leaf, own), bypass, stamp)
 
 
-def _row_index(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
-    return leaf.state.rows_of(index, leaf.rows_per_neuron).to(leaf.weight.device)
+def _added_bias(leaf: "PathwayLeaf", own: BlockPathway) -> Tensor | None:
+    """Return an outgoing leaf's bias with the pathway's, in the dtype of the weight."""
+    if own.bias is None:
+        return leaf.bias
+    added = own.bias.to(leaf.weight.device).float()
+    return (added if leaf.bias is None else leaf.bias.float() + added).to(leaf.weight.dtype)
 
 
-def _kept_rows(
-    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
-) -> tuple[Tensor, Tensor | None, None]:
-    """Return an incoming leaf's rows of some neurons and their bias, healing added in."""
-    rows = _row_index(leaf, index)
-    bias = None if leaf.bias is None else leaf.bias[rows]
-    return _changed(_select(leaf, rows), _change(leaf, own)), bias, None
-
-
-def _kept_columns(
-    leaf: "PathwayLeaf", index: Tensor, own: BlockPathway | None
-) -> tuple[Tensor, Tensor | None, LowRank | None]:
-    """Return an outgoing leaf's columns, the bias and the bypass, compensation added in."""
-    columns = _select(leaf, index.to(leaf.weight.device))
-    bias = leaf.bias
-    if own is None:
-        return columns, bias, None
-    columns = _changed(columns, own.delta)
-    if own.bias is not None:
-        added = own.bias.to(columns.device).float()
-        bias = (added if bias is None else bias.float() + added).to(columns.dtype)
-    return columns, bias, None if own.bypass is None else own.bypass.to(columns)
-
-
-def _select(leaf: "PathwayLeaf", index: Tensor) -> Tensor:
-    """Return some of a leaf's rows, or columns if it is an outgoing one; contiguous.
-
-    For two-byte types torch's selection of columns has no vector code on the CPU; gathering them as
-    integers takes a third to a half of the time.
-
-    Raises:
-        UnsupportedModelError: The leaf holds a part of its weights.
-    """
-    weight, dim = leaf.whole_weight(), leaf.neuron_dim
-    if dim == 1 and weight.device.type == "cpu" and weight.element_size() == 2:
-        bits = weight.view(torch.int16)
-        return bits.gather(1, index.expand(len(weight), -1)).view(weight.dtype)
-    return weight.index_select(dim, index).contiguous()
-
-
-def _changed(weight: Tensor, delta: Tensor | LowRank | None) -> Tensor:
-    """Add a change to weights, in float32."""
-    if delta is None:
-        return weight
-    return (weight.float() + as_matrix(delta).to(weight.device)).to(weight.dtype)
+def _like(leaf: "PathwayLeaf") -> Tensor:
+    """Return an empty tensor of the dtype and on the device that a leaf computes in."""
+    return torch.empty(0, dtype=leaf.weight.dtype, device=leaf.weight.device)

@@ -9,6 +9,7 @@ from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
+from hf_sparse_pathways.ffn.stored import stored_tensor
 from hf_sparse_pathways.ffn.verdicts import Verdict, judge_all
 from hf_sparse_pathways.memory import format_memory
 
@@ -74,7 +75,7 @@ def _choose_any(copies: ModelCopies) -> Execution:
     """Return what ``"auto"`` stands for."""
     if not _fits(copies, copies.most(PLAIN)) and copies.are_views():
         return Execution("sliced", f"{_room(copies)} hold no pathway, and views take nothing")
-    size = sum(leaf.weight.numel() * leaf.weight.element_size() for leaf in copies.leaves)
+    size = sum(stored_tensor(leaf.weight).nbytes for leaf in copies.leaves)
     if size < _WORTH_BYTES:
         small = f"the FFN weights take {format_memory(size)}, too little for another to be faster"
         return Execution("compact", small)
@@ -118,4 +119,5 @@ def _judge(copies: ModelCopies, form: Form) -> Verdict:
         rows, columns = linear_weight(leaf).shape
         incoming = (width * leaf.rows_per_neuron, columns)
         shapes.add(incoming if leaf.neuron_dim == 0 else (rows, width))
-    return judge_all(form, shapes, leaves[0].weight.dtype, leaves[0].weight.device)
+    stored = stored_tensor(leaves[0].weight)
+    return judge_all(form, shapes, stored.dtype, stored.device)

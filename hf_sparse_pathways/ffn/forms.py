@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.ffn import packing
+from hf_sparse_pathways.ffn.stored import Stored
 from hf_sparse_pathways.native.product import INPUT_DTYPES, linear_rows
 
 
@@ -33,14 +34,22 @@ class Rows:
     Attributes:
         weight: ``(any, inputs)``, each row contiguous.
         rows: Which of its rows, int64; None for all.
+        scale: A factor per output, float32; None for 1.
     """
 
     weight: Tensor
     rows: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, stored: Stored, rows: Tensor | None = None) -> "Rows":
+        """Take some rows of a matrix, or all."""
+        scale = stored.scale if stored.scale is None or rows is None else stored.scale[rows]
+        return cls(stored.values, rows, scale)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``linear`` of ``(..., inputs)``."""
-        return linear_rows(x, self.weight, self.rows, None, bias)
+        return linear_rows(x, self.weight, self.rows, self.scale, bias)
 
 
 Product = Plain | packing.Packed | Rows
@@ -52,15 +61,15 @@ class Form:
 
     Attributes:
         label: What is multiplied, for messages.
-        dtypes: Of the weights.
-        make: Makes it of a matrix, whose entries it may share.
-        size: Most bytes that it takes, of rows, columns and the bytes of an entry.
+        dtypes: Of the values.
+        make: Makes it of a matrix, whose values it may share.
+        size: Most bytes that the values take, of rows, columns and the bytes of one.
         traceable: Whether ``torch.compile`` can hold it in a graph.
     """
 
     label: str
     dtypes: tuple[torch.dtype, ...]
-    make: Callable[[Tensor], Product]
+    make: Callable[[Stored], Product]
     size: Callable[[int, int, int], int]
     traceable: bool = True
 
@@ -69,12 +78,20 @@ def _bytes(rows: int, columns: int, itemsize: int) -> int:
     return rows * columns * itemsize
 
 
-def _rows(weight: Tensor) -> Rows:
-    return Rows(weight.contiguous())
+def _plain(stored: Stored) -> Plain | Rows:
+    return Plain(stored.values) if stored.scale is None else Rows.of(stored)
 
 
-PLAIN = Form("plain weights", (), Plain, _bytes)
+def _packed(stored: Stored) -> packing.Packed:
+    return packing.pack(stored.values)
 
-PACKED = Form("packed weights", packing.DTYPES, packing.pack, packing.packed_bytes, traceable=False)
 
-NATIVE = Form("weights read in place", INPUT_DTYPES, _rows, _bytes)
+def _rows(stored: Stored) -> Rows:
+    return Rows.of(Stored(stored.values.contiguous(), stored.scale))
+
+
+PLAIN = Form("plain weights", (), _plain, _bytes)
+
+PACKED = Form("packed weights", packing.DTYPES, _packed, packing.packed_bytes, traceable=False)
+
+NATIVE = Form("weights read in place", (*INPUT_DTYPES, torch.int8), _rows, _bytes)

@@ -41,19 +41,18 @@ class PathwayLeaf(nn.Module):
         """Compute as the leaf's own class does."""
         return super().forward(x)
 
-    def whole_weight(self) -> Tensor:
-        """Return the weight in ``nn.Linear``'s order, a view.
+    def check_whole(self) -> None:
+        """Check that the leaf has the rows (or columns) of all neurons.
 
         Raises:
-            UnsupportedModelError: It holds a part of the neurons only.
+            UnsupportedModelError: It holds a part of its weights.
         """
-        weight, rows = linear_weight(self), self.state.d_ff * self.rows_per_neuron
-        if weight.shape[self.neuron_dim] != rows:
+        found, rows = linear_weight(self).shape, self.state.d_ff * self.rows_per_neuron
+        if found[self.neuron_dim] != rows:
             raise UnsupportedModelError(
-                f"A leaf holds {weight.shape[self.neuron_dim]} of {rows} rows: its weights are "
+                f"A leaf holds {found[self.neuron_dim]} of {rows} rows: its weights are "
                 "sharded. Call model.set_executor('masked'), or load without tensor parallelism."
             )
-        return weight
 
     def _plan(self) -> tuple[Executor | None, Any, Choice | None]:
         """Return what computes this leaf now, which copies or pathway, and the choice.

@@ -22,6 +22,7 @@ from hf_sparse_pathways.ffn.leaves import PathwayLeaf
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.slices import has_views
+from hf_sparse_pathways.ffn.stored import stored_tensor
 
 
 class ModelCopies:
@@ -140,6 +141,6 @@ def _of_leaf(key: Key) -> Key:
 @torch.no_grad()
 def _sample(leaf: PathwayLeaf) -> Tensor:
     """Return a weighted sum of about a hundred entries of a leaf's weight, on the CPU."""
-    values = leaf.weight.detach().flatten()
+    values = stored_tensor(leaf.weight).detach().flatten()
     values = values[:: max(1, len(values) // 101)].float()
     return (values * torch.arange(1, len(values) + 1, device=values.device)).sum().cpu()

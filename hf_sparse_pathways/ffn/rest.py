@@ -4,13 +4,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.leaves import PathwayLeaf, RestLeaf, restore_leaf, swap_leaf
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.state import BlockState
+from hf_sparse_pathways.ffn.stored import lies_in_memory
 
 REST = -2
 """Key of the copies of all of them, among the residents."""
@@ -62,4 +63,4 @@ def _is_plain(module: nn.Module) -> bool:
     if type(module) not in _LINEAR or hasattr(module, "_hf_hook"):
         return False
     weight: Any = module.weight
-    return type(weight.data) is Tensor and not weight.is_meta
+    return lies_in_memory(weight) and not weight.is_meta

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.runs import Run
 from hf_sparse_pathways.ffn.state import needed_input
+from hf_sparse_pathways.ffn.stored import is_int8
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.executors import Compact
@@ -35,7 +37,8 @@ class Sliced:
         runs = _runs(leaf, pathway)
         if runs is None:
             return self._copying.incoming(leaf, x, pathway)
-        weight, bias = leaf.whole_weight(), leaf.bias
+        leaf.check_whole()
+        weight, bias = linear_weight(leaf), leaf.bias
         outputs = [
             functional.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
             for start, stop in _rows(runs, leaf)
@@ -51,7 +54,8 @@ class Sliced:
         runs = _runs(leaf, pathway)
         if runs is None:
             return self._copying.outgoing(leaf, x, pathway, block_input)
-        weight, bias, done = leaf.whole_weight(), leaf.bias, 0
+        leaf.check_whole()
+        weight, bias, done = linear_weight(leaf), leaf.bias, 0
         outputs = []
         for start, stop in runs:
             part = x[..., done : done + stop - start]
@@ -79,7 +83,7 @@ def _runs(leaf: "PathwayLeaf", pathway: int) -> tuple[Run, ...] | None:
     """Return the runs of neurons of which a leaf has views, or None if it is copied."""
     own = leaf.state.pathways[pathway]
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]
-    if any(isinstance(change, Tensor) for change in changes):
+    if any(isinstance(change, Tensor) for change in changes) or is_int8(leaf.weight):
         return None
     return leaf.state.runs[pathway]
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
+from hf_sparse_pathways.ffn.stored import Stored, quantise
 from hf_sparse_pathways.ffn.timing import matrices, time_ratio
+from hf_sparse_pathways.native.library import load_kernel
 
 _BATCHES = (1, 4)
 """Rows of the inputs that are timed: decoding is what other forms are for."""
@@ -77,15 +79,19 @@ def _judge(form: Form, shape: tuple[int, int], dtype: torch.dtype, threads: int)
 def find_problem(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
     """Return why a form cannot be used, or None if its results are ``linear``'s."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator).to(dtype)
-    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    inputs = _input_dtype(dtype)
+    weight = torch.randn(shape, generator=generator).to(inputs)
+    bias = torch.randn(shape[0], generator=generator).to(inputs)
+    stored = _store(weight, dtype)
+    if stored.scale is not None:
+        weight = (stored.values.float() * stored.scale[:, None]).to(inputs)
     try:
-        product = _make(form, weight)
+        product = _make(form, stored)
         for rows, added in itertools.product((1, 3), (bias, None)):
-            x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+            x = torch.randn(rows, shape[1], generator=generator).to(inputs)
             expected = functional.linear(x, weight, added)
             error = (product(x, added) - expected).abs().max()
-            if not error <= _TOLERANCE[dtype] * expected.abs().max():
+            if not error <= _TOLERANCE[inputs] * expected.abs().max():
                 return f"{form.label} compute something else here than plain ones"
     except (AttributeError, RuntimeError) as failure:  # private operators, or no compiler
         return f"{form.label} do not work here: {str(failure).splitlines()[0][:160]}"
@@ -97,9 +103,9 @@ def measure_gain(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> floa
 
     Both are timed in turn on as many matrices as do not fit the caches.
     """
-    plain = matrices(shape, dtype)
-    made = [_make(form, weight) for weight in plain]
-    inputs = [torch.ones(batch, shape[1], dtype=dtype) for batch in _BATCHES]
+    plain = matrices(shape, _input_dtype(dtype))
+    made = [_make(form, _store(weight, dtype)) for weight in plain]
+    inputs = [torch.ones(batch, shape[1], dtype=plain[0].dtype) for batch in _BATCHES]
 
     def linear() -> None:
         for x, weight in itertools.product(inputs, plain):
@@ -112,8 +118,20 @@ def measure_gain(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> floa
     return time_ratio(linear, product)
 
 
-def _make(form: Form, weight: Tensor) -> Product:
+def _input_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of what is multiplied by values of a dtype."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
+
+
+def _store(weight: Tensor, dtype: torch.dtype) -> Stored:
+    return quantise(weight) if dtype == torch.int8 else Stored(weight)
+
+
+def _make(form: Form, stored: Stored) -> Product:
     """Return a matrix in a form; rows that are read in place lie apart, as kept ones do."""
-    if form is NATIVE:
-        return Rows(weight.repeat_interleave(2, dim=0), torch.arange(0, 2 * len(weight), 2))
-    return form.make(weight)
+    if form is not NATIVE:
+        return form.make(stored)
+    load_kernel()  # without it rows would be gathered
+    scale = None if stored.scale is None else stored.scale.repeat_interleave(2)
+    apart = Stored(stored.values.repeat_interleave(2, dim=0), scale)
+    return Rows.of(apart, torch.arange(0, len(apart.values), 2))

@@ -36,13 +36,28 @@ class NativeError(RuntimeError):
     """The kernel cannot be had here; the text is a clause that says why."""
 
 
-@functools.cache
 def load_kernel() -> Any:
     """Return the kernel as a ctypes function; ``linear.c`` says what its arguments are.
 
     Raises:
         NativeError: There is no compiler, or what it makes does not load.
     """
+    found = find_kernel()
+    if isinstance(found, NativeError):
+        raise found
+    return found
+
+
+@functools.cache
+def find_kernel() -> Any:
+    """Return the kernel, or the error that says why there is none; tried once in a process."""
+    try:
+        return _make_kernel()
+    except NativeError as error:
+        return error
+
+
+def _make_kernel() -> Any:
     compiler = _find_compiler()
     problem = ""
     for flags in _TRIED:
@@ -50,7 +65,7 @@ def load_kernel() -> Any:
             return _declare(_load(compiler, [*_FLAGS, *flags]))
         except (OSError, subprocess.SubprocessError) as error:
             problem = problem or _describe(error)
-    raise NativeError(f"its kernel does not compile with {shlex.join(compiler)} ({problem})")
+    raise NativeError(f"the kernel does not compile with {shlex.join(compiler)} ({problem})")
 
 
 def _find_compiler() -> list[str]:

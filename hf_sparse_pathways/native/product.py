@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sparse_pathways.native.library import load_kernel
+from hf_sparse_pathways.native.library import NativeError, find_kernel, load_kernel
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,10 +41,7 @@ def linear_rows(
         bias: Added per output, ``(n,)``.
 
     Returns:
-        ``(..., n)``, sums in float32 rounded once for few inputs.
-
-    Raises:
-        NativeError: The kernel is not to be had here.
+        ``(..., n)``; for few inputs, and if there is a kernel, a sum in float32 rounded once.
     """
     if torch.compiler.is_compiling():
         output: Tensor = _traced(x, weight, rows, scale, bias)
@@ -57,13 +54,14 @@ def linear_rows(
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel knows the dtypes, and may read what it would read."""
+    """Whether the kernel is there, knows the dtypes, and may read what it would read."""
     return (
         x.dtype in INPUT_DTYPES
         and weight.dtype in (x.dtype, torch.int8)
         and x.shape[1] == weight.shape[1]
         and weight.stride(1) == 1
         and x.device.type == weight.device.type == "cpu"
+        and not isinstance(find_kernel(), NativeError)
     )
 
 

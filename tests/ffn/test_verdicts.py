@@ -5,6 +5,7 @@ import torch
 
 from hf_sparse_pathways.ffn import packing, timing, verdicts
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, Rows
+from hf_sparse_pathways.ffn.stored import Stored
 from hf_sparse_pathways.native import product
 from hf_sparse_pathways.native.library import NativeError
 
@@ -56,7 +57,7 @@ def test_a_verdict_within_autocast_holds_after_it(form, monkeypatch):
     [
         (PACKED, (packing, "_pack"), AttributeError("no operator _reorder_linear_weight")),
         (PACKED, (packing, "_pack"), RuntimeError("could not create a primitive\nand more")),
-        (NATIVE, (product, "load_kernel"), NativeError("no C compiler was found")),
+        (NATIVE, (verdicts, "load_kernel"), NativeError("no C compiler was found")),
     ],
 )
 def test_what_is_missing_is_a_reason_not_an_error(form, place, error, monkeypatch):
@@ -107,6 +108,6 @@ def test_gain_is_a_ratio_of_two_timings(form, monkeypatch):
 
 
 def test_rows_are_judged_with_gaps_between_them():
-    made = verdicts._make(NATIVE, torch.tensor([[1.0], [2.0]]))
+    made = verdicts._make(NATIVE, Stored(torch.tensor([[1.0], [2.0]])))
     assert made.weight.flatten().tolist() == [1, 1, 2, 2]
     assert made.rows.tolist() == [0, 2]
