@@ -1,9 +1,10 @@
 """Speed of every executor at half of the FFN, on a real model and on the shape of a larger one.
 
 ``make benchmark-speed`` runs it with one thread and nothing else on the machine. Pathways are
-random, since speed depends on shapes alone: four domains, each with half of every block's neurons,
-of which 60 % are common to all, in the permuted order. What was measured is kept in the cache
-folder; ``sparse-pathways benchmark`` does the same for a model of yours.
+random, since speed depends on shapes alone: two domains, each with half of every block's neurons,
+of which 60 % are common to both, in the permuted order; for mixed batches four of them. What was
+measured is kept in the cache folder; ``sparse-pathways benchmark`` does the same for a model of
+yours.
 """
 
 import argparse
@@ -31,8 +32,8 @@ FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 START, END = "<!-- speed: written by `make benchmark-speed` -->", "<!-- /speed -->"
 REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 CASES = ((REAL, "float32"), (REAL, "bfloat16"), (LARGE, "bfloat16"))
-SHARED, SPARSITY, DOMAINS = 0.6, 0.5, "abcd"
-MIXED_ROWS = 4
+SHARED, SPARSITY = 0.6, 0.5
+TIMED, MIXED = "ab", "abcd"
 PREFILLS = (512,)  # of the real model only: passes of the large one take minutes
 
 
@@ -70,19 +71,22 @@ def main() -> None:
 def measure(arguments: Any, name: str, dtype: str) -> dict[str, Any]:
     """Time one model, and mixed batches of the real one."""
     dense = _load(arguments.cache, name, getattr(torch, dtype))
-    domains = DOMAINS if name == REAL else DOMAINS[:2]  # copies of four do not fit small machines
-    paths = sp.Pathways.from_masks(dense, draw_masks(dense, domains))
-    model = sp.permute(sp.SparsePathwaysForCausalLM.from_dense(dense, paths))
+    mixed = time_mixed(_sparse(dense, MIXED), arguments.rounds) if name == REAL else {}
+    model = sp.permute(_sparse(dense, TIMED))
     del dense
     runs = [len(attached.state.runs[0] or ()) for attached in model._attachment.blocks]
     report = sp.benchmark(
         model,
-        domains[:1],
+        TIMED[:1],
         workloads=plan_workloads((1,), PREFILLS if name == REAL else ()),
         settings=TimingSettings(budget=0, rounds=arguments.rounds, new_tokens=16),
     )
-    mixed = time_mixed(model, arguments.rounds) if name == REAL else {}
     return {"name": name, "runs": max(runs), "report": report.to_dict(), "mixed": mixed}
+
+
+def _sparse(dense: Any, domains: str) -> Any:
+    paths = sp.Pathways.from_masks(dense, draw_masks(dense, domains))
+    return sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
 
 
 def _load(cache: Path, name: str, dtype: torch.dtype) -> Any:
@@ -117,7 +121,7 @@ def time_mixed(model: Any, rounds: int) -> dict[str, dict[str, float]]:
 
     Each row has a domain of its own.
     """
-    ids = random_ids(model, Workload(kind="decode", batch=MIXED_ROWS))
+    ids = random_ids(model, Workload(kind="decode", batch=len(MIXED)))
 
     def step(domain: Any) -> Callable[[], float]:
         def run() -> float:
@@ -126,9 +130,9 @@ def time_mixed(model: Any, rounds: int) -> dict[str, dict[str, float]]:
 
         return run
 
-    arms = {"one": step("a"), "mixed": step([*DOMAINS]), "dense": step(None)}
+    arms = {"one": step("a"), "mixed": step([*MIXED]), "dense": step(None)}
     found = {}
-    for executor in ("compact", "packed-all"):
+    for executor in ("compact", "packed-all", "indexed"):
         model.set_executor(executor)
         model.max_resident_bytes *= 2
         if model.execution.executor != executor:
@@ -186,7 +190,7 @@ def _sections(measured: dict[str, Any]) -> list[str]:
     if measured["mixed"]:
         listed = ", ".join(f"{name} {_spread(own)}" for name, own in measured["mixed"].items())
         parts.append(
-            f"A decoding step of {MIXED_ROWS} rows with {MIXED_ROWS} domains, over one of a single "
+            f"A decoding step of {len(MIXED)} rows with {len(MIXED)} domains, over one of a single "
             f"domain, in time: {listed}."
         )
     return parts
@@ -204,7 +208,7 @@ def _megabytes(report: dict[str, Any], label: str) -> str:
         for own in report["copies"]
         if own["executor"] == executor and own["pathway"] in (pathway, "attention and head")
     ]
-    return f"{sum(sizes) / 1e6:.0f} MB" if executor in ("compact", "packed", "packed-all") else "0"
+    return f"{sum(sizes) / 1e6:.1f} MB" if sum(sizes) else "0"
 
 
 if __name__ == "__main__":

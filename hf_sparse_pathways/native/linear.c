@@ -72,9 +72,11 @@ static inline float one_bfloat16(const uint16_t *p) { return widen(*p); }
 static inline float one_int8(const int8_t *p) { return *p; }
 
 static inline float sum(vec v) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += v[lane];
-    return total;
+    float lane[LANES];
+    memcpy(lane, &v, sizeof v);
+    for (int half = LANES / 2; half > 0; half /= 2) /* in pairs: rounds less than one by one */
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
 }
 
 struct job {
