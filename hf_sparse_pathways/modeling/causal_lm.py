@@ -17,12 +17,12 @@ from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET, Unset, fit_rows
 from hf_sparse_pathways.modeling.model import (
-    HUB_ARGUMENTS,
     Domain,
     SparsePathwaysModel,
     batch_size,
     made_class,
 )
+from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
     check_convertible,
     check_undispatched,

@@ -1,0 +1,158 @@
+"""Saving and loading weights with their pathways: all of them, or what one domain needs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.execution import check_executor
+from hf_sparse_pathways.modeling.partial import (
+    HOW_TO_LOAD_ALL,
+    Loading,
+    Partial,
+    current_loading,
+    partial_load,
+)
+from hf_sparse_pathways.pathways.pathway import Pathways
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+class Saving(_Base):
+    """The part of ``SparsePathwaysModel`` that is about folders and the Hub."""
+
+    pathways: Any
+
+    def save_pretrained(
+        self,
+        save_directory: "str | PathLike[str]",
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save weights, configuration and pathways; see the base for the other arguments.
+
+        Raises:
+            PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
+        """
+        pathways = self.pathways
+        names = ("repo_id", "commit_message", "private", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            pathways.save_pretrained(save_directory)
+        if push_to_hub:
+            hub.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(**hub, token=kwargs.get("token"))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say what the base says: checkpoint conversion and initialisation depend on it."""
+        base: Any = cls.__bases__[-1]
+        return bool(base.is_custom_code())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: "str | PathLike[str]",
+        *args: Any,
+        pathways: "Pathways | str | PathLike[str] | None" = None,
+        executor: str | None = None,
+        default_domain: str | None = None,
+        max_resident_bytes: int | str | None = None,
+        domain: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load weights, configuration and pathways.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id that holds the weights.
+            args: As the base's.
+            pathways: Pathways, or the folder or Hub id that holds them; by default they are
+                beside the weights.
+            executor: How kept neurons are computed; by default as saved.
+            default_domain: The domain when ``domain`` is omitted; by default as saved.
+            max_resident_bytes: Most bytes of copies of kept weights, also as ``"2GB"``.
+            domain: Load this domain's neurons alone. The model then has no other domain and no
+                dense form, cannot be saved, and takes the memory of what is kept.
+            kwargs: As the base's.
+
+        Raises:
+            ArtefactError: There are no pathways, or they are corrupt or of a newer format.
+            MismatchError: They were made for another model.
+        """
+        check_executor(executor or "auto")
+        pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
+        loading = None if domain is None else Loading(pathways, domain)
+        if loading is not None and default_domain not in (None, domain):
+            raise Partial(loading.domain).refuse(f"default_domain={default_domain!r} is another")
+        with partial_load(loading):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if default_domain is not None:
+            model.config.default_domain = default_domain
+        if loading is None:
+            model.set_pathways(pathways)
+        elif model._partial is None:
+            raise UnsupportedModelError(
+                "This version of transformers loads models in a way in which they cannot be loaded "
+                f"in part. {HOW_TO_LOAD_ALL}instead."
+            )
+        if executor is not None:
+            model.set_executor(executor)
+        if max_resident_bytes is not None:
+            model.max_resident_bytes = max_resident_bytes
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any
+    ) -> Any:
+        """Load as the base does, in part if that is what this thread is doing."""
+        loading = current_loading()
+        if loading is not None:
+            state_dict = loading.prepare(model, state_dict, checkpoint_files, load_config)
+        load = PreTrainedModel._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, load_config, *args)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, *args: Any) -> Any:
+        """Finish as the base does, and fold the pathway into weights that were loaded in part."""
+        info = PreTrainedModel._finalize_model_loading(model, *args)
+        loading = current_loading()
+        if loading is not None:
+            loading.finish(model)
+        return info
+
+
+def _read_pathways(
+    pathways: "Pathways | str | PathLike[str] | None",
+    beside: "str | PathLike[str]",
+    only: str | None,
+    kwargs: dict[str, Any],
+) -> Pathways:
+    """Return pathways as given, from their own place, or from beside the weights."""
+    if isinstance(pathways, Pathways):
+        return pathways
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    if pathways is None:
+        return Pathways.from_pretrained(beside, only=only, **hub)
+    for name in ("revision", "subfolder"):  # those of the weights' repository
+        hub.pop(name, None)
+    return Pathways.from_pretrained(pathways, only=only, **hub)
