@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 clean
 
 install: .venv/installed
 
@@ -33,6 +33,9 @@ benchmark-memory: install
 
 benchmark-speed: install
 	$(BIN)/python benchmarks/speed.py --cache "$(CACHE)" --readme README.md
+
+benchmark-int8: install
+	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --readme README.md
 
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
