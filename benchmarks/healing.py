@@ -7,10 +7,11 @@ does the same for a model of yours.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def main() -> None:
     rows = benchmark.measure()
     if not rows:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
-    table = to_markdown(arguments.model, benchmark.settings, rows)
-    print(table)
+    table = Table.of(arguments.model, benchmark.settings, rows)
     if arguments.readme is not None:
-        write_between(arguments.readme, START, END, table)
+        table = table.beside(arguments.readme.read_text())
+        write_between(arguments.readme, START, END, str(table))
+    print(table)
 
 
 class Benchmark:
@@ -173,29 +175,65 @@ class Benchmark:
         return {row.role: asdict(row) for row in report.rows}
 
 
-def to_markdown(model: str, how: sp.HealingSettings, rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table with its caption."""
-    tokens = min(row["report"]["tokens"] for row in rows)
-    scored = min(row["healed"]["tokens"] for row in rows)
-    caption = (
-        f"{model}, healed with `--train {how.train} --loss {how.loss} --teacher {how.teacher} "
-        f"--dense-first {how.dense_first:g} --learning-rate {how.rate:g}` on at least {tokens} "
-        f"tokens per domain. Perplexity ratios on at least {scored} held-out tokens per domain; "
-        "the last column is what counts: what is adaptation to the text, the dense model gains too."
-    )
-    header = ["domain", "sparsity", "pathway / dense", "healed / dense", "dense tuned / dense"]
-    cells = [
-        [
-            row["domain"],
-            f"{row['sparsity']:.0%}",
-            f"{row['before']['ratio']:.3f}",
-            f"{row['healed']['ratio']:.3f}",
-            f"{row['tuned']['ratio']:.3f}",
-            f"{row['healed']['perplexity'] / row['tuned']['perplexity']:.3f}",
-        ]
-        for row in rows
-    ]
-    return f"{caption}\n\n{markdown_table([*header, 'healed / dense tuned'], cells)}"
+@dataclass(frozen=True)
+class Table:
+    """Rows of figures that were measured with the same settings.
+
+    Attributes:
+        how: The settings, which begin the caption.
+        tokens: Least number that was trained on.
+        scored: Least number that was held out.
+        cells: Domain and sparsity -> the other columns.
+    """
+
+    how: str
+    tokens: int
+    scored: int
+    cells: dict[tuple[str, str], list[str]]
+
+    @classmethod
+    def of(cls, model: str, how: sp.HealingSettings, rows: Sequence[dict[str, Any]]) -> "Table":
+        """Take what was measured."""
+        cells = {}
+        for row in rows:
+            ratios = [row[arm]["ratio"] for arm in ("before", "healed", "tuned")]
+            ratios.append(row["healed"]["perplexity"] / row["tuned"]["perplexity"])
+            cells[row["domain"], f"{row['sparsity']:.0%}"] = [f"{ratio:.3f}" for ratio in ratios]
+        return cls(
+            how=f"{model}, healed with `--train {how.train} --loss {how.loss} --teacher "
+            f"{how.teacher} --dense-first {how.dense_first:g} --learning-rate {how.rate:g}`",
+            tokens=min(row["report"]["tokens"] for row in rows),
+            scored=min(row["healed"]["tokens"] for row in rows),
+            cells=cells,
+        )
+
+    def beside(self, text: str) -> "Table":
+        """Return the table with those rows that a text has of the same settings, and it has not.
+
+        A domain takes hours, so that each may be measured on another machine.
+        """
+        own = text[text.index(START) : text.index(END)]
+        numbers = re.search(re.escape(self.how) + r" on at least (\d+) .* at least (\d+) ", own)
+        if numbers is None:
+            return self
+        listed = [line.strip("| ").split(" | ") for line in own.splitlines() if line[:1] == "|"]
+        cells = {(row[0], row[1]): row[2:] for row in listed[2:]}
+        return Table(
+            how=self.how,
+            tokens=min(self.tokens, int(numbers[1])),
+            scored=min(self.scored, int(numbers[2])),
+            cells=cells | self.cells,
+        )
+
+    def __str__(self) -> str:
+        header = ["domain", "sparsity", "pathway / dense", "healed / dense", "dense tuned / dense"]
+        rows = [[*names, *self.cells[names]] for names in sorted(self.cells)]
+        return (
+            f"{self.how} on at least {self.tokens} tokens per domain. Perplexity ratios on at "
+            f"least {self.scored} held-out tokens per domain; the last column is what counts: "
+            "what is adaptation to the text, the dense model gains too.\n\n"
+            + markdown_table([*header, "healed / dense tuned"], rows)
+        )
 
 
 if __name__ == "__main__":
