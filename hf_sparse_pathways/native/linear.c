@@ -17,6 +17,7 @@
 #define AHEAD_BYTES 4096 /* least distance at which rows are asked for */
 #define AHEAD_ROWS 4
 #define LINE 64
+#define UNROLL _Pragma("GCC unroll 4") /* or sums are kept in memory */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -84,8 +85,9 @@ struct job {
     ptrdiff_t stride; /* between rows, in elements */
     const int64_t *rows;
     long n, k;
-    const float *x; /* (m, k) */
-    float *y;       /* (m, n) */
+    const float *x;         /* (m, k) */
+    const uint16_t *narrow; /* the same in bfloat16, or NULL */
+    float *y;               /* (m, n) */
 };
 
 /* R rows of W times M inputs; R and M are constants after inlining. The first M of a block of rows
@@ -99,23 +101,68 @@ struct job {
         long i = 0;                                                                                \
         for (; i + LANES <= job->k; i += LANES) {                                                  \
             vec in[4];                                                                             \
+            UNROLL                                                                                 \
             for (int m = 0; m < M; m++) in[m] = load_float32(x + m * job->k + i);                  \
+            UNROLL                                                                                 \
             for (int r = 0; r < R; r++) {                                                          \
                 if (later && (i * sizeof(TYPE)) % LINE == 0)                                       \
                     __builtin_prefetch(later[r] + i, 0, 2);                                        \
                 vec w = load_##NAME(row[r] + i);                                                   \
+                UNROLL                                                                             \
                 for (int m = 0; m < M; m++) total[r][m] += w * in[m];                              \
             }                                                                                      \
         }                                                                                          \
+        UNROLL                                                                                     \
         for (int r = 0; r < count; r++)                                                            \
+            UNROLL                                                                                 \
             for (int m = 0; m < M; m++) {                                                          \
                 float value = sum(total[r][m]);                                                    \
                 for (long j = i; j < job->k; j++)                                                  \
                     value += one_##NAME(row[r] + j) * x[m * job->k + j];                           \
                 job->y[(input + m) * job->n + first + r] = value;                                  \
             }                                                                                      \
-    }                                                                                              \
-                                                                                                   \
+    }
+
+DEFINE_TILE(float, float32)
+DEFINE_TILE(uint16_t, bfloat16)
+DEFINE_TILE(int8_t, int8)
+
+#ifdef __AVX512BF16__
+/* As above for bfloat16 on both sides, two products at a time. */
+static inline __attribute__((always_inline)) void tile_dot(
+    const struct job *job, const uint16_t *const *row, const uint16_t *const *later, long first,
+    int count, long input, const int R, const int M) {
+    __m512 total[4][4];
+    const uint16_t *x = job->narrow + input * job->k;
+    UNROLL
+    for (int r = 0; r < R; r++)
+        UNROLL
+        for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
+    for (long i = 0; i < job->k; i += 2 * LANES) {
+        long left = job->k - i;
+        __mmask32 valid = left < 2 * LANES ? (1u << left) - 1 : ~0u;
+        __m512bh in[4];
+        UNROLL
+        for (int m = 0; m < M; m++)
+            in[m] = (__m512bh)_mm512_maskz_loadu_epi16(valid, x + m * job->k + i);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            if (later) __builtin_prefetch(later[r] + i, 0, 2);
+            __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(valid, row[r] + i);
+            UNROLL
+            for (int m = 0; m < M; m++) total[r][m] = _mm512_dpbf16_ps(total[r][m], w, in[m]);
+        }
+    }
+    UNROLL
+    for (int r = 0; r < count; r++)
+        UNROLL
+        for (int m = 0; m < M; m++)
+            job->y[(input + m) * job->n + first + r] = sum((vec)total[r][m]);
+}
+#endif
+
+/* All inputs times a range of rows, four at a time. */
+#define DEFINE_RUN(TYPE, NAME)                                                                     \
     static void run_##NAME(const struct job *job, long begin, long end, long inputs) {             \
         const TYPE *weight = job->weight;                                                          \
         long row_bytes = job->k * (long)sizeof(TYPE);                                              \
@@ -140,11 +187,20 @@ struct job {
         }                                                                                          \
     }
 
-DEFINE_TILE(float, float32)
-DEFINE_TILE(uint16_t, bfloat16)
-DEFINE_TILE(int8_t, int8)
+DEFINE_RUN(float, float32)
+DEFINE_RUN(uint16_t, bfloat16)
+DEFINE_RUN(int8_t, int8)
+#ifdef __AVX512BF16__
+DEFINE_RUN(uint16_t, dot)
+#endif
 
 static void run(const struct job *job, int type, long begin, long end, long inputs) {
+#ifdef __AVX512BF16__
+    if (type == BFLOAT16 && job->narrow) {
+        run_dot(job, begin, end, inputs);
+        return;
+    }
+#endif
     if (type == FLOAT32) run_float32(job, begin, end, inputs);
     if (type == BFLOAT16) run_bfloat16(job, begin, end, inputs);
     if (type == INT8) run_int8(job, begin, end, inputs);
@@ -163,7 +219,7 @@ int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t 
            long n, long k, int threads) {
     int narrow_inputs = input_type == BFLOAT16;
     float *wide = NULL;
-    struct job job = {weight, stride, rows, n, k, x, y};
+    struct job job = {weight, stride, rows, n, k, x, narrow_inputs ? x : NULL, y};
     if (narrow_inputs) {
         wide = malloc(sizeof(float) * (size_t)(m * k + m * n + 1));
         if (wide == NULL) return 1;
