@@ -189,6 +189,18 @@ def test_it_is_compiled_once_and_kept(own_cache, monkeypatch):
 
 
 @pytest.mark.needs_compiler
+def test_a_damaged_library_is_compiled_again(own_cache):
+    library.load_kernel()
+    (kept,) = own_cache.iterdir()
+    kept.unlink()
+    kept.write_text("damaged")
+    library.find_kernel.cache_clear()
+    x, weight, rows, _, _ = _case(9, 20, 2, torch.float32, torch.float32)
+    assert _close(linear_rows(x, weight, rows), _expected(x, weight, rows, None, None))
+    assert kept.read_bytes() != b"damaged"
+
+
+@pytest.mark.needs_compiler
 def test_another_processor_or_source_has_a_library_of_its_own(monkeypatch, tmp_path):
     names = {library._digest(["cc"]), library._digest(["cc", "-O3"])}
     monkeypatch.setattr(library.platform, "machine", lambda: "vax")

@@ -5,6 +5,7 @@ machine that shares the folder compiles its own. Nothing happens on import, and 
 compiler callers get the reason.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -89,7 +90,7 @@ def _load(compiler: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
         subprocess.SubprocessError: The compiler failed.
     """
     kept = Path(HF_HOME, "hf_sparse_pathways", f"linear-{_digest([*compiler, *flags])}.so")
-    if kept.is_file():
+    with contextlib.suppress(OSError):  # it is not there, or not what it was
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(_compile(compiler, flags, Path(folder))))
