@@ -148,8 +148,34 @@ def test_rounding_is_to_the_nearest_even_number():
 
 
 @pytest.mark.needs_compiler
+def test_vectors_of_any_layout_are_read_as_torch_reads_them():
+    x, weight, rows, scale, bias = _case(6, 8, 2, torch.float32, torch.float32)
+    apart = torch.randn(6, 3)[:, 1]
+    for own in (apart, bias[:1], bias[:1].expand(6), bias.double(), bias.bfloat16()):
+        for factors in (None, scale, (apart.abs() + 1), scale[:1].expand(6)):
+            found = linear_rows(x, weight, rows, factors, own)
+            assert _close(found, _expected(x, weight, rows, factors, own.float()))
+    every_other = torch.stack([rows, rows], 1)[:, 0]
+    for index in (every_other, rows.int()):
+        assert _close(linear_rows(x, weight, index), _expected(x, weight, rows, None, None))
+    with pytest.raises(RuntimeError):
+        linear_rows(x, weight, rows, None, bias[:5])
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_trace_holds_the_operator():
+    x, weight, rows, _, bias = _case(5, 8, 2, torch.float32, torch.float32)
+    traced = torch.jit.trace(lambda x: linear_rows(x, weight, rows, None, bias), (x,))
+    assert torch.allclose(traced(x + 1), linear_rows(x + 1, weight, rows, None, bias))
+
+
+@pytest.mark.needs_compiler
 def test_what_the_kernel_must_not_read_is_left_to_torch():
     weight = torch.ones(4, 8)
+    sparse = weight.to_sparse_csr()
+    assert torch.equal(linear_rows(torch.ones(1, 8), sparse), torch.full((1, 4), 8.0))
     with pytest.raises(RuntimeError):
         linear_rows(torch.ones(1, 9), weight)
     half = linear_rows(torch.ones(1, 8, dtype=torch.float16), weight.half())
@@ -181,23 +207,29 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.mark.needs_compiler
 def test_it_is_compiled_once_and_kept(own_cache, monkeypatch):
     library.load_kernel()
-    (kept,) = own_cache.iterdir()
+    kept = sorted(own_cache.iterdir())
+    assert [path.suffix for path in kept] == [".sha256", ".so"]
     library.find_kernel.cache_clear()
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("it was compiled again"))
     library.load_kernel()
-    assert list(own_cache.iterdir()) == [kept]
+    assert sorted(own_cache.iterdir()) == kept
 
 
 @pytest.mark.needs_compiler
-def test_a_damaged_library_is_compiled_again(own_cache):
+@pytest.mark.parametrize("damage", ["no library", "half of it", "no sum"])
+def test_a_damaged_library_is_compiled_again(damage, own_cache):
     library.load_kernel()
-    (kept,) = own_cache.iterdir()
-    kept.unlink()
-    kept.write_text("damaged")
+    (kept,) = own_cache.glob("*.so")
+    content = kept.read_bytes()
+    kept.unlink()  # it is mapped: written to in place it would end the process
+    if damage != "no library":
+        kept.write_bytes(content[: 4096 if damage == "half of it" else None])
+    if damage == "no sum":
+        kept.with_suffix(".sha256").unlink()
     library.find_kernel.cache_clear()
     x, weight, rows, _, _ = _case(9, 20, 2, torch.float32, torch.float32)
     assert _close(linear_rows(x, weight, rows), _expected(x, weight, rows, None, None))
-    assert kept.read_bytes() != b"damaged"
+    assert library._is_whole(kept)
 
 
 @pytest.mark.needs_compiler
@@ -228,7 +260,7 @@ def test_without_a_compiler_the_reason_says_so(monkeypatch):
         library.load_kernel()
 
 
-@pytest.mark.parametrize("command", ["no-such-compiler", "false", "echo"])
+@pytest.mark.parametrize("command", ["no-such-compiler", "false", "echo", 'gcc "'])
 def test_a_compiler_that_fails_is_named(command, monkeypatch, own_cache):
     monkeypatch.setenv("CC", command)
     with pytest.raises(library.NativeError, match=command):

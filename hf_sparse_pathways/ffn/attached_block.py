@@ -41,6 +41,7 @@ class AttachedBlock:
         self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}
         self._places = [_place(block.parent, name) for name in names]
         self._seen: list[nn.Module] = []
+        self._kinds: list[tuple[dict[str, Any], type]] = []
         self._hook: Any = None
 
     def drop_copies(self) -> None:
@@ -50,8 +51,10 @@ class AttachedBlock:
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
-        for (children, key), seen in zip(self._places, self._seen, strict=False):
-            if children[key] is not seen:
+        for (children, key), seen, (parameters, kind) in zip(
+            self._places, self._seen, self._kinds, strict=False
+        ):
+            if children[key] is not seen or type(parameters.get("weight")) is not kind:
                 break
         else:
             if self._seen:
@@ -76,6 +79,8 @@ class AttachedBlock:
             _differ(seen, leaves) or self.block.entangled or not all(map(_is_plain, leaves))
         )
         self.drop_copies()
+        parameters = [leaf._parameters for leaf in leaves]
+        self._kinds = [(own, type(own.get("weight"))) for own in parameters]
         self._seen = seen  # last: another thread takes it as a sign that the rest is done
 
     @property

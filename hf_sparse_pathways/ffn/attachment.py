@@ -107,11 +107,10 @@ class Attachment:
                 self.copies.check()
             copies = self._pin_copies(WHOLE if pathway is None else pathway)
         if executor in OWN_DENSE:
-            self.copies.rest.use(EXECUTORS[executor].everywhere)
             if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
                 executor = "compact"  # oneDNN's operators do not follow autocast
             else:
-                rest = bool(self.copies.rest.leaves) and self._pin(REST)
+                rest = self._pin_rest(executor)
         return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
 
     def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
@@ -166,6 +165,12 @@ class Attachment:
                 self._mixtures.clear()
             mixture = self._mixtures[rows] = Mixture.of(pathway)
         return mixture if self._pin(mixture.key) else None
+
+    def _pin_rest(self, executor: str) -> bool:
+        """Pin the copies of the leaves outside the blocks, if the executor has some."""
+        if self.copies.rest.use(EXECUTORS[executor].everywhere):
+            self.copies.check()  # from now on their weights are looked at, too
+        return bool(self.copies.rest.leaves) and self._pin(REST)
 
     def _held_plain(self) -> int | None:
         """Return the pathway that is held on this thread, if its copies can be traced."""

@@ -132,7 +132,8 @@ class Compact:
             if change is not None and places is not None:
                 wide = [places + part * union.width for part in range(leaf.rows_per_neuron)]
                 theirs = output.index_select(0, rows)
-                theirs.index_add_(-1, torch.cat(wide), change.product(x.index_select(0, rows)))
+                added = change.product(x.index_select(0, rows)).to(theirs.dtype)
+                theirs.index_add_(-1, torch.cat(wide), added)
                 output = output.index_copy(0, rows, theirs)
         return output
 

@@ -41,10 +41,10 @@ class RestLeaves:
         """The leaves that are swapped, or would be."""
         return self.leaves or [module for module in self._found if _is_plain(module)]
 
-    def use(self, wanted: bool) -> None:
-        """Swap the leaves' classes, or restore them, in place; nothing if that is done."""
+    def use(self, wanted: bool) -> bool:
+        """Swap the leaves' classes, or restore them, in place; return whether that was to do."""
         if wanted == bool(self.leaves):
-            return
+            return False
         with _SWAPPING:
             if wanted and not self.leaves:
                 leaves = self.candidates
@@ -56,6 +56,7 @@ class RestLeaves:
                 for leaf in leaves:
                     leaf.drop_copies()
                     restore_leaf(leaf)
+        return True
 
 
 def _is_plain(module: nn.Module) -> bool:

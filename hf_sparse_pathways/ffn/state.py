@@ -326,4 +326,4 @@ def _add_to_rows(
     theirs = None if block_input is None else block_input.index_select(0, selected)
     added = addition(activation.index_select(0, selected), theirs)
     added = added.expand(len(selected), *output.shape[1:])
-    return output.index_add(0, selected, added)
+    return output.index_add(0, selected, added.to(output.dtype))  # autocast may have cast one

@@ -15,6 +15,8 @@ from hf_sparse_pathways.ffn.layouts import linear_weight
 
 _LARGEST = 127
 
+_OF_ACTIVATIONS = ("act_pre_scale", "act_quant_kwargs", "act_quant_scale")
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -70,26 +72,24 @@ def quantise(weight: Tensor) -> Stored:
 
 
 def is_int8(weight: Any) -> bool:
-    """Whether a weight is int8 with one factor per output and nothing else to it."""
-    if type(weight) in (Tensor, nn.Parameter) or getattr(weight, "qdata", None) is None:
+    """Whether a weight is torchao's int8 with one factor per output and nothing else to it."""
+    if type(weight).__name__ != "Int8Tensor" or getattr(weight, "qdata", None) is None:
         return False
-    values, factors = weight.qdata, getattr(weight, "scale", None)
-    extras = ("act_pre_scale", "act_quant_kwargs", "act_quant_scale")
-    shift = getattr(weight, "zero_point", None)
+    values, factors, shift = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
     return bool(
         values.dtype == torch.int8
-        and values.shape == weight.shape
         and values.dim() == 2
-        and factors is not None
-        and factors.numel() == len(values)
-        and all(getattr(weight, name, None) is None for name in extras)
+        and values.shape == weight.shape
+        and factors.shape in ((len(values),), (len(values), 1))
+        and all(getattr(weight, name, None) is None for name in _OF_ACTIVATIONS)
         and (shift is None or not shift.any())
     )
 
 
 def lies_in_memory(weight: Any) -> bool:
     """Whether a weight is one of the two kinds."""
-    return type(weight.data) is Tensor or is_int8(weight)
+    plain = type(weight) in (Tensor, nn.Parameter) or type(weight.data) is Tensor
+    return (plain and weight.layout is torch.strided) or is_int8(weight)
 
 
 def stored_tensor(weight: Any) -> Tensor:

@@ -21,6 +21,8 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
+from hf_sparse_pathways.files import write_atomically
+
 _SOURCE = Path(__file__).with_name("linear.c")
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -73,9 +75,12 @@ def _find_compiler() -> list[str]:
     """Return the command of a C compiler: that of ``CC``, or one on the path.
 
     Raises:
-        NativeError: There is none.
+        NativeError: There is none, or ``CC`` is no command.
     """
-    given = shlex.split(os.environ.get("CC", ""))
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise NativeError(f"CC={os.environ['CC']!r} is no command ({error})") from None
     found = [name for name in _COMPILERS if shutil.which(name)]
     if not given and not found:
         raise NativeError(f"no C compiler was found (CC, {', '.join(_COMPILERS)})")
@@ -90,7 +95,7 @@ def _load(compiler: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
         subprocess.SubprocessError: The compiler failed.
     """
     kept = Path(HF_HOME, "hf_sparse_pathways", f"linear-{_digest([*compiler, *flags])}.so")
-    with contextlib.suppress(OSError):  # it is not there, or not what it was
+    if _is_whole(kept):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(_compile(compiler, flags, Path(folder))))
@@ -112,13 +117,23 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Pat
 
 def _keep(library: Path, kept: Path) -> None:
     """Copy a library into the cache; a folder that cannot be written costs a second each time."""
-    partial = kept.with_suffix(f".{os.getpid()}")
-    try:
+    content = library.read_bytes()
+    with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(library, partial)
-        os.replace(partial, kept)
-    except OSError:
-        return
+        write_atomically(kept, content)
+        write_atomically(_sum_of(kept), hashlib.sha256(content).hexdigest().encode())
+
+
+def _is_whole(kept: Path) -> bool:
+    """Whether a library is in the cache as it was written: a part of one would end the process."""
+    try:
+        return hashlib.sha256(kept.read_bytes()).hexdigest() == _sum_of(kept).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sum_of(kept: Path) -> Path:
+    return kept.with_suffix(".sha256")
 
 
 def _digest(command: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ and torch multiplies.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sparse_pathways.native.library import NativeError, find_kernel, load_kernel
@@ -43,7 +43,7 @@ def linear_rows(
     Returns:
         ``(..., n)``; for few inputs, and if there is a kernel, a sum in float32 rounded once.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         output: Tensor = _traced(x, weight, rows, scale, bias)
         return output
     inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
@@ -56,7 +56,9 @@ def linear_rows(
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is there, knows the dtypes, and may read what it would read."""
     return (
-        x.dtype in INPUT_DTYPES
+        type(weight) in (Tensor, nn.Parameter)
+        and x.layout is weight.layout is torch.strided
+        and x.dtype in INPUT_DTYPES
         and weight.dtype in (x.dtype, torch.int8)
         and x.shape[1] == weight.shape[1]
         and weight.stride(1) == 1
@@ -70,7 +72,8 @@ def _by_kernel(
 ) -> Tensor:
     n = len(weight) if rows is None else len(rows)
     output = x.new_empty(len(x), n)
-    bias = None if bias is None else bias.to(x.dtype)
+    rows = _vector(rows, n, torch.int64)
+    scale, bias = _vector(scale, n, torch.float32), _vector(bias, n, x.dtype)
     failed = load_kernel()(
         weight.data_ptr(),
         WEIGHT_DTYPES.index(weight.dtype),
@@ -89,6 +92,11 @@ def _by_kernel(
     if failed:
         raise MemoryError("The kernel got no memory for its sums.")
     return output
+
+
+def _vector(values: Tensor | None, n: int, dtype: torch.dtype) -> Tensor | None:
+    """Return values as the kernel reads them; a single one is repeated, as torch does."""
+    return None if values is None else values.to(dtype).expand(n).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:

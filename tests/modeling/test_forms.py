@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
-from tests.architectures import build, prompt, random_masks
+from tests.architectures import build, compensate, prompt, random_masks
 
 pytestmark = pytest.mark.usefixtures("every_form_pays")
 
@@ -72,3 +72,31 @@ def test_changed_attention_weights_are_noticed(executor):
         model.set_executor("masked")
         assert torch.allclose(found, model(prompt(), domain="code").logits, atol=1e-5)
         model.set_executor(executor)
+
+
+@pytest.mark.parametrize("executor", ["packed-all", "indexed"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_attention_weights_are_watched_from_their_first_copy_on(name, executor):
+    dense = build(name)
+    paths = sp.Pathways.from_masks(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor)
+    model(prompt(), domain="code")
+    weight = next(p for n, p in model.named_parameters() if "attn" in n and p.dim() == 2)
+    weight.data.mul_(3)
+    found = model(prompt(), domain="code").logits
+    model.set_executor("masked")
+    expected = model(prompt(), domain="code").logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact", "packed", "indexed"])
+@torch.no_grad()
+def test_repaired_rows_mix_under_autocast(executor):
+    dense = build("llama")
+    paths = compensate(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor)
+    expected = model(prompt(), domain=["code", "law"]).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(prompt(), domain=["code", "law"]).logits
+    assert (found - expected).abs().max() <= 0.1 * expected.abs().max()

@@ -128,6 +128,40 @@ def test_other_quantisations_are_masked():
     assert not any(leaf.copies for leaf in _leaves(model))
 
 
+@pytest.mark.parametrize("place", ["mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj", "lm_head"])
+@pytest.mark.parametrize("executor", ["compact", NATIVE])
+@torch.no_grad()
+def test_what_is_quantised_after_attaching_is_noticed(executor, place):
+    dense = build("llama")
+    paths = sp.Pathways.from_masks(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor=executor)
+    before = [model(prompt(), domain=domain).logits for domain in CHOSEN]
+    config = torchao.Int8DynamicActivationInt8WeightConfig()
+    torchao.quantize_(model, config, filter_fn=lambda _, name: name.endswith(place))
+    found = [model(prompt(), domain=domain).logits for domain in CHOSEN]
+    model.set_executor("masked")
+    for own, old, domain in zip(found, before, CHOSEN, strict=True):
+        expected = model(prompt(), domain=domain).logits  # which rounds activations: some flip
+        assert (own - expected).square().mean() <= 0.5 * (own - old).square().mean()
+
+
+@torch.no_grad()
+def test_only_one_factor_per_output_is_known():
+    leaf = torch.nn.Linear(32, 32)
+    torchao.quantize_(leaf, torchao.Int8WeightOnlyConfig())
+    assert is_int8(leaf.weight)
+    weight = leaf.weight
+    for name, value in [
+        ("scale", weight.scale.view(1, 32)),
+        ("zero_point", torch.ones(32, 1, dtype=torch.int8)),
+        ("act_pre_scale", torch.ones(1)),
+        ("qdata", weight.qdata.int()),
+    ]:
+        other = copy.deepcopy(weight)
+        setattr(other, name, value)
+        assert not is_int8(other), name
+
+
 def test_rounding_error_is_half_a_step():
     weight = torch.randn(5, 40) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e-30]])
     stored = quantise(weight)
