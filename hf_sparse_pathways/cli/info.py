@@ -58,7 +58,7 @@ def _weight_bytes(source: str | PathLike[str]) -> int | None:
 
 
 def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> dict[str, str]:
-    """Return what this machine gains by each form of weights, by the first pathway's shapes."""
+    """Return whether this machine gains by each form of weights, by the first pathway's shapes."""
     import torch
 
     from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
@@ -75,8 +75,7 @@ def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> di
     described = {}
     for name, form in (("indexed", NATIVE), ("packed", PACKED)):
         verdict = judge_all(form, shapes, dtype, torch.device("cpu"))
-        answer = "pays" if verdict.usable else "falls back to compact"
-        described[name] = f"{answer} in {str(dtype).removeprefix('torch.')}: {verdict.reason}"
+        described[name] = f"{'yes' if verdict.usable else 'no'}, {verdict.reason}"
     return described
 
 
