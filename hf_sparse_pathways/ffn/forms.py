@@ -64,6 +64,7 @@ class Form:
         dtypes: Of the values.
         make: Makes it of a matrix, whose values it may share.
         size: Most bytes that the values take, of rows, columns and the bytes of one.
+        worth: How many times as fast as plain weights it has to be; less if it saves memory.
         traceable: Whether ``torch.compile`` can hold it in a graph.
     """
 
@@ -71,6 +72,7 @@ class Form:
     dtypes: tuple[torch.dtype, ...]
     make: Callable[[Stored], Product]
     size: Callable[[int, int, int], int]
+    worth: float = 1.0
     traceable: bool = True
 
 
@@ -94,4 +96,4 @@ PLAIN = Form("plain weights", (), _plain, _bytes)
 
 PACKED = Form("packed weights", packing.DTYPES, _packed, packing.packed_bytes, traceable=False)
 
-NATIVE = Form("weights read in place", (*INPUT_DTYPES, torch.int8), _rows, _bytes)
+NATIVE = Form("weights read in place", (*INPUT_DTYPES, torch.int8), _rows, _bytes, worth=0.9)

@@ -1,7 +1,7 @@
 """The test that says whether a form of weights may be used here.
 
 It has to be there (private operators of torch, a C compiler), to return what ``linear`` returns
-within the dtype's tolerance, and to be faster on this machine.
+within the dtype's tolerance, and to be faster on this machine, or nearly as fast in less memory.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Verdict:
     """Whether a form may be used.
 
     Attributes:
-        usable: Whether it is there, equal and faster.
+        usable: Whether it is there, equal and fast enough.
         reason: Why, or why not; a clause for a message.
         gain: How many times as fast as plain weights it was measured to be; 0 if it was not.
     """
@@ -73,7 +73,7 @@ def _judge(form: Form, shape: tuple[int, int], dtype: torch.dtype, threads: int)
         return Verdict(False, problem)
     ratio = measure_gain(form, shape, dtype)
     reason = f"{form.label} are {ratio:.2f}x as fast as plain ones (threads: {threads})"
-    return Verdict(ratio > 1.0, reason, ratio)
+    return Verdict(ratio > form.worth, reason, ratio)
 
 
 def find_problem(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> str | None:

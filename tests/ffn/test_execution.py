@@ -56,7 +56,7 @@ def test_auto_takes_no_other_form_for_small_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("packed", "native", "choices"),
     [
-        (2.0, 0.9, ("packed-all", "packed", "compact", "compact")),
+        (2.0, 0.8, ("packed-all", "packed", "compact", "compact")),
         (2.0, 1.5, ("packed-all", "packed", "indexed", "indexed")),
         (2.0, 1.7, ("indexed", "indexed", "indexed", "indexed")),
         (0.9, 1.1, ("indexed", "indexed", "indexed", "indexed")),

@@ -30,10 +30,12 @@ def _gain(monkeypatch, ratio):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_slower_or_wrong_is_not_usable(form, monkeypatch):
-    _gain(monkeypatch, 0.9)
-    verdict = verdicts.judge(form, (8, 8), torch.float32, CPU)
-    assert (verdict.usable, verdict.gain) == (False, 0.9)
-    assert "0.90x" in verdict.reason
+    for gain, usable in ((0.89, False), (0.95, form is NATIVE), (1.05, True)):
+        _gain(monkeypatch, gain)
+        verdicts._judge.cache_clear()
+        verdict = verdicts.judge(form, (8, 8), torch.float32, CPU)
+        assert (verdict.usable, verdict.gain) == (usable, gain)
+        assert f"{gain:.2f}x" in verdict.reason
     _gain(monkeypatch, 1.5)
     verdicts._judge.cache_clear()
     verdict = verdicts.judge(form, (8, 8), torch.float32, CPU)
