@@ -84,11 +84,13 @@ def _plain(stored: Stored) -> Plain | Rows:
     return Plain(stored.values) if stored.scale is None else Rows.of(stored)
 
 
-def _packed(stored: Stored) -> packing.Packed:
-    return packing.pack(stored.values)
+def _packed(stored: Stored) -> packing.Packed | Plain:
+    return packing.pack(stored.values) if stored.known else Plain(stored.values)
 
 
-def _rows(stored: Stored) -> Rows:
+def _rows(stored: Stored) -> Rows | Plain:
+    if not stored.known:
+        return Plain(stored.values)
     return Rows.of(Stored(stored.values.contiguous(), stored.scale))
 
 

@@ -16,7 +16,6 @@ from hf_sparse_pathways.ffn.copies import WHOLE, Columns, KeptWeights, Key, kept
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import BlockState
-from hf_sparse_pathways.ffn.stored import lies_in_memory
 
 
 class PathwayLeaf(nn.Module):
@@ -120,7 +119,7 @@ class RestLeaf(PathwayLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """Compute as its own class does, or with the copy."""
         choice = find_choice(self.state.key)
-        if choice is None or not choice.rest or not lies_in_memory(self.weight):
+        if choice is None or not choice.rest:
             return self.dense(x)
         return kept_weights(self, WHOLE, EXECUTORS[choice.executor].form)(x)
 

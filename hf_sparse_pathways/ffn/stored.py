@@ -38,6 +38,11 @@ class Stored:
             return cls(linear_weight(leaf))
         return cls(weight.qdata, weight.scale.flatten().float())
 
+    @property
+    def known(self) -> bool:
+        """Whether the values lie in memory; another quantiser may have replaced the weight."""
+        return type(self.values) in (Tensor, nn.Parameter)
+
     def rows(self, index: Tensor) -> "Stored":
         """Return some rows, copied."""
         scale = None if self.scale is None else self.scale[index]
