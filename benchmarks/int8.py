@@ -22,7 +22,7 @@ from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
-from hf_sparse_pathways.measure.speed.runs import generate, random_ids
+from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload
 
@@ -45,7 +45,8 @@ def main() -> None:
     if not folder.is_dir():
         sys.exit(f"There is no {folder}: run `make demo` first.")
     torch.set_num_threads(1)
-    own, quantised = _load(folder), _load(folder, quantization_config=_config())
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    own, quantised = _load(folder), _load(folder, quantization_config=config)
     parts = [
         quality(own, quantised, folder, arguments),
         speed(NAME, own, quantised, arguments.rounds),
@@ -59,10 +60,6 @@ def main() -> None:
 
 def _load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
-
-
-def _config() -> TorchAoConfig:
-    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def _random(shape: str) -> tuple[Any, Any]:
@@ -84,14 +81,7 @@ def quality(own: Any, quantised: Any, folder: Path, arguments: Any) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = {name: arguments.cache / "texts" / name for name in arguments.domains}
     reports = [
-        sp.evaluate(
-            model,
-            tokenizer,
-            texts,
-            controls=False,
-            max_tokens=arguments.scored_tokens,
-            seen="exclude",
-        )
+        sp.evaluate(model, tokenizer, texts, controls=False, max_tokens=arguments.scored_tokens)
         for model in (own, quantised)
     ]
     rows = []
@@ -123,7 +113,11 @@ def speed(name: str, own: Any, quantised: Any, rounds: int) -> str:
             kind = "dense" if chosen is None else "pathway"
             models[f"{dtype}, {kind}, {executor}"] = (_with(model, executor), chosen)
     models["int8, dense, torchao's own linear"] = (_with(quantised, "compact"), None)
-    arms = {label: partial(_decode, *how) for label, how in models.items()}
+    ids = random_ids(own, Workload(kind="decode", batch=1))
+    arms = {
+        label: partial(decode, model, ids, 16, domain=chosen)
+        for label, (model, chosen) in models.items()
+    }
     speeds = alternate(arms, rounds, f"decode, {name}")
     rows = []
     for label, figures in speeds.items():
@@ -154,13 +148,6 @@ def _with(model: Any, executor: str) -> Any:
     )
     twin.max_resident_bytes = "20GB"
     return twin.eval()
-
-
-@torch.no_grad()
-def _decode(model: Any, domain: str | None) -> float:
-    ids = random_ids(model, Workload(kind="decode", batch=1))
-    times = generate(model, ids, 16, domain=domain)
-    return (len(times) - 1) / (times[-1] - times[0])
 
 
 if __name__ == "__main__":

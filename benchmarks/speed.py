@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
-from hf_sparse_pathways.measure.speed.runs import generate, random_ids
+from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import TimingSettings, alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload, plan_workloads
 
@@ -123,23 +123,17 @@ def time_mixed(model: Any, rounds: int) -> dict[str, dict[str, float]]:
     """
     ids = random_ids(model, Workload(kind="decode", batch=len(MIXED)))
 
-    def step(domain: Any) -> Callable[[], float]:
-        def run() -> float:
-            times = generate(model, ids, 16, domain=domain)
-            return (times[-1] - times[0]) / (len(times) - 1)
-
-        return run
-
-    arms = {"one": step("a"), "mixed": step([*MIXED]), "dense": step(None)}
+    rows = {"one": "a", "mixed": [*MIXED], "dense": None}
+    arms = {name: partial(decode, model, ids, 16, domain=domain) for name, domain in rows.items()}
+    model.max_resident_bytes *= 4
     found = {}
     for executor in ("compact", "packed-all", "indexed"):
         model.set_executor(executor)
-        model.max_resident_bytes *= 2
         if model.execution.executor != executor:
             continue
-        seconds = alternate(arms, rounds, f"mixed, {executor}")
+        speeds = alternate(arms, rounds, f"mixed, {executor}")
         for arm in ("mixed", "dense"):
-            ratios = [a / b for a, b in zip(seconds[arm], seconds["one"], strict=True)]
+            ratios = [a / b for a, b in zip(speeds["one"], speeds[arm], strict=True)]
             found[f"{executor}, {arm}"] = vars(Spread.of(ratios))
     return found
 

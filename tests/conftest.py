@@ -1,5 +1,8 @@
 """Fixtures of the whole suite."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
@@ -11,11 +14,12 @@ NEEDED = {"needs_packing": PACKED, "needs_compiler": NATIVE}
 
 def pytest_collection_modifyitems(items):
     """Skip tests of forms of weights that this machine does not have."""
-    for mark, form in NEEDED.items():
-        marked = [item for item in items if mark in item.keywords]
-        problem = marked and verdicts.find_problem(form, (16, 8), torch.float32)
-        for item in marked if problem else ():
-            item.add_marker(pytest.mark.skip(reason=problem))
+    find = functools.cache(verdicts.find_problem)
+    for item, (name, form) in itertools.product(items, NEEDED.items()):
+        for mark in item.iter_markers(name):
+            problem = find(form, (16, 8), *mark.args or (torch.float32,))
+            if problem:
+                item.add_marker(pytest.mark.skip(reason=problem))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,12 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 enum { FLOAT32, BFLOAT16, INT8 };
 
+#ifdef __AVX512BF16__
+#define HAS_DOT 1 /* a product of bfloat16 vectors, which then stay as they are */
+#else
+#define HAS_DOT 0
+#endif
+
 static inline float widen(uint16_t value) {
     uint32_t wide = (uint32_t)value << 16;
     float result;
@@ -127,7 +133,7 @@ DEFINE_TILE(float, float32)
 DEFINE_TILE(uint16_t, bfloat16)
 DEFINE_TILE(int8_t, int8)
 
-#ifdef __AVX512BF16__
+#if HAS_DOT
 /* As above for bfloat16 on both sides, two products at a time. */
 static inline __attribute__((always_inline)) void tile_dot(
     const struct job *job, const uint16_t *const *row, const uint16_t *const *later, long first,
@@ -190,12 +196,12 @@ static inline __attribute__((always_inline)) void tile_dot(
 DEFINE_RUN(float, float32)
 DEFINE_RUN(uint16_t, bfloat16)
 DEFINE_RUN(int8_t, int8)
-#ifdef __AVX512BF16__
+#if HAS_DOT
 DEFINE_RUN(uint16_t, dot)
 #endif
 
 static void run(const struct job *job, int type, long begin, long end, long inputs) {
-#ifdef __AVX512BF16__
+#if HAS_DOT
     if (type == BFLOAT16 && job->narrow) {
         run_dot(job, begin, end, inputs);
         return;
@@ -221,11 +227,12 @@ int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t 
     float *wide = NULL;
     struct job job = {weight, stride, rows, n, k, x, narrow_inputs ? x : NULL, y};
     if (narrow_inputs) {
-        wide = malloc(sizeof(float) * (size_t)(m * k + m * n + 1));
+        long widened = HAS_DOT && weight_type == BFLOAT16 ? 0 : m * k;
+        wide = malloc(sizeof(float) * (size_t)(widened + m * n + 1));
         if (wide == NULL) return 1;
-        for (long i = 0; i < m * k; i++) wide[i] = widen(((const uint16_t *)x)[i]);
+        for (long i = 0; i < widened; i++) wide[i] = widen(((const uint16_t *)x)[i]);
         job.x = wide;
-        job.y = wide + m * k;
+        job.y = wide + widened;
     }
     if (threads <= 1) {
         run(&job, weight_type, 0, n, m);

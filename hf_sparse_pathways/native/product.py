@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sparse_pathways.native.library import NativeError, find_kernel, load_kernel
+from hf_sparse_pathways.native.library import NativeError, find_kernel
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -74,7 +74,7 @@ def _by_kernel(
     output = x.new_empty(len(x), n)
     rows = _vector(rows, n, torch.int64)
     scale, bias = _vector(scale, n, torch.float32), _vector(bias, n, x.dtype)
-    failed = load_kernel()(
+    failed = find_kernel()(
         weight.data_ptr(),
         WEIGHT_DTYPES.index(weight.dtype),
         weight.stride(0),
@@ -90,7 +90,10 @@ def _by_kernel(
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError("The kernel got no memory for its sums.")
+        raise MemoryError(
+            f"The kernel got no memory for the sums of {len(x)} x {n} outputs. Take a smaller "
+            "batch, or call model.set_executor('compact')."
+        )
     return output
 
 

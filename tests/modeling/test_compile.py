@@ -86,6 +86,22 @@ def test_a_held_pathway_is_traced_with_its_copies_alone():
     assert torch.allclose(found, _sparse(executor="masked")(prompt(), domain="code").logits)
 
 
+@pytest.mark.needs_compiler
+@torch.no_grad()
+def test_rows_in_place_are_an_operator_of_the_graph(every_form_pays):  # noqa: ARG001
+    graphs = _Graphs()
+    model = graphs.compile(_sparse(executor="indexed"))
+    with model.pathway("code"):
+        found = model(prompt()).logits
+    targets = [str(node.target) for node in graphs.seen[-1].graph.nodes]
+    assert sum("hf_sparse_pathways.linear_rows" in target for target in targets) == len(
+        model._attachment.copies.leaves
+    )
+    assert model._attachment.blocks[0].state.d_ff not in graphs.widths
+    expected = _sparse(executor="masked")(prompt(), domain="code").logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 @torch.no_grad()
 def test_graphs_follow_changed_weights():
     graphs = _Graphs()

@@ -48,11 +48,22 @@ def _generate(model, ids, **arguments):
         return model.generate(ids, attention_mask=mask, max_new_tokens=6, **arguments)
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact", "sliced"])
+@pytest.mark.parametrize(
+    "executor",
+    [
+        "masked",
+        "compact",
+        "sliced",
+        pytest.param("packed-all", marks=pytest.mark.needs_packing),
+        pytest.param("indexed", marks=pytest.mark.needs_compiler),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("every_form_pays")
 def test_every_form_equals_zeroed_weights(case, form, executor):
     model, references = case
     model.set_executor(executor)
+    assert model.execution.executor == executor
     ids = prompt(1 if form == "prompt_lookup" else 2)
     outputs = {}
     for domain in ("code", "law", None):

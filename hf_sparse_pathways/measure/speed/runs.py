@@ -6,6 +6,7 @@ token, and what lies between the first and the last one counts, so the prompt do
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ def generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> list[f
     return ticks.times
 
 
+def decode(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> float:
+    """Generate greedily and return the tokens per second of all rows, without the prompt's time."""
+    times = generate(model, ids, new_tokens, **options)
+    return len(ids) * (len(times) - 1) / (times[-1] - times[0])
+
+
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, **options: Any) -> None:
     """Run one pass over some tokens, without a cache."""
@@ -122,11 +129,7 @@ class _Ticks(LogitsProcessor):
 def _decode_run(lineup: Lineup, arm: Arm, ids: Tensor, new_tokens: int) -> Run:
     options = domain_options(arm)
 
-    def run() -> float:
-        times = generate(lineup.model(arm), ids, new_tokens, **options)
-        return len(ids) * (len(times) - 1) / (times[-1] - times[0])
-
-    return run
+    return partial(decode, lineup.model(arm), ids, new_tokens, **options)
 
 
 def _prefill_run(lineup: Lineup, arm: Arm, ids: Tensor) -> Run:
