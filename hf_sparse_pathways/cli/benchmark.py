@@ -50,7 +50,7 @@ def run(  # noqa: PLR0913
     ] = [],  # noqa: B006
     budget: Annotated[float, typer.Option(min=0, help="Seconds to measure for.")] = 240.0,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Timed rounds. [5 to 25, as the budget allows]")
+        int | None, typer.Option(min=1, help="Timed rounds. [3 to 25, as the budget allows]")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 16,
     new_tokens: Annotated[

@@ -112,20 +112,22 @@ class _Session:
 
     def time(self, workload: Workload, share: float) -> Timing | None:
         """Time one workload for a share of time, in seconds; None if the model cannot do it."""
+        ends = clock.now() + share
         shares = {}
         if workload.kind != "ffn":
             shares = {
                 arm.label: measure_shares(self.lineup, arm, workload)
                 for arm in self.lineup.dense_partners
             }
-        new_tokens = self._fit_tokens(workload, shares, share)
+        new_tokens = self._fit_tokens(workload, shares, ends - clock.now())
         runs = make_runs(self.lineup, workload, new_tokens)
         if not runs:
             self.notes.append(
                 f"{workload.label}: not timed, since they are no modules of their own here"
             )
             return None
-        rates = alternate(runs, lambda s: self.settings.fit_rounds(s, share), workload.label)
+        left = ends - clock.now()
+        rates = alternate(runs, lambda s: self.settings.fit_rounds(s, left), workload.label)
         tokens = new_tokens if workload.kind == "decode" else None
         return Timing(workload=workload, new_tokens=tokens, rates=rates, shares=shares)
 

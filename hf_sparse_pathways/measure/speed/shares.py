@@ -29,7 +29,7 @@ from hf_sparse_pathways.measure.speed.workloads import Workload
 
 PARTS = ("ffn", "attention", "head")
 STEPS = 12
-PASSES = 5
+PASSES = 4
 
 
 @dataclass(frozen=True, kw_only=True)

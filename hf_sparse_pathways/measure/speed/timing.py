@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.measure.speed import clock
 
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 3
 MOST_ROUNDS = 25
 WANTED_ROUNDS = 9
 """For which the tokens per call are chosen: a median of more short rounds is the steadier one."""
@@ -29,8 +29,8 @@ class TimingSettings:
 
     Attributes:
         budget: Seconds for all of it. What has to be timed is timed, even if it takes longer: at
-            least 5 rounds of every workload.
-        rounds: Timed rounds per workload; None for as many as the budget allows, 5 to 25.
+            least 3 rounds of every workload.
+        rounds: Timed rounds per workload; None for as many as the budget allows, 3 to 25.
         new_tokens: Tokens that a call of ``generate`` makes; None for as many as the budget
             allows, 8 to 64.
 

@@ -9,6 +9,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.measure.speed import benchmarking
+from hf_sparse_pathways.measure.speed.arms import Arm
 from hf_sparse_pathways.measure.speed.timing import TimingSettings
 from hf_sparse_pathways.measure.speed.workloads import Workload, plan_workloads
 from tests.architectures import build, random_masks
@@ -106,7 +107,7 @@ def test_without_a_budget_the_least_is_measured(model):
     settings = TimingSettings(budget=0.0)
     report = sp.benchmark(model, executors=["compact"], workloads=workloads, settings=settings)
     assert report.timings[0].new_tokens == 8
-    assert len(report.timings[0].rates["dense"]) == 5
+    assert len(report.timings[0].rates["dense"]) == 3
 
 
 def test_usual_workloads_are_those_that_fit_the_positions(model):
@@ -166,3 +167,22 @@ def test_workloads_share_the_budget_by_weight_and_what_one_leaves_is_the_others(
     third = (90.0 - first / 2 - second / 2) / 4
     last = 90.0 - (first + second + third) / 2
     assert list(shares.values()) == pytest.approx([first, second, third, last])
+
+
+def test_measuring_where_the_time_goes_counts_against_a_workloads_share(still, monkeypatch):
+    def shares(*_):
+        still.time += 8.0
+
+    def run():
+        still.time += 1.0
+        return 1.0
+
+    class Lineup:
+        dense_partners = (Arm(label="dense"), Arm(label="packed, dense"))
+
+    monkeypatch.setattr(benchmarking, "measure_shares", shares)
+    monkeypatch.setattr(benchmarking, "make_runs", lambda *_: {"dense": run})
+    session = benchmarking._Session(Lineup(), TimingSettings(budget=100.0), 0.0)
+    timing = session.time(Workload(kind="prefill", tokens=9), 27.0)
+    assert len(timing.rates["dense"]) == 10
+    assert still.time == 27.0

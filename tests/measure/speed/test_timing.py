@@ -48,7 +48,7 @@ def test_the_discarded_round_says_how_long_one_takes(still):
 
 @pytest.mark.parametrize(
     ("seconds", "share", "rounds"),
-    [(1.0, 0.0, 5), (1.0, 6.0, 5), (1.0, 11.0, 10), (1.0, 11.9, 10), (0.0, 9.0, 25)],
+    [(1.0, 0.0, 3), (1.0, 4.0, 3), (1.0, 11.0, 10), (1.0, 11.9, 10), (0.0, 9.0, 25)],
 )
 def test_as_many_rounds_as_fit_beside_the_discarded_one(seconds, share, rounds):
     assert TimingSettings().fit_rounds(seconds, share) == rounds
