@@ -7,10 +7,7 @@ is an error instead of silently dense output.
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import FfnBlock
@@ -19,6 +16,7 @@ from hf_sparse_pathways.ffn.leaves import (
     IncomingLeaf,
     OutgoingLeaf,
     PathwayLeaf,
+    computes_linear,
     restore_leaf,
     swap_leaf,
 )
@@ -155,17 +153,4 @@ def _is_plain(leaf: PathwayLeaf) -> bool:
     hook = getattr(leaf, "_hf_hook", None)
     if getattr(hook, "offload", False) or not lies_in_memory(leaf.weight):
         return False
-    own: Any = type(leaf).__bases__[1]
-    return own.forward in (nn.Linear.forward, Conv1D.forward) or _behaves_linearly(leaf)
-
-
-@torch.no_grad()
-def _behaves_linearly(leaf: PathwayLeaf) -> bool:
-    """Compare a leaf whose class has its own forward with ``linear`` on one random vector."""
-    weight = leaf.weight
-    if weight.is_meta:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, weight.shape[1], generator=generator).to(weight)
-    expected = functional.linear(probe, weight, leaf.bias)
-    return torch.allclose(leaf.dense(probe), expected, rtol=1e-2, atol=1e-4)
+    return computes_linear(leaf, type(leaf).__bases__[1])

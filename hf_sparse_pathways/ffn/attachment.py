@@ -73,11 +73,9 @@ class Attachment:
 
     def execution(self, name: str) -> Execution:
         """Return what the name of an executor stands for now; see ``choose_execution``."""
-        if not self.blocks:
-            return Execution("masked", "one domain's neurons were loaded alone")
         if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
             return Execution(name if name in ("masked", "sliced") else "compact", "as traced")
-        weight = self.copies.leaves[0].weight
+        weight = self.copies.ffn_leaves[0].weight
         now = (name, weight.dtype, weight.device, self.residents.limit, torch.get_num_threads())
         if self._execution is None or self._execution[0] != now:
             chosen = choose_execution(name, self.copies)
@@ -126,7 +124,7 @@ class Attachment:
             expand: Whether rows may be repeated, as in ``Choice``.
         """
         choice = push_choice(self.key, pathway, expand=expand)
-        if not isinstance(pathway, int) or torch.is_grad_enabled():
+        if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.blocks:
             return choice
         executor = self.execution(name).executor
         if executor != "masked" and self._pin(pathway):
@@ -150,7 +148,9 @@ class Attachment:
             self._unpin(REST)
 
     def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
-        """Return what a pass computes with, or None if there is no room for it."""
+        """Return what a pass computes with, or None if there is no block or no room for it."""
+        if not self.blocks:
+            return None
         if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
             held = self._held_plain()
             return held if isinstance(pathway, int) and pathway == held else None

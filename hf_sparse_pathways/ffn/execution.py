@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
+from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.ffn.stored import stored_tensor
 from hf_sparse_pathways.ffn.verdicts import Verdict, judge_all
 from hf_sparse_pathways.memory import format_memory
@@ -59,10 +60,15 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     pathway fits beside them, so that none has to give way to them. Where not even plain copies
     fit, it takes views if the neurons are in order for them.
 
+    A model that was loaded with one domain's neurons has whole leaves only. ``"packed"`` is
+    ``"packed-all"`` there, and ``"auto"`` never packs, which would take the memory that was saved.
+
     Args:
         name: ``"auto"`` or a name in ``EXECUTORS``.
         copies: The model's leaves.
     """
+    if not copies.blocks:
+        return _choose_for_reduced(name, copies)
     if name == "auto":
         return _choose_any(copies)
     if name not in OWN_DENSE:
@@ -75,9 +81,7 @@ def _choose_any(copies: ModelCopies) -> Execution:
     """Return what ``"auto"`` stands for."""
     if not _fits(copies, copies.most(PLAIN)) and copies.are_views():
         return Execution("sliced", f"{_room(copies)} hold no pathway, and views take nothing")
-    size = sum(stored_tensor(leaf.weight).nbytes for leaf in copies.leaves)
-    if size < _WORTH_BYTES:
-        small = f"the FFN weights take {format_memory(size)}, too little for another to be faster"
+    if small := _find_too_small(copies):
         return Execution("compact", small)
     native, packed = _judge(copies, NATIVE), _judge(copies, PACKED)
     indexed = native.usable and _fits(copies, copies.most(NATIVE))
@@ -92,6 +96,30 @@ def _choose_any(copies: ModelCopies) -> Execution:
     if packed.usable:
         return Execution("compact", f"{_room(copies)} hold no packed pathway")
     return Execution("compact", f"{packed.reason}; {native.reason}")
+
+
+def _choose_for_reduced(name: str, copies: ModelCopies) -> Execution:
+    """Return what a name stands for where one domain's neurons were loaded alone."""
+    alone = "one domain's neurons were loaded alone"
+    if name not in ("auto", *OWN_DENSE):
+        return Execution("masked", alone)
+    if name == "auto" and (small := _find_too_small(copies)):
+        return Execution("masked", f"{alone}; {small}")
+    form = NATIVE if name == "auto" else EXECUTORS[name].form
+    verdict = _judge_reduced(copies, form)
+    if name == "auto" and copies.form_bytes(REST, form):
+        return Execution("masked", f"{alone}; to be read in place they would have to be copied")
+    if not verdict.usable:
+        return Execution("masked", f"{alone}; {verdict.reason}")
+    return Execution("indexed" if form is NATIVE else "packed-all", f"{alone}; {verdict.reason}")
+
+
+def _find_too_small(copies: ModelCopies) -> str | None:
+    """Return that the FFN weights are too small for any form to gain something, or None."""
+    size = sum(stored_tensor(leaf.weight).nbytes for leaf in copies.ffn_leaves)
+    if size >= _WORTH_BYTES:
+        return None
+    return f"the FFN weights take {format_memory(size)}, too little for another to be faster"
 
 
 def _fits(copies: ModelCopies, size: int) -> bool:
@@ -120,4 +148,13 @@ def _judge(copies: ModelCopies, form: Form) -> Verdict:
         incoming = (width * leaf.rows_per_neuron, columns)
         shapes.add(incoming if leaf.neuron_dim == 0 else (rows, width))
     stored = stored_tensor(leaves[0].weight)
+    return judge_all(form, shapes, stored.dtype, stored.device)
+
+
+def _judge_reduced(copies: ModelCopies, form: Form) -> Verdict:
+    """Judge a form by the reduced block of middling width."""
+    blocks = sorted(copies.rest.reduced, key=lambda leaves: linear_weight(leaves[-1]).shape[1])
+    leaves: Any = blocks[(len(blocks) - 1) // 2]
+    stored = stored_tensor(leaves[0].weight)
+    shapes = {(rows, columns) for rows, columns in (linear_weight(leaf).shape for leaf in leaves)}
     return judge_all(form, shapes, stored.dtype, stored.device)

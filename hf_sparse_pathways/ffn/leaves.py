@@ -8,7 +8,10 @@ choice for its model a leaf calls its own class's forward and nothing else.
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
@@ -145,6 +148,28 @@ def restore_leaf(leaf: PathwayLeaf) -> None:
     leaf.__class__ = type(leaf).__bases__[1]
     for name in ("state", "copies", "rows_per_neuron", "position"):
         delattr(leaf, name)
+
+
+@torch.no_grad()
+def computes_linear(leaf: Any, own: Any) -> bool:
+    """Whether a leaf's own class computes what ``linear`` does.
+
+    A class with a forward of its own is compared with ``linear`` on one random vector.
+    """
+    if own.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = leaf.weight
+    if weight.is_meta or not weight.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, weight.shape[1], generator=generator).to(weight)
+    expected = functional.linear(probe, weight, leaf.bias)
+    try:
+        found = own.forward(leaf, probe)
+    except (TypeError, RuntimeError):  # it takes something else
+        return False
+    equal = isinstance(found, Tensor) and found.shape == expected.shape
+    return equal and torch.allclose(found, expected, rtol=1e-2, atol=1e-4)
 
 
 _CLASSES: dict[tuple[type[PathwayLeaf], type[nn.Module]], type[PathwayLeaf]] = {}

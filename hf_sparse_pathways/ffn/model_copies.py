@@ -1,6 +1,8 @@
 """All copies of one model's weights: what they take, made, looked at, dropped."""
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +53,27 @@ class ModelCopies:
 
     def size(self, key: Key) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""
-        return self._size(key, EXECUTORS[self.executor].form)
+        return self.form_bytes(key, EXECUTORS[self.executor].form)
+
+    def reduce(self, leaves: Sequence[Sequence[nn.Module]]) -> None:
+        """Have no FFN blocks any more, in place: only leaves that hold one pathway's neurons.
+
+        Args:
+            leaves: Of each block.
+        """
+        self.blocks = ()
+        self.rest.reduced = tuple(map(tuple, leaves))
 
     def most(self, form: Form) -> int:
         """Return how many bytes the largest pathway's copies take."""
-        return max((self._size(own, form) for own in self._pathways), default=0)
+        return max((self.form_bytes(own, form) for own in self._pathways), default=0)
 
     def total(self) -> int:
         """Return how many bytes everything takes that ``packed-all`` packs for all pathways."""
-        return sum(self._size(key, PACKED) for key in (*self._pathways, REST))
+        return sum(self.form_bytes(key, PACKED) for key in (*self._pathways, REST))
 
-    def _size(self, key: Key, form: Form) -> int:
+    def form_bytes(self, key: Key, form: Form) -> int:
+        """Return how many bytes the copies of a key take in a form."""
         own = _of_leaf(key)
         return sum(copy_bytes(leaf, own, form) for leaf in self._leaves_of(key))
 
@@ -120,12 +132,17 @@ class ModelCopies:
 
     @property
     def _pathways(self) -> range:
-        return range(len(self.blocks[0].state.pathways))
+        return range(len(self.blocks[0].state.pathways) if self.blocks else 0)
 
     @property
     def leaves(self) -> list[PathwayLeaf]:
         """The leaves of all FFN blocks."""
         return [leaf for attached in self.blocks for leaf in attached.leaves.values()]
+
+    @property
+    def ffn_leaves(self) -> list[Any]:
+        """The same, or those that hold one pathway's neurons alone."""
+        return [*self.leaves, *itertools.chain(*self.rest.reduced)]
 
     @property
     def compact_leaves(self) -> list[PathwayLeaf]:

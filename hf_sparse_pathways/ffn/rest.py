@@ -1,4 +1,8 @@
-"""The linear leaves outside the FFN blocks (attention, head), for executors of every leaf."""
+"""The linear leaves that every pass computes whole, for executors of every leaf.
+
+They are those outside the FFN blocks (attention, head), and in a model that was loaded with one
+domain's neurons the FFN's, too.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -8,7 +12,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.ffn.choices import ModelKey
-from hf_sparse_pathways.ffn.leaves import PathwayLeaf, RestLeaf, restore_leaf, swap_leaf
+from hf_sparse_pathways.ffn.leaves import (
+    PathwayLeaf,
+    RestLeaf,
+    computes_linear,
+    restore_leaf,
+    swap_leaf,
+)
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.state import BlockState
 from hf_sparse_pathways.ffn.stored import lies_in_memory
@@ -22,19 +32,22 @@ _LINEAR = (nn.Linear, Conv1D)
 
 
 class RestLeaves:
-    """A model's linear leaves outside the FFN blocks; their classes are swapped while in use.
+    """A model's linear leaves that are computed whole; their classes are swapped while in use.
 
     They are looked for when the model is made, and looked at when they are used: a model that is
-    being loaded has no weights yet.
+    being loaded has no weights yet. Leaves of FFN blocks are left out for as long as they have
+    pathways.
 
     Attributes:
         leaves: Those that are swapped now.
+        reduced: The leaves of each FFN block that holds one pathway's neurons alone.
     """
 
     def __init__(self, model: nn.Module, key: ModelKey, residents: Residents) -> None:
         self.leaves: tuple[PathwayLeaf, ...] = ()
+        self.reduced: tuple[tuple[nn.Module, ...], ...] = ()
         self._state = BlockState(key, 0, residents)
-        self._found = [module for module in model.modules() if type(module) in _LINEAR]
+        self._found = [module for module in model.modules() if isinstance(module, _LINEAR)]
 
     @property
     def candidates(self) -> Sequence[Any]:
@@ -61,7 +74,7 @@ class RestLeaves:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes ``linear`` with weights that lie in memory as they are."""
-    if type(module) not in _LINEAR or hasattr(module, "_hf_hook"):
+    weight: Any = module._parameters.get("weight")  # another's, if it is parametrised
+    if weight is None or isinstance(module, PathwayLeaf) or hasattr(module, "_hf_hook"):
         return False
-    weight: Any = module.weight
-    return lies_in_memory(weight) and not weight.is_meta
+    return lies_in_memory(weight) and not weight.is_meta and computes_linear(module, type(module))

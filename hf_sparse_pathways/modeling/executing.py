@@ -28,7 +28,9 @@ class Executing(_Base):
     def set_executor(self, executor: str) -> None:
         """Choose how kept neurons are computed: ``"auto"`` or a name in ``EXECUTORS``, in place.
 
-        A model of which one domain's neurons were loaded alone computes them whatever the executor.
+        Where one domain's neurons were loaded alone, its leaves are ordinary ones: they are
+        multiplied by the kernels of ``"indexed"`` or packed, every leaf alike, or plain as they
+        are, which is what ``"masked"``, ``"compact"`` and ``"sliced"`` come to.
 
         Raises:
             UnknownNameError: There is no such executor.
@@ -62,7 +64,8 @@ class Executing(_Base):
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of the copies by pathway, those used longest ago first."""
-        names = {WHOLE: "dense", REST: "attention and head", **dict(enumerate(self._named))}
+        rest = "attention and head" if self._attachment.blocks else "every leaf"
+        names = {WHOLE: "dense", REST: rest, **dict(enumerate(self._named))}
 
         def name(key: Key) -> str:
             return "+".join(names[one] for one in (key if isinstance(key, tuple) else (key,)))
@@ -87,7 +90,7 @@ class Executing(_Base):
         if not isinstance(pathway, int):
             raise PathwaysError(f"prepare takes one domain, got {domain!r}.")
         self._look_at_weights()
-        if self.execution.executor == "masked":
+        if self.execution.executor == "masked" or not self._attachment.blocks:
             return False
         needed = self._attachment.copies.size(pathway)
         if needed > self.max_resident_bytes:

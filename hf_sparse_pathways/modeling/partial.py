@@ -109,10 +109,10 @@ class Loading:
         attached = model._attachment.blocks
         parts = self._chosen[self.domain].blocks
         model._attachment.detach()
-        model._attachment.copies.blocks = ()
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, parts, strict=True)
         ]
+        model._attachment.copies.reduce([block.leaves for block in self._blocks])
         _check_own_weights(model, self._blocks)
         if state is None and not all(str(file).endswith(".safetensors") for file in files or [""]):
             return None

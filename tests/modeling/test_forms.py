@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.ffn.leaves import RestLeaf
 from tests.architectures import build, compensate, prompt, random_masks
 
 pytestmark = pytest.mark.usefixtures("every_form_pays")
@@ -100,3 +101,55 @@ def test_repaired_rows_mix_under_autocast(executor):
     with torch.autocast("cpu", torch.bfloat16):
         found = model(prompt(), domain=["code", "law"]).logits
     assert (found - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+class _Own(torch.nn.Linear):
+    """A linear class with a forward of its own."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class _Scaled(_Own):
+    """One that computes something else than ``linear`` does."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class _Two(_Own):
+    """One that takes and returns two tensors."""
+
+    def forward(self, x, other):
+        return super().forward(x), other
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.needs_packing
+@pytest.mark.parametrize("executor", ["packed-all", "indexed"])
+@torch.no_grad()
+def test_only_leaves_that_compute_as_linear_are_swapped(executor):
+    dense = build("llama")
+    attention = dense.model.layers[0].self_attn
+    attention.q_proj.__class__, attention.k_proj.__class__ = _Own, _Scaled
+    attention.unused = _Two(4, 4, bias=False)
+    torch.nn.utils.parametrizations.weight_norm(attention.v_proj)
+    paths = sp.Pathways.from_masks(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="masked")
+    expected = model(prompt(), domain="code").logits
+    model.set_executor(executor)
+    model.max_resident_bytes = "1GB"
+    assert torch.allclose(model(prompt(), domain="code").logits, expected, atol=1e-5)
+    attention = model.model.layers[0].self_attn
+    swapped = [name for name, one in attention.named_children() if isinstance(one, RestLeaf)]
+    assert swapped == ["q_proj", "o_proj"]
+
+
+@pytest.mark.needs_compiler
+@torch.no_grad()
+def test_the_attention_of_falcon_takes_part():
+    dense = build("falcon")
+    paths = sp.Pathways.from_masks(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="indexed")
+    model(prompt(), domain="code")
+    assert isinstance(model.transformer.h[0].self_attention.query_key_value, RestLeaf)
