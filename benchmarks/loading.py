@@ -5,15 +5,18 @@ with its neurons in the original and in the permuted order, and loads each in a 
 peak of resident memory (with one forward pass, and while loading), what the weights take (private
 memory after loading, and pages of the checkpoint that stay mapped once all of them were used), and
 the bytes of the parameters. All beyond what the process held after the same with a tiny model.
+Then all of them decode in turn, plain and with the kernel of ``indexed``.
 """
 
 import argparse
+import copy
 import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.measure.speed.results import Spread
+from hf_sparse_pathways.measure.speed.runs import decode, random_ids
+from hf_sparse_pathways.measure.speed.timing import alternate
+from hf_sparse_pathways.measure.speed.workloads import Workload
 
 DTYPES = ("auto", "bfloat16")
+ROUNDS = 9
 COLUMNS = {
     "peak": "peak",
     "peak_loading": "loading",
@@ -68,6 +76,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 found = json.loads(printed.splitlines()[-1])
                 sizes = "".join(f"{found[name] / 1e6:7.1f} MB" for name in COLUMNS)
                 print(f"{dtype + ', ' + label:30}{sizes}{found['seconds']:10.2f}", flush=True)
+        for dtype in DTYPES:
+            print(speed(arguments.model, f"{work}/original", dtype), flush=True)
 
 
 def _run(*options: str) -> str:
@@ -89,6 +99,26 @@ def save(arguments: argparse.Namespace) -> None:
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_masks(dense, masks))
     model.save_pretrained(arguments.save / "original")
     sp.permute(model).save_pretrained(arguments.save / "permuted")
+
+
+def speed(dense: str, sparse: str, dtype: str) -> str:
+    """Return the speeds of decoding at batch 1 over the dense model's, timed in turn."""
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    loaded = {"all neurons": load(sparse), "one domain": load(sparse, domain="d0")}
+    model = load(dense)
+    ids = random_ids(model, Workload(kind="decode"))
+    arms = {"dense": partial(decode, model, ids, 16)}
+    for label, plain in (("all neurons", "compact"), ("one domain", "masked")):
+        for executor in (plain, "indexed"):
+            own = copy.deepcopy(loaded[label]).eval()
+            own.set_executor(executor)
+            arms[f"{label}, {own.execution.executor}"] = partial(decode, own, ids, 16, domain="d0")
+    speeds = alternate(arms, ROUNDS, f"decode, {dtype}")
+    lines = [f"{dtype}: tokens/s over dense, median of {ROUNDS} rounds and quartiles"]
+    for label, figures in speeds.items():
+        ratio = Spread.of([a / b for a, b in zip(figures, speeds["dense"], strict=True)])
+        lines.append(f"  {label:28}{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
+    return "\n".join(lines)
 
 
 @torch.inference_mode()

@@ -15,10 +15,13 @@ _ROUNDS = 9
 
 
 def matrices(shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    """Return as many equal matrices as do not fit the caches, within reason."""
+    """Return as many equal matrices as do not fit the caches, within reason.
+
+    They are parts of one tensor: memory in such large pieces goes back to the system afterwards.
+    """
     size = shape[0] * shape[1] * dtype.itemsize
     count = min(_MOST_MATRICES, -(-_STREAM_BYTES // size))
-    return [torch.ones(shape, dtype=dtype) for _ in range(count)]
+    return [*torch.ones(count, *shape, dtype=dtype)]
 
 
 def time_ratio(slow: Callable[[], None], fast: Callable[[], None]) -> float:

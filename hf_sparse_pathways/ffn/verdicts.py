@@ -86,7 +86,7 @@ def find_problem(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> str 
     if stored.scale is not None:
         weight = (stored.values.float() * stored.scale[:, None]).to(inputs)
     try:
-        product = _make(form, stored)
+        (product,) = _make(form, stored, 1)
         for rows, added in itertools.product((1, 3), (bias, None)):
             x = torch.randn(rows, shape[1], generator=generator).to(inputs)
             expected = functional.linear(x, weight, added)
@@ -104,7 +104,7 @@ def measure_gain(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> floa
     Both are timed in turn on as many matrices as do not fit the caches.
     """
     plain = matrices(shape, _input_dtype(dtype))
-    made = [_make(form, _store(weight, dtype)) for weight in plain]
+    made = _make(form, _store(plain[0], dtype), len(plain))
     inputs = [torch.ones(batch, shape[1], dtype=plain[0].dtype) for batch in _BATCHES]
 
     def linear() -> None:
@@ -127,11 +127,15 @@ def _store(weight: Tensor, dtype: torch.dtype) -> Stored:
     return quantise(weight) if dtype == torch.int8 else Stored(weight)
 
 
-def _make(form: Form, stored: Stored) -> Product:
-    """Return a matrix in a form; rows that are read in place lie apart, as kept ones do."""
+def _make(form: Form, stored: Stored, count: int) -> list[Product]:
+    """Return some copies of a matrix in a form.
+
+    Rows that are read in place lie apart, as kept ones do.
+    """
     if form is not NATIVE:
-        return form.make(stored)
+        return [form.make(stored) for _ in range(count)]
     load_kernel()  # without it rows would be gathered
     scale = None if stored.scale is None else stored.scale.repeat_interleave(2)
-    apart = Stored(stored.values.repeat_interleave(2, dim=0), scale)
-    return Rows.of(apart, torch.arange(0, len(apart.values), 2))
+    apart = stored.values.repeat_interleave(2, dim=0).repeat(count, 1, 1)
+    rows = torch.arange(0, apart.shape[1], 2)
+    return [Rows.of(Stored(values, scale), rows) for values in apart]

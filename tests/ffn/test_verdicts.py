@@ -109,7 +109,18 @@ def test_gain_is_a_ratio_of_two_timings(form, monkeypatch):
     assert verdicts.measure_gain(form, (8, 8), torch.float32) == 3.0
 
 
+@pytest.mark.needs_compiler
 def test_rows_are_judged_with_gaps_between_them():
-    made = verdicts._make(NATIVE, Stored(torch.tensor([[1.0], [2.0]])))
+    *_, made = verdicts._make(NATIVE, Stored(torch.tensor([[1.0], [2.0]])), 3)
     assert made.weight.flatten().tolist() == [1, 1, 2, 2]
     assert made.rows.tolist() == [0, 2]
+
+
+@pytest.mark.needs_compiler
+def test_matrices_that_are_timed_are_parts_of_one_tensor():
+    for found in (
+        timing.matrices((4, 8), torch.float32),
+        [one.weight for one in verdicts._make(NATIVE, Stored(torch.ones(4, 8)), 5)],
+    ):
+        assert len(found) > 1
+        assert len({one.untyped_storage().data_ptr() for one in found}) == 1
