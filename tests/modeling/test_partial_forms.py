@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -154,3 +155,41 @@ def test_without_room_the_weights_are_plain(tmp_path):
     expected = _load(tmp_path, executor="masked")(IDS).logits
     assert torch.equal(model(IDS).logits, expected)
     assert model.resident == {}
+
+
+@pytest.mark.parametrize("executor", EVERY_LEAF)
+@torch.no_grad()
+def test_threads_that_begin_together(executor, tmp_path):
+    model = _load(tmp_path, executor="masked")
+    inputs = [prompt(seed=seed) for seed in range(4)]
+    expected = [model(ids).logits for ids in inputs]
+    wrong = []
+
+    @torch.no_grad()
+    def work(index):
+        for _ in range(4):
+            difference = (model(inputs[index]).logits - expected[index]).abs().max()
+            wrong.extend([index] if difference > 1e-5 else [])
+
+    for _ in range(5):
+        model.set_executor(executor)
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("executor", EVERY_LEAF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_another_dtype_while_a_form_is_in_use(dtype, executor, tmp_path):
+    model = _load(tmp_path, executor=executor)
+    model(IDS)
+    model.to(dtype)
+    found = model(IDS).logits
+    model.set_executor("masked")
+    expected = model(IDS).logits
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
