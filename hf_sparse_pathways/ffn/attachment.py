@@ -16,7 +16,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
-from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
+from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
@@ -94,17 +94,17 @@ class Attachment:
             looked: Whether ``ModelCopies.check`` has run for this pass.
         """
         executor, copies, rest = "masked", None, False
-        if pathway is not None or name in OWN_DENSE:
+        if pathway is not None or has_own_dense(name):
             self.settle()
             if not torch.is_grad_enabled():  # copies carry no gradient, masks do
                 executor = self.execution(name).executor
-            if pathway is None and executor not in OWN_DENSE:
+            if pathway is None and not has_own_dense(executor):
                 executor = "masked"  # of nothing: the leaves compute as their own class does
         if executor != "masked":
             if not looked:
                 self.copies.check()
             copies = self._pin_copies(WHOLE if pathway is None else pathway)
-        if executor in OWN_DENSE:
+        if has_own_dense(executor):
             if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
                 executor = "compact"  # oneDNN's operators do not follow autocast
             else:

@@ -5,7 +5,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse_pathways.errors import UnknownNameError
-from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
+from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
@@ -71,7 +71,7 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
         return _choose_for_reduced(name, copies)
     if name == "auto":
         return _choose_any(copies)
-    if name not in OWN_DENSE:
+    if not has_own_dense(name):
         return Execution(name, "as asked for")
     verdict = _judge(copies, EXECUTORS[name].form)
     return Execution(name if verdict.usable else "compact", verdict.reason)
@@ -101,14 +101,14 @@ def _choose_any(copies: ModelCopies) -> Execution:
 def _choose_for_reduced(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for where one domain's neurons were loaded alone."""
     alone = "one domain's neurons were loaded alone"
-    if name not in ("auto", *OWN_DENSE):
+    if name != "auto" and not has_own_dense(name):
         return Execution("masked", alone)
     if name == "auto" and (small := _find_too_small(copies)):
         return Execution("masked", f"{alone}; {small}")
     form = NATIVE if name == "auto" else EXECUTORS[name].form
-    verdict = _judge_reduced(copies, form)
     if name == "auto" and copies.form_bytes(REST, form):
         return Execution("masked", f"{alone}; to be read in place they would have to be copied")
+    verdict = _judge_reduced(copies, form)
     if not verdict.usable:
         return Execution("masked", f"{alone}; {verdict.reason}")
     return Execution("indexed" if form is NATIVE else "packed-all", f"{alone}; {verdict.reason}")

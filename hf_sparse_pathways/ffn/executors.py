@@ -178,5 +178,11 @@ EXECUTORS: Mapping[str, Executor] = {
 }
 """A plain dictionary: Dynamo cannot trace a look-up in a mapping proxy."""
 
-OWN_DENSE = tuple(name for name, executor in EXECUTORS.items() if executor.form is not PLAIN)
-"""Executors that compute dense passes in a form of their own, too."""
+
+def has_own_dense(name: str) -> bool:
+    """Say whether an executor computes dense passes with its own kernels, too.
+
+    Args:
+        name: A name in ``EXECUTORS``, or ``"auto"``, which leaves dense passes alone.
+    """
+    return name in EXECUTORS and EXECUTORS[name].form is not PLAIN

@@ -132,7 +132,7 @@ class ModelCopies:
 
     @property
     def _pathways(self) -> range:
-        return range(len(self.blocks[0].state.pathways) if self.blocks else 0)
+        return range(len(self.blocks[0].state.pathways))
 
     @property
     def leaves(self) -> list[PathwayLeaf]:

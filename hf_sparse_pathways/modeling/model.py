@@ -22,7 +22,7 @@ from hf_sparse_pathways.ffn.choices import (
     Choice,
     find_choice,
 )
-from hf_sparse_pathways.ffn.executors import OWN_DENSE
+from hf_sparse_pathways.ffn.executors import has_own_dense
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
 from hf_sparse_pathways.modeling.executing import Executing
@@ -150,7 +150,7 @@ class SparsePathwaysModel(Executing, Saving, _Base):
     @contextmanager
     def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[None]:
         """Make a choice for all passes on this thread within the block."""
-        if chosen is not None or self.config.executor in OWN_DENSE:
+        if chosen is not None or has_own_dense(self.config.executor):
             self._look_at_weights()
         compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
         name = self.config.executor

@@ -10,8 +10,8 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
-from hf_sparse_pathways.ffn.packing import Packed
 from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
+from tests.modeling.copied import copied_bytes
 
 DOMAINS = ("a", "b", "c", "d")
 IDS = prompt()
@@ -21,26 +21,6 @@ def _sparse(name="llama", domains=DOMAINS, **arguments):
     dense = build(name).eval()
     paths = sp.Pathways.from_masks(dense, random_masks(dense, domains))
     return sp.SparsePathwaysForCausalLM.from_dense(dense, paths, **arguments)
-
-
-def _copied_bytes(model):
-    """What lies in memory beside the weights, whatever the books say."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    attachment = model._attachment
-    leaves = [leaf for block in attachment.blocks for leaf in block.leaves.values()]
-    storages, packed = {}, 0
-    for kept in [
-        k for leaf in (*leaves, *attachment.copies.rest.leaves) for k in leaf.copies.values()
-    ]:
-        thin = [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
-        is_packed = isinstance(kept.product, Packed)
-        packed += torch.ops.mkldnn._nbytes(kept.product.weight) if is_packed else 0
-        plain = [] if is_packed else [kept.product.weight, getattr(kept.product, "rows", None)]
-        for tensor in (*plain, kept.bias, *thin):
-            if tensor is not None:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return packed + sum(size for place, size in storages.items() if place not in weights)
 
 
 def _sizes(model):
@@ -63,10 +43,10 @@ def test_the_books_are_right(name, compensated):
     model.max_resident_bytes = "1GB"
     for domain in ("a", "b", "a"):
         model(IDS, domain=domain)
-        assert _copied_bytes(model) == sum(model.resident.values())
+        assert copied_bytes(model) == sum(model.resident.values())
     for domain in (["b", "a"], ["a", None], "a"):  # bypasses may be shared with those above
         model(IDS, domain=domain)
-        assert _copied_bytes(model) <= sum(model.resident.values())
+        assert copied_bytes(model) <= sum(model.resident.values())
     assert list(model.resident) == ["b", "a+b", "dense+a", "a"]
 
 
@@ -84,11 +64,11 @@ def test_other_forms_take_no_more_than_the_books_say(name, executor):
     assert model.execution.executor == executor, model.execution.reason
     for domain in ("a", None, ["b", "a"]):
         model(IDS, domain=domain)
-        assert 0 < _copied_bytes(model) <= sum(model.resident.values())
+        assert 0 < copied_bytes(model) <= sum(model.resident.values())
     assert {"a", "dense", "a+b"} <= set(model.resident)
     assert ("attention and head" in model.resident) == (executor != "packed")
     model.set_executor("compact")
-    assert (model.resident, _copied_bytes(model)) == ({}, 0)
+    assert (model.resident, copied_bytes(model)) == ({}, 0)
 
 
 @torch.no_grad()
@@ -107,7 +87,7 @@ def test_the_longest_unused_gives_way():
     for domain, left in (("a", "a"), ("b", "ab"), ("a", "ba"), ("c", "ac"), ("d", "cd")):
         assert torch.equal(model(IDS, domain=domain).logits, expected[domain])
         assert list(model.resident) == list(left)
-        assert _copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
+        assert copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
 
 
 @torch.no_grad()
@@ -218,10 +198,10 @@ def test_the_books_follow_what_becomes_of_the_weights(change):
     CHANGES[change](model)
     if change == "one layer":
         model.model.layers[1].float()
-    assert _copied_bytes(model) <= model.max_resident_bytes
+    assert copied_bytes(model) <= model.max_resident_bytes
     for domain in DOMAINS:
         model(IDS, domain=domain)
-        assert _copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
+        assert copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
 
 
 @torch.no_grad()
@@ -234,7 +214,7 @@ def test_wrapped_blocks_have_no_copies():
     )
     peft.get_peft_model(model, config)
     model(IDS, domain="a")
-    assert _copied_bytes(model) == model.resident["a"] < before
+    assert copied_bytes(model) == model.resident["a"] < before
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -245,7 +225,7 @@ def test_a_duplicate_begins_without_copies_and_keeps_books_of_its_own(duplicate)
     expected = model(IDS, domain="a").logits
     other = duplicate(model)
     assert other.max_resident_bytes == model.max_resident_bytes
-    assert (other.resident, _copied_bytes(other)) == ({}, 0)
+    assert (other.resident, copied_bytes(other)) == ({}, 0)
     for domain in ("b", "c", "a"):
         found = other(IDS, domain=domain).logits
     assert torch.equal(found, expected)
@@ -283,7 +263,7 @@ def test_four_threads_while_pathways_give_way():
     assert not errors
     assert len(highest) == 24
     assert max(highest) <= model.max_resident_bytes
-    assert _copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
+    assert copied_bytes(model) == sum(model.resident.values()) <= model.max_resident_bytes
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from tests.architectures import (
     repaired,
     zeroed,
 )
-from tests.modeling.test_residents import _copied_bytes
+from tests.modeling.copied import copied_bytes
 
 IDS = prompt()
 TOLERANCE = 1e-5
@@ -78,7 +78,7 @@ def test_masks_alone_take_no_memory(name):
         _close(model(IDS, domain=domain).logits, zeroed(dense, keep)(IDS).logits)
     _close(model(IDS, domain=["law", None]).logits[0], zeroed(dense, masks["law"])(IDS).logits[0])
     assert model.resident == {"code": 0, "law": 0}
-    assert _copied_bytes(model) == 0
+    assert copied_bytes(model) == 0
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -88,7 +88,7 @@ def test_every_compensation_and_only_full_matrices_are_copied(name):
     original = compensate(dense, masks)
     for domain in masks:
         _close(model(IDS, domain=domain).logits, repaired(dense, original[domain])(IDS).logits)
-    assert _copied_bytes(model) == sum(model.resident.values()) > 0
+    assert copied_bytes(model) == sum(model.resident.values()) > 0
     for index, attached in enumerate(model._attachment.blocks):
         part = model.pathways["code"].blocks[index]
         *incoming, outgoing = attached.leaves.values()
@@ -105,7 +105,7 @@ def test_small_parts_take_no_copies(name):
     for domain in masks:
         _close(model(IDS, domain=domain).logits, repaired(dense, original[domain])(IDS).logits)
     assert model.resident == {"code": 0, "law": 0}
-    assert _copied_bytes(model) == 0
+    assert copied_bytes(model) == 0
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_several_runs(name):
     assert max(counts) > 1
     for domain in domains:
         _close(model(IDS, domain=domain).logits, zeroed(dense, masks[domain])(IDS).logits)
-    assert _copied_bytes(model) == 0
+    assert copied_bytes(model) == 0
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def test_more_runs_than_the_limit_are_copied_and_counted():
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="sliced")
     for domain in paths.domains:
         _close(model(IDS, domain=domain).logits, zeroed(dense, paths[domain].keep)(IDS).logits)
-    assert _copied_bytes(model) == sum(model.resident.values())
+    assert copied_bytes(model) == sum(model.resident.values())
     block = 3 * 24 * 32 * 4
     assert model.resident == {"many": 3 * block, "mixed": block}
     model.max_resident_bytes = block
@@ -208,12 +208,12 @@ def test_saved_loaded_and_switched(make, tmp_path):
         loaded.set_executor(executor)
         _close(loaded(IDS, domain="code").logits, expected)
         if executor != "masked":
-            assert _copied_bytes(loaded) == sum(loaded.resident.values())
+            assert copied_bytes(loaded) == sum(loaded.resident.values())
     loaded.config.executor = "compact"  # not through set_executor
     sliced = dict(loaded.resident)
     _close(loaded(IDS, domain="code").logits, expected)
     assert loaded.resident["code"] > sliced["code"]
-    assert _copied_bytes(loaded) == sum(loaded.resident.values())
+    assert copied_bytes(loaded) == sum(loaded.resident.values())
 
 
 def test_threads_with_a_domain_each():

@@ -13,7 +13,7 @@ import torch
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
-from hf_sparse_pathways.ffn.executors import EXECUTORS, OWN_DENSE
+from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import Pathways
@@ -172,17 +172,12 @@ def _runs(model: Any, pathway: str) -> str:
     return "masked" if choice.copies is None else str(choice.executor)
 
 
-def has_own_dense(executor: str) -> bool:
-    """Say whether an executor computes dense passes with its own kernels, too.
+def _dense_arms(names: Iterable[str]) -> list[Arm]:
+    """Return one arm of the plug-in with no domain on, and those with kernels of their own.
 
     What such an executor gains by kernels is not gained by removing neurons: the pathway is
     compared with its dense pass, any other with the eager one.
     """
-    return executor in OWN_DENSE
-
-
-def _dense_arms(names: Iterable[str]) -> list[Arm]:
-    """Return one arm of the plug-in with no domain on, and those with kernels of their own."""
     eager = [name for name in names if not has_own_dense(name)]
     arms = [Arm(label="plug-in, no domain", executor=name) for name in eager[-1:]]
     own = [name for name in names if has_own_dense(name)]

@@ -6,10 +6,10 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn import executors as ffn_executors
 from hf_sparse_pathways.ffn import verdicts
-from hf_sparse_pathways.ffn.executors import EXECUTORS, Compact
+from hf_sparse_pathways.ffn.executors import EXECUTORS, Compact, has_own_dense
 from hf_sparse_pathways.ffn.forms import PACKED
 from hf_sparse_pathways.ffn.residents import Residents
-from hf_sparse_pathways.measure.speed.arms import DENSE, has_own_dense, line_up
+from hf_sparse_pathways.measure.speed.arms import DENSE, line_up
 from tests.architectures import build, compensate, random_masks, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("every_form_pays")
@@ -51,7 +51,8 @@ def test_every_registered_executor_takes_part_by_itself(only):
 
 def test_kernels_of_their_own_have_a_dense_partner_of_their_own(only):
     only(packed=Compact(PACKED))
-    assert [has_own_dense(name) for name in ("masked", "compact", "packed")] == [False, False, True]
+    names = ("auto", "masked", "compact", "packed")
+    assert [has_own_dense(name) for name in names] == [False, False, False, True]
     lineup = line_up(tiny_llama(), _pathways(), ["law"])
     partners = {arm.label: arm.partner for arm in lineup.arms}
     assert partners["packed, law"] == partners["packed, dense"] == "packed, dense"
