@@ -6,6 +6,7 @@ folder, so it can be interrupted. The comparison itself is ``sparse-pathways com
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,40 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.measured:
         measure(arguments)
-    parts = [f"Calibrated on {arguments.max_tokens} tokens per domain."]
+    measured = {}
     for model in arguments.models:
         report = read_report(work_folder(arguments, model) / "comparison.json")
-        parts.append(f"**{model}**, beside other methods\n\n{report.to_markdown()}")
+        heading = f"**{model}**, calibrated on {arguments.max_tokens} tokens per domain"
+        measured[heading] = split_tables(report.to_markdown())
     if arguments.readme is not None:
-        write_between(arguments.readme, START, END, "\n\n".join(parts))
+        text = arguments.readme.read_text(encoding="utf-8")
+        known = split_models(text[text.index(START) + len(START) : text.index(END)])
+        write_between(arguments.readme, START, END, join(known, measured))
+
+
+def split_tables(text: str) -> dict[str, str]:
+    """Return a report's parts by the sparsity that they begin with."""
+    parts = re.split(r"^(?=[\d.]+% of the FFN FLOPs removed)", text, flags=re.MULTILINE)
+    return {part.split("%", 1)[0]: part.strip() for part in parts if part.strip()}
+
+
+def split_models(text: str) -> dict[str, dict[str, str]]:
+    """Return the parts that were written before, by heading and sparsity."""
+    parts = re.split(r"^(?=\*\*)", text, flags=re.MULTILINE)
+    pairs = (part.strip().split("\n", 1) for part in parts if part.strip())
+    return {heading: split_tables(tables) for heading, tables in pairs}
+
+
+def join(known: dict[str, dict[str, str]], measured: dict[str, dict[str, str]]) -> str:
+    """Return all parts, those of other models, texts and sparsities as they were.
+
+    A table takes hours, so that each may be measured on another machine.
+    """
+    written = []
+    for heading in {**known, **measured}:
+        tables = {**known.get(heading, {}), **measured.get(heading, {})}
+        written += [heading, *(tables[sparsity] for sparsity in sorted(tables, key=float))]
+    return "\n\n".join(written)
 
 
 def work_folder(arguments: argparse.Namespace, model: str) -> Path:
