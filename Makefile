@@ -38,11 +38,11 @@ benchmark-int8: install
 	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --readme README.md
 
 test: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-real: install
 	$(BIN)/python demo/fetch.py --cache "$(CACHE)" --model --texts
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m real
+	$(BIN)/python -m pytest -q -m real
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+    from hf_sparse_pathways.share.hub import (
+        add_domains,
+        push_folder,
+        remove_domains,
+        rename_domain,
+    )
 
 __all__ = [
     "BlockPathway",
@@ -40,11 +46,15 @@ __all__ = [
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
     "__version__",
+    "add_domains",
     "benchmark",
     "evaluate",
     "heal",
     "permute",
     "profile",
+    "push_folder",
+    "remove_domains",
+    "rename_domain",
     "select",
 ]
 
@@ -65,6 +75,10 @@ _HOMES = {
     "permute": "modeling.permutation",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
+    "add_domains": "share.hub",
+    "push_folder": "share.hub",
+    "remove_domains": "share.hub",
+    "rename_domain": "share.hub",
 }
 
 

@@ -31,6 +31,10 @@ class ArtefactError(PathwaysError):
     """A saved file is missing, corrupt, truncated, or of a newer format."""
 
 
+class HubError(PathwaysError):
+    """The Hub cannot be reached, or refuses: no such repository or revision, no right to write."""
+
+
 class TextError(PathwaysError):
     """A text source cannot be read, or holds too little text."""
 

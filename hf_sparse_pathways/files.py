@@ -77,10 +77,25 @@ def give_usual_mode(path: str) -> None:
 
 def write_pair(json_path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a description and its tensors; the tensors lie beside it as ``.safetensors``."""
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    data = save(_apart(tensors))
     described = {**meta, "tensors_sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False)
-    _write_together({json_path.with_suffix(".safetensors"): data, json_path: f"{text}\n".encode()})
+    _write_together({json_path.with_suffix(".safetensors"): data, json_path: as_json(described)})
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: contiguous, no two of them in one memory."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        place = own.untyped_storage().data_ptr()
+        apart[name] = own.clone() if place in seen else own
+        seen.add(place)
+    return apart
+
+
+def as_json(value: dict[str, Any]) -> bytes:
+    """Return a description as it is written."""
+    return f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
 def read_pair(

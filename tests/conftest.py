@@ -8,6 +8,8 @@ import torch
 
 from hf_sparse_pathways.ffn import verdicts
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
+from tests.hub.endpoint import SERVER
+from tests.hub.store import Hub
 
 NEEDED = {"needs_packing": PACKED, "needs_compiler": NATIVE}
 
@@ -30,3 +32,11 @@ def every_form_pays():
         patch.setattr(verdicts, "measure_gain", lambda form, shape, dtype: 2.0)  # noqa: ARG005
         yield
     verdicts._judge.cache_clear()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty Hub, and the token of an account that is called ``me``."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+    SERVER.hub = Hub()
+    return SERVER.hub

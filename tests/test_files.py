@@ -102,8 +102,11 @@ def test_a_pair_is_read_as_it_was_written(tmp_path):
 )
 def test_views_are_written_as_their_values(tmp_path, view):
     path = tmp_path / "x.json"
-    write_pair(path, META, {"view": view})
-    assert torch.equal(read_pair(path, path.with_suffix(".safetensors"), 1)[1]["view"], view)
+    write_pair(path, META, {"view": view, "same": view, "part": torch.atleast_1d(view)[:1]})
+    tensors = read_pair(path, path.with_suffix(".safetensors"), 1)[1]
+    assert torch.equal(tensors["view"], view)
+    assert torch.equal(tensors["same"], view)
+    assert torch.equal(tensors["part"], torch.atleast_1d(view)[:1])
 
 
 def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path):

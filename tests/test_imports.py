@@ -20,6 +20,7 @@ ORDER = (
     ("modeling",),
     ("healing",),
     ("measure",),
+    ("share",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -27,6 +28,8 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 LAZY = {
     # Against the order of modules, or to be light when it is imported.
     ("pathways.pathway", "pathways.storage"),
+    ("pathways.pathway", "share.hub"),
+    ("modeling.saving", "share.hub"),
     ("discovery.profiles", "discovery.profile_storage"),
     ("modeling.configuration", "modeling.classes"),
     ("modeling.model", "modeling.classes"),
@@ -75,10 +78,15 @@ LAZY = {
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
     ("cli.loading", "modeling.causal_lm"),
+    ("cli.loading", "pathways.revision"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
     ("cli.profile", "discovery.windows"),
     ("cli.profile", "pathways.pathway"),
+    ("cli.push", "pathways.pathway"),
+    ("cli.push", "share.hub"),
+    ("cli.remove_domain", "share.hub"),
+    ("cli.rename_domain", "share.hub"),
     ("cli.report_folder", "measure.plots"),
 }
 LAZY_OUTSIDE = {

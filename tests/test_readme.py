@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_pathways.cli.main import main
+from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build
 from tests.texts import documents, save_documents, tiny_tokenizer
 
@@ -37,11 +38,13 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.usefixtures("hub")
 def test_commands_then_python(workplace, monkeypatch, capsys):
-    install, commands = _blocks("sh")
+    install, *commands = _blocks("sh")
     assert install.count("pip install") == 3
-    for line in commands.strip().splitlines():
-        monkeypatch.setattr(sys, "argv", shlex.split(line.replace(MODEL, "base")))
+    for line in "".join(commands).strip().splitlines():
+        words = shlex.split(line.replace(MODEL, "base"), comments=True)
+        monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 0, capsys.readouterr().err
@@ -59,6 +62,8 @@ def test_commands_then_python(workplace, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), names)
     assert names["out"].shape[1] > names["inputs"]["input_ids"].shape[1]
     assert names["model"].domains == ["code", "law"]
+    assert Pathways.from_pretrained("me/my-model").domains == ["code"]
+    assert Pathways.from_pretrained("me/adapter", revision="next").domains == ["code", "law"]
     printed = capsys.readouterr().out
     assert "random" in printed
     assert "pooled" in printed
@@ -81,6 +86,7 @@ EXAMPLES = {
     ],
     "mixed_batch.py": ["built"],
     "heal.py": ["built code src healed 2000"],
+    "add_a_domain.py": ["built me/shared", "built me/shared law"],
 }
 
 
@@ -88,7 +94,7 @@ def test_every_example_is_listed():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
 
 
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.usefixtures("workplace", "hub")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, monkeypatch, capsys):
     if EXAMPLES[name][0].startswith("built"):

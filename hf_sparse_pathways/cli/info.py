@@ -30,7 +30,7 @@ def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
 def describe(source: str | PathLike[str]) -> dict[str, Any]:
     """Return everything that ``info`` shows as JSON values."""
     from hf_sparse_pathways.pathways.pathway import Pathways
-    from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, locate
+    from hf_sparse_pathways.pathways.storage import pathway_files
 
     pathways = Pathways.from_pretrained(source)
     return {
@@ -41,7 +41,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
             "summary": pathways.base.summary,
             "neuron_order": pathways.base.neuron_order,
         },
-        "bytes": sum(locate(source, name).stat().st_size for name in (JSON_NAME, TENSORS_NAME)),
+        "bytes": sum(path.stat().st_size for path in pathway_files(source)),
         "weight_bytes": _weight_bytes(source),
         "executors": _describe_executors(source, pathways),
         "blocks": [block.name for block in pathways.base.blocks],

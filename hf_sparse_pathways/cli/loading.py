@@ -27,8 +27,12 @@ def load_model(name: str, dtype: str) -> Any:
     """Load a causal LM, dense or with pathways, whichever is there."""
     from transformers import AutoModelForCausalLM
 
+    from hf_sparse_pathways.pathways.revision import note_revision
+
     _check_dtype(dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    note_revision(model, name)
+    return model
 
 
 def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any, Any]:

@@ -33,8 +33,11 @@ for command in (
     "generate",
     "benchmark",
     "info",
+    "push",
+    "remove-domain",
+    "rename-domain",
 ):
-    module = import_module(f"hf_sparse_pathways.cli.{command}")
+    module = import_module(f"hf_sparse_pathways.cli.{command.replace('-', '_')}")
     app.command(command)(module.run)
 
 

@@ -48,6 +48,10 @@ Dtype = Annotated[
 ]
 Plots = Annotated[bool, typer.Option(help="Draw pictures beside the JSON and Markdown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, such as me/model.")]
+Revision = Annotated[str | None, typer.Option(help="Branch to push to. [main]")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+Message = Annotated[str | None, typer.Option(help="Title of the commit.")]
 
 
 def refuse_beside(ctx: typer.Context, option: str, names: Sequence[str]) -> None:

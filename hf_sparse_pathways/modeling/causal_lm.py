@@ -50,6 +50,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         *,
         executor: str = "auto",
         default_domain: str | None = None,
+        allow_transfer: bool = False,
     ) -> Any:
         """Return a model with pathways that shares a dense model's parameters. Pure.
 
@@ -59,6 +60,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             pathways: Pathways that were made for it.
             executor: How kept neurons are computed.
             default_domain: The domain when ``domain`` is omitted; None for dense.
+            allow_transfer: Take pathways of another model or revision whose FFN blocks are the
+                same, with a warning: this model may be a fine-tune of that one.
 
         Raises:
             MismatchError: The pathways were made for another model.
@@ -66,7 +69,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             UnknownNameError: Unknown executor or default domain.
         """
         check_executor(executor)
-        pathways.check_fits(model)
+        pathways.check_fits(model, allow_transfer=allow_transfer)
         check_convertible(model)
         config = SparsePathwaysConfig.from_base(
             model.config,

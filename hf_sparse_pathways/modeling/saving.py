@@ -1,5 +1,7 @@
 """Saving and loading weights with their pathways: all of them, or what one domain needs."""
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from hf_sparse_pathways.modeling.partial import (
     partial_load,
 )
 from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.pathways.revision import find_revision, note_revision
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -61,6 +64,32 @@ class Saving(_Base):
             hub.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(**hub, token=kwargs.get("token"))
 
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **push: Any
+    ) -> str:
+        """Upload weights, configuration and pathways to a Hub repository.
+
+        Pathways that it has are replaced; other files, such as a tokenizer's, stay.
+
+        Args:
+            repo_id: Such as ``"me/smollm2-pathways"``; it is created if needed.
+            max_shard_size: Of one file of weights, as ``save_pretrained``'s.
+            push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
+                ``commit_description``, as everywhere in Transformers.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
+            HubError: The Hub cannot be reached, or refuses.
+        """
+        from hf_sparse_pathways.share.hub import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **push)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Say what the base says: checkpoint conversion and initialisation depend on it."""
@@ -68,7 +97,7 @@ class Saving(_Base):
         return bool(base.is_custom_code())
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913
         cls,
         pretrained_model_name_or_path: "str | PathLike[str]",
         *args: Any,
@@ -77,6 +106,7 @@ class Saving(_Base):
         default_domain: str | None = None,
         max_resident_bytes: int | str | None = None,
         domain: str | None = None,
+        allow_transfer: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Load weights, configuration and pathways.
@@ -91,6 +121,8 @@ class Saving(_Base):
             max_resident_bytes: Most bytes of copies of kept weights, also as ``"2GB"``.
             domain: Load this domain's neurons alone. The model then has no other domain and no
                 dense form, cannot be saved, and takes the memory of what is kept.
+            allow_transfer: Take pathways of another model or revision whose FFN blocks are the
+                same, with a warning: this model may be a fine-tune of that one.
             kwargs: As the base's.
 
         Raises:
@@ -98,6 +130,7 @@ class Saving(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
+        beside = pathways is None
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
         loading = None if domain is None else Loading(pathways, domain)
         if loading is not None and default_domain not in (None, domain):
@@ -105,6 +138,11 @@ class Saving(_Base):
         with partial_load(loading):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        note_revision(model, pretrained_model_name_or_path, **hub)
+        model._shape = replace(model._shape, revision=find_revision(model.config))
+        if not beside:
+            pathways.base.check_origin(model._shape, allow_transfer=allow_transfer)
         if default_domain is not None:
             model.config.default_domain = default_domain
         if loading is None:

@@ -3,6 +3,7 @@
 The shapes are the fingerprint that decides whether pathways, masks or a profile fit a model.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ from torch import nn
 from hf_sparse_pathways.errors import MismatchError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks, survey_model
+from hf_sparse_pathways.pathways.revision import find_revision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +102,18 @@ class BaseModel:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         return cls(
             name=str(getattr(config, "_name_or_path", "") or ""),
-            revision=getattr(config, "_commit_hash", None),
+            revision=find_revision(config),
             model_type=str(getattr(type(config), "model_type", "")),
             blocks=tuple(BlockShape.of(block, prefix) for block in find_blocks(model)),
             routed=tuple(name.removeprefix(prefix) for name in survey_model(model).routed),
             neuron_order=getattr(config, "neuron_order", None),
         )
+
+    @property
+    def title(self) -> str:
+        """Its name, and its revision if that is known."""
+        name = repr(self.name) if self.name else "a model without a name"
+        return f"{name} at revision {self.revision}" if self.revision else name
 
     @property
     def summary(self) -> str:
@@ -150,6 +160,33 @@ class BaseModel:
             f"{other.name or 'a model without a name'!r} ({other.summary}).{detail} "
             "Load the base that they were made for, or build pathways for this one."
         )
+
+    def check_origin(self, other: Self, *, allow_transfer: bool = False) -> None:
+        """Check that another model is this one, by its FFN blocks, its name and its revision.
+
+        What did not come from the Hub has no revision; then the blocks decide, with a warning if
+        the names differ. What was built in memory has no name either.
+
+        Args:
+            other: The model that something made for this one is to be used with.
+            allow_transfer: Take another model whose blocks are the same, such as a fine-tune of
+                this one, with a warning.
+
+        Raises:
+            MismatchError: It is another model, or another revision of this one.
+        """
+        self.check_same(other)
+        known = self.revision is not None and other.revision is not None
+        same = self.name == other.name and (not known or self.revision == other.revision)
+        if same or not (self.name and other.name):
+            return
+        told = f"Made for {self.title}, but this is {other.title}"
+        if known and not allow_transfer:
+            raise MismatchError(
+                f"{told}. Load the model and the revision that they were made for; if this one is "
+                "a fine-tune of it, or its weights are the same, pass allow_transfer=True."
+            )
+        logger.warning("%s. Their FFN blocks have the same names and widths.", told)
 
 
 def _span(values: list[int]) -> str:

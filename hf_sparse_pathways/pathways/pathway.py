@@ -130,6 +130,26 @@ class Pathways:
 
         write_pathways(self, Path(folder))
 
+    def push_to_hub(self, repo_id: str, **push: Any) -> str:
+        """Upload the pathways, without weights, in place of those in a Hub repository.
+
+        ``sp.add_domains`` adds some to those that are there.
+
+        Args:
+            repo_id: Such as ``"me/smollm2-code-law"``; it is created if needed.
+            push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
+                ``commit_description``, as everywhere in Transformers.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            HubError: The Hub cannot be reached, or refuses.
+        """
+        from hf_sparse_pathways.share.hub import push_pathways
+
+        return push_pathways(self, repo_id, **push)
+
     @property
     def domains(self) -> list[str]:
         """The domains' names, in the order of their indices."""
@@ -173,13 +193,17 @@ class Pathways:
         dense = sum(shape.dense_flops for shape in self.base.blocks)
         return sum(shape.flops(block) for block, shape in blocks) / dense
 
-    def check_fits(self, model: nn.Module) -> None:
-        """Check that a model has the FFN blocks that these pathways were made for.
+    def check_fits(self, model: nn.Module, *, allow_transfer: bool = False) -> None:
+        """Check that a model is the one that these pathways were made for.
+
+        Args:
+            model: It, dense or with pathways.
+            allow_transfer: Whether another one with the same FFN blocks will do.
 
         Raises:
-            MismatchError: It has others; the message shows both shapes.
+            MismatchError: It is another one; the message names both, or shows both shapes.
         """
-        self.base.check_same(BaseModel.of(model))
+        self.base.check_origin(BaseModel.of(model), allow_transfer=allow_transfer)
 
     def with_controls(self, controls: Mapping[str, Pathway]) -> Self:
         """Return a copy with more controls. Pure."""

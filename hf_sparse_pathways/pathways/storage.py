@@ -1,13 +1,15 @@
 """Pathways as two files: ``pathways.json`` describes, ``pathways.safetensors`` holds.
 
 The same two files lie beside the weights of a full checkpoint or alone in a folder (an adapter).
-Tensors are named ``<domain index>.<block index>.<part>``, and ``c<control index>...`` for controls;
-the parts that a pathway holds (its keep masks, and compensation) are listed by name.
+They hold every domain, or those that do not lie in folders of their own (``apart``). Tensors are
+named ``<domain index>.<block index>.<part>``, and ``c<control index>...`` for controls; the parts
+that a pathway holds (its keep masks, and compensation) are listed by name.
 """
 
 import os
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -24,7 +26,8 @@ from hf_sparse_pathways.errors import (
     UnknownNameError,
 )
 from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
-from hf_sparse_pathways.files import check_finite, read_pair, write_pair
+from hf_sparse_pathways.files import check_finite, read_json, read_pair, write_pair
+from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.version import __version__
@@ -34,8 +37,25 @@ JSON_NAME = "pathways.json"
 TENSORS_NAME = "pathways.safetensors"
 
 
-def write_pathways(pathways: Pathways, folder: Path) -> None:
-    """Write the two files into a folder, which is made if needed; each whole or not at all."""
+def write_pathways(pathways: Pathways, folder: Path, *, apart: bool = False) -> None:
+    """Write the two files into a folder, which is made if needed; each whole or not at all.
+
+    Args:
+        pathways: What is written.
+        folder: Where.
+        apart: Put every domain into a folder of its own.
+    """
+    if apart:
+        places = {name: folder_for(name) for name in pathways.domains}
+        for name, place in places.items():
+            write_pathways(replace(pathways.subset([name]), controls={}), folder / place)
+        write_rest(replace(pathways, by_domain={}), folder, places)
+    else:
+        write_rest(pathways, folder, {})
+
+
+def write_rest(pathways: Pathways, folder: Path, places: Mapping[str, str]) -> None:
+    """Write the two files, with a list of the domains that lie apart."""
     tensors: dict[str, Tensor] = {}
     for prefix, group in (("", pathways.by_domain), ("c", pathways.controls)):
         for index, pathway in enumerate(group.values()):
@@ -48,8 +68,20 @@ def write_pathways(pathways: Pathways, folder: Path) -> None:
         "base": base_to_json(pathways.base),
         "domains": _described(pathways.by_domain),
         "controls": _described(pathways.controls),
+        **({FIELD: dict(places)} if places else {}),
     }
+    before = _listed_before(folder)
     write_pair(folder / JSON_NAME, meta, tensors)
+    for place in before - {*places.values()}:
+        shutil.rmtree(folder / place, ignore_errors=True)
+
+
+def _listed_before(folder: Path) -> set[str]:
+    """Return where an earlier save put domains apart."""
+    try:
+        return {*list_apart(read_json(folder / JSON_NAME)).values()}
+    except ArtefactError:
+        return set()
 
 
 def read_pathways(
@@ -67,6 +99,48 @@ def read_pathways(
         ArtefactError: They are missing, corrupt, truncated or of a newer format.
         UnknownNameError: There is no such domain.
     """
+    places = list_apart(read_json(locate(source, JSON_NAME, **hub)))
+    if only in places:
+        return _read_apart(cls, source, only, places[only], hub)
+    found = _read_pair(cls, source, only, places, hub)
+    if only is not None or not places:
+        return found
+    by_domain = dict(found.by_domain)
+    for name, place in places.items():
+        other = _read_apart(cls, source, name, place, hub)
+        if name in by_domain:
+            raise ArtefactError(f"{JSON_NAME} in {source}: domain {name!r} stands twice.")
+        if other.base != found.base:
+            raise MismatchError(
+                f"Domain {name!r} in {source} was made for {other.base.title}, the others for "
+                f"{found.base.title}."
+            )
+        by_domain[name] = other[name]
+    return replace(found, by_domain=by_domain)
+
+
+def read_together(source: str | PathLike[str], **hub: Any) -> Pathways:
+    """Read those domains that lie in one pair of files, and the controls; see ``read_pathways``."""
+    found: Pathways = _read_pair(Pathways, source, None, {}, hub)
+    return found
+
+
+def _read_apart(
+    cls: type[Pathways], source: str | PathLike[str], name: str, place: str, hub: dict[str, Any]
+) -> Any:
+    """Read a domain from its own folder."""
+    subfolder = "/".join(part for part in (hub.get("subfolder"), place) if part)
+    return _read_pair(cls, source, name, {}, {**hub, "subfolder": subfolder})
+
+
+def _read_pair(
+    cls: type[Pathways],
+    source: str | PathLike[str],
+    only: str | None,
+    places: Mapping[str, str],
+    hub: dict[str, Any],
+) -> Any:
+    """Read the domains of two files, or one of them."""
     files = locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub)
     wanted = None if only is None else partial(_belongs, only)
     try:
@@ -76,7 +150,7 @@ def read_pathways(
             check_entries(meta["domains"])
             names = [entry["name"] for entry in meta["domains"]]
             if only not in names:
-                raise UnknownNameError("domain", only, names)
+                raise UnknownNameError("domain", only, [*names, *places])
         return cls(
             base=base,
             by_domain=_restored(meta["domains"], "", base, tensors, only),
@@ -88,6 +162,20 @@ def read_pathways(
         raise ArtefactError(f"{JSON_NAME} in {source}: {error}") from error
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
+
+
+def pathway_files(source: str | PathLike[str]) -> list[Path]:
+    """Return all files of the pathways in a folder or Hub repository.
+
+    Raises:
+        ArtefactError: One is missing, or the description is damaged.
+    """
+    places = list_apart(read_json(locate(source, JSON_NAME))).values()
+    return [
+        locate(source, name, **({"subfolder": place} if place else {}))
+        for place in ("", *places)
+        for name in (JSON_NAME, TENSORS_NAME)
+    ]
 
 
 def _belongs(domain: str, meta: dict[str, Any], tensor: str) -> bool:

@@ -95,7 +95,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refusal.message}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
-            self._send(json.dumps({"error": refusal.message}).encode(), refusal.status, headers)
+            answer = {"error": refusal.message}
+            if refusal.status == 409 and self.path == "/api/repos/create":
+                answer["url"] = f"{self.server.url}/{self._named}"
+            self._send(json.dumps(answer).encode(), refusal.status, headers)
 
     def _read(self) -> bytes:
         if self.headers.get("transfer-encoding", "").lower() == "chunked":
@@ -125,6 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _given(self) -> Any:
         return json.loads(self.body or b"{}")
 
+    @property
+    def _named(self) -> str:
+        """Return the repository that a body names in two parts."""
+        given = self._given
+        return f"{given.get('organization') or self.account}/{given['name']}"
+
     def _repo(self, name: str, *, write: bool = False) -> Repo:
         return self.server.hub.repo(name, self.account, write=write)
 
@@ -137,15 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": self.account, "orgs": [], "auth": role})
 
     def _create(self) -> None:
-        given = self._given
-        name = f"{given.get('organization') or self.account}/{given['name']}"
+        given, name = self._given, self._named
         private = bool(given.get("private")) or given.get("visibility") == "private"
         self.server.hub.create(name, self.account, private=private)
         self._json({"url": f"{self.server.url}/{name}", "id": name, "name": name})
 
     def _delete(self) -> None:
-        given = self._given
-        name = f"{given.get('organization') or self.account}/{given['name']}"
+        name = self._named
         self._repo(name, write=True)
         del self.server.hub.repos[name]
         self._json({})

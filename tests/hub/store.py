@@ -1,6 +1,8 @@
 """What a Hub knows: accounts, repositories with commits and refs, and large files."""
 
+import base64
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +107,7 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.uploaded: list[tuple[str, int]] = []
         self.failing = 0
+        self.lock = threading.Lock()
 
     def account(self, token: str | None) -> str | None:
         """Return who asks; None for nobody."""
@@ -146,6 +149,12 @@ class Hub:
         self, repo: Repo, revision: str, lines: list[dict[str, Any]], *, pull: bool
     ) -> tuple[Commit, int | None]:
         """Apply the lines of a commit's request; return it, and the number of its pull request."""
+        with self.lock:
+            return self._commit(repo, revision, lines, pull=pull)
+
+    def _commit(
+        self, repo: Repo, revision: str, lines: list[dict[str, Any]], *, pull: bool
+    ) -> tuple[Commit, int | None]:
         parent = repo.at(revision)
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, parent.sha):
@@ -163,8 +172,6 @@ class Hub:
         return repo.add(ref, parent, header["summary"], files), number
 
     def _apply(self, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
-        import base64
-
         path = value.get("path", "")
         if key == "file":
             content = base64.b64decode(value["content"])

@@ -1,0 +1,48 @@
+"""``sparse-pathways push``: upload a folder, its pathways alone, or single domains."""
+
+from typing import Annotated, Any
+
+import typer
+
+from hf_sparse_pathways.cli import options as opt
+
+
+def run(  # noqa: PLR0913
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Folder or Hub id with pathways.")
+    ],
+    repo: opt.Repo,
+    domain: Annotated[
+        list[str],
+        typer.Option("--domain", help="Add this domain, and upload nothing else; repeat."),
+    ] = [],  # noqa: B006
+    pathways_only: Annotated[
+        bool, typer.Option("--pathways-only", help="Leave the weights behind.")
+    ] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository made now.")
+    ] = None,
+    revision: opt.Revision = None,
+    create_pr: opt.CreatePr = False,
+    message: opt.Message = None,
+) -> None:
+    """Push weights and pathways to the Hub, pathways alone, or add domains to those there.
+
+    The account is that of `hf auth login`, or of HF_TOKEN.
+    """
+    from hf_sparse_pathways.pathways.pathway import Pathways
+    from hf_sparse_pathways.share.hub import add_domains, push_folder, push_pathways
+
+    push: dict[str, Any] = {
+        "private": private,
+        "revision": revision,
+        "create_pr": create_pr,
+        "commit_message": message,
+    }
+    if domain:
+        address = add_domains(Pathways.from_pretrained(folder).subset(domain), repo, **push)
+    elif pathways_only:
+        address = push_pathways(Pathways.from_pretrained(folder), repo, **push)
+    else:
+        address = push_folder(folder, repo, **push)
+    typer.echo(address)

@@ -1,0 +1,48 @@
+"""Which commit of a Hub repository a model was loaded from, by what lies in the cache.
+
+Transformers keeps a repository's name in the configuration, and no longer the commit.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from transformers.utils.hub import cached_file
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def note_revision(model: Any, name: Any, **hub: Any) -> None:
+    """Note on a model that was just loaded from which commit it came, in place.
+
+    Args:
+        model: The model.
+        name: What it was loaded from; nothing is noted of a folder.
+        hub: As given to ``from_pretrained``.
+    """
+    if os.path.isdir(name):
+        return
+    try:
+        found = cached_file(str(name), "config.json", **{**hub, "local_files_only": True})
+    except (OSError, ValueError):
+        return
+    commits = [part for part in Path(str(found)).parts if _COMMIT.fullmatch(part)]
+    if commits:
+        model.config._commit_hash = commits[-1]
+
+
+def find_revision(config: Any) -> str | None:
+    """Return the commit of a model's configuration.
+
+    It is the one that was noted, or the only one that is in the cache: of several nobody knows
+    which one was loaded.
+    """
+    noted = getattr(config, "_commit_hash", None)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if noted is not None or not name or os.path.isdir(name):
+        return noted
+    folder = f"models--{name.replace('/', '--')}"
+    commits = [path.name for path in Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*")]
+    return commits[0] if len(commits) == 1 and _COMMIT.fullmatch(commits[0]) else None
