@@ -83,6 +83,8 @@ LAZY = {
     ("cli.profile", "discovery.text"),
     ("cli.profile", "discovery.windows"),
     ("cli.profile", "pathways.pathway"),
+    ("cli.push", "files"),
+    ("cli.push", "measure.quality_report"),
     ("cli.push", "pathways.pathway"),
     ("cli.push", "share.hub"),
     ("cli.remove_domain", "share.hub"),

@@ -1,5 +1,6 @@
 """``sparse-pathways push``: upload a folder, its pathways alone, or single domains."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,6 +9,7 @@ from hf_sparse_pathways.cli import options as opt
 
 
 def run(  # noqa: PLR0913
+    ctx: typer.Context,
     folder: Annotated[
         str, typer.Argument(metavar="FOLDER", help="Folder or Hub id with pathways.")
     ],
@@ -19,6 +21,13 @@ def run(  # noqa: PLR0913
     pathways_only: Annotated[
         bool, typer.Option("--pathways-only", help="Leave the weights behind.")
     ] = False,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For the card: report.json of `evaluate --report`."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="For the card: of the weights, as the Hub calls it.")
+    ] = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a repository made now.")
     ] = None,
@@ -30,6 +39,8 @@ def run(  # noqa: PLR0913
 
     The account is that of `hf auth login`, or of HF_TOKEN.
     """
+    from hf_sparse_pathways.files import read_json
+    from hf_sparse_pathways.measure.quality_report import QualityReport
     from hf_sparse_pathways.pathways.pathway import Pathways
     from hf_sparse_pathways.share.hub import add_domains, push_folder, push_pathways
 
@@ -39,10 +50,14 @@ def run(  # noqa: PLR0913
         "create_pr": create_pr,
         "commit_message": message,
     }
+    card: dict[str, Any] = {"license": license}
+    if evaluation is not None:
+        card["evaluation"] = QualityReport.from_dict(read_json(evaluation))
     if domain:
+        opt.refuse_beside(ctx, "--domain", ("evaluation", "license", "private", "pathways_only"))
         address = add_domains(Pathways.from_pretrained(folder).subset(domain), repo, **push)
     elif pathways_only:
-        address = push_pathways(Pathways.from_pretrained(folder), repo, **push)
+        address = push_pathways(Pathways.from_pretrained(folder), repo, **card, **push)
     else:
-        address = push_folder(folder, repo, **push)
+        address = push_folder(folder, repo, **card, **push)
     typer.echo(address)

@@ -27,11 +27,8 @@ class ComparisonRow:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return a row from JSON values."""
-        quality = dict(data["quality"])
-        interval = quality["interval"]
-        quality["interval"] = None if interval is None else tuple(interval)
-        quality["cosine_per_layer"] = tuple(quality["cosine_per_layer"])
-        return cls(method=data["method"], sparsity=data["sparsity"], quality=QualityRow(**quality))
+        quality = QualityRow.from_dict(data["quality"])
+        return cls(method=data["method"], sparsity=data["sparsity"], quality=quality)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
 
 FEW = 5
@@ -54,6 +55,18 @@ class QualityRow:
     excluded: int
     sparsity: float | None = None
     set: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return a row from JSON values."""
+        interval = data["interval"]
+        return cls(
+            **{
+                **data,
+                "interval": None if interval is None else tuple(interval),
+                "cosine_per_layer": tuple(data["cosine_per_layer"]),
+            }
+        )
 
     @property
     def label(self) -> str:
@@ -212,6 +225,24 @@ class QualityReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return a report from JSON values.
+
+        Raises:
+            ArtefactError: A value is missing or of the wrong kind.
+        """
+        try:
+            settings = data["settings"]
+            if settings is not None:
+                settings = QualitySettings(**{**settings, "adapters": tuple(settings["adapters"])})
+            rows = tuple(QualityRow.from_dict(row) for row in data["rows"])
+            report = cls(base=data["base"], rows=rows, settings=settings)
+            report.to_markdown()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ArtefactError(f"This is no report of an evaluation: {error!r}.") from error
+        return report
 
     def to_markdown(self) -> str:
         """Render one Markdown table per domain, and with several the matrix of all."""

@@ -75,7 +75,8 @@ class Saving(_Base):
             repo_id: Such as ``"me/smollm2-pathways"``; it is created if needed.
             max_shard_size: Of one file of weights, as ``save_pretrained``'s.
             push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
-                ``commit_description``, as everywhere in Transformers.
+                ``commit_description``, as everywhere in Transformers; ``evaluation`` and
+                ``license`` are for the card, as in ``sp.push_folder``.
 
         Returns:
             The address of the commit, or of the pull request.

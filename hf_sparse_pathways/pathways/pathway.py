@@ -138,7 +138,8 @@ class Pathways:
         Args:
             repo_id: Such as ``"me/smollm2-code-law"``; it is created if needed.
             push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
-                ``commit_description``, as everywhere in Transformers.
+                ``commit_description``, as everywhere in Transformers; ``evaluation`` and
+                ``license`` are for the card, as in ``sp.push_folder``.
 
         Returns:
             The address of the commit, or of the pull request.

@@ -23,6 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from hf_sparse_pathways.errors import ArtefactError, HubError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.files import as_json, read_json
+from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.pathways.apart import FIELD, PARENT, folder_for, list_apart
 from hf_sparse_pathways.pathways.pathway import Pathways, check_domain_name
 from hf_sparse_pathways.pathways.storage import (
@@ -33,6 +34,7 @@ from hf_sparse_pathways.pathways.storage import (
     read_together,
     write_pathways,
 )
+from hf_sparse_pathways.share.card import CARD_NAME, change_rows, is_own_card, render_card
 
 _TRANSPORT = ("huggingface_hub", "httpx", "httpx2")
 """Packages whose errors come from the way to the Hub."""
@@ -77,82 +79,135 @@ class Push:
     commit_message: str | None = None
     commit_description: str | None = None
 
-    def commit(self, files: Mapping[str, Path], repo_id: str, title: str) -> str:
-        """Upload files in one commit, pathways in place of those that are there.
-
-        The repository and the branch are created if needed; files that have nothing to do with
-        pathways stay.
-
-        Args:
-            files: Path in the repository -> file.
-            repo_id: The repository.
-            title: Of the commit, if none was given.
-
-        Raises:
-            HubError: The Hub refuses.
-        """
-        api = HfApi(token=self.token)
-        with hub_errors():
-            repo_id = api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None and not self.revision.startswith("refs/pr"):
-                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-            present = api.list_repo_files(repo_id, revision=self.revision)
-            gone = [path for path in present if _is_of_pathways(path) and path not in files]
-            done = api.create_commit(
-                repo_id,
-                [
-                    *(CommitOperationAdd(path, file) for path, file in files.items()),
-                    *map(CommitOperationDelete, gone),
-                ],
-                commit_message=self.commit_message or title,
-                commit_description=self.commit_description,
-                revision=self.revision,
-                create_pr=self.create_pr,
-            )
-            return done.pr_url or done.commit_url
+    def commit(self, repo_id: str, title: str, operations: list[Any], **options: Any) -> str:
+        """Make one commit; return its address, or the pull request's."""
+        done = HfApi(token=self.token).create_commit(
+            repo_id,
+            operations,
+            commit_message=self.commit_message or title,
+            commit_description=self.commit_description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            **options,
+        )
+        return done.pr_url or done.commit_url
 
 
 def _is_of_pathways(path: str) -> bool:
     return path in (JSON_NAME, TENSORS_NAME) or path.startswith(f"{PARENT}/")
 
 
-def push_folder(folder: str | PathLike[str], repo_id: str, **push: Any) -> str:
+def push_folder(
+    folder: str | PathLike[str],
+    repo_id: str,
+    *,
+    evaluation: QualityReport | None = None,
+    license: str | None = None,
+    **push: Any,
+) -> str:
     """Upload a folder with pathways: the weights beside them, if there are any, and all else.
 
-    Hidden files stay behind. Pathways that the repository has are replaced.
+    Hidden files stay behind. Pathways that the repository has are replaced. A card is written,
+    unless there is one that somebody else has written.
 
     Args:
         folder: As written by ``save_pretrained`` or ``sparse-pathways build``.
         repo_id: Such as ``"me/smollm2-pathways"``.
+        evaluation: What ``evaluate`` has measured, for the card.
+        license: Of the weights, for the card; as the Hub calls it.
         push: As in ``Push``.
+
+    Returns:
+        The address of the commit, or of the pull request.
 
     Raises:
         ArtefactError: The folder has no pathways, or they are damaged.
         HubError: The Hub refuses.
     """
     root = Path(folder)
-    return _push(Pathways.from_pretrained(root), _list_files(root), repo_id, Push(**push))
+    pathways, others = Pathways.from_pretrained(root), _list_files(root)
+    return _push(pathways, others, repo_id, evaluation, license, Push(**push))
 
 
-def push_pathways(pathways: Pathways, repo_id: str, **push: Any) -> str:
+def push_pathways(
+    pathways: Pathways,
+    repo_id: str,
+    *,
+    evaluation: QualityReport | None = None,
+    license: str | None = None,
+    **push: Any,
+) -> str:
     """Upload pathways in place of those in a repository; its other files stay.
 
     Args:
         pathways: What is pushed.
         repo_id: Such as ``"me/smollm2-code-law"``.
+        evaluation: As in ``push_folder``.
+        license: As in ``push_folder``.
         push: As in ``Push``.
+
+    Returns:
+        The address of the commit, or of the pull request.
 
     Raises:
         HubError: The Hub refuses.
     """
-    return _push(pathways, {}, repo_id, Push(**push))
+    return _push(pathways, {}, repo_id, evaluation, license, Push(**push))
 
 
-def _push(pathways: Pathways, others: Mapping[str, Path], repo_id: str, push: Push) -> str:
-    with tempfile.TemporaryDirectory() as name:
+def _push(
+    pathways: Pathways,
+    others: Mapping[str, Path],
+    repo_id: str,
+    evaluation: QualityReport | None,
+    license: str | None,
+    push: Push,
+) -> str:
+    api = HfApi(token=push.token)
+    with tempfile.TemporaryDirectory() as name, hub_errors():
         write_pathways(pathways, Path(name), apart=True)
+        repo_id = api.create_repo(repo_id, private=push.private, exist_ok=True).repo_id
+        if push.revision is not None and not push.revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+        present = api.list_repo_files(repo_id, revision=push.revision)
+        files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+        if _may_write_card(repo_id, present, others, push):
+            weights = any(_is_weights(path) for path in (*others, *present))
+            card = render_card(
+                pathways, repo_id, weights=weights, evaluation=evaluation, license=license
+            )
+            files[CARD_NAME] = card.encode()
+        gone = [path for path in present if _is_of_pathways(path) and path not in files]
+        operations = [CommitOperationAdd(path, file) for path, file in files.items()]
         title = "Upload model and pathways" if others else "Upload pathways"
-        return push.commit({**others, **_list_files(Path(name), of_pathways=True)}, repo_id, title)
+        return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
+
+
+def _may_write_card(
+    repo_id: str, present: list[str], others: Mapping[str, Path], push: Push
+) -> bool:
+    """Whether no card is there, or one that this package wrote."""
+    if CARD_NAME in others:
+        return is_own_card(others[CARD_NAME].read_text(encoding="utf-8", errors="replace"))
+    if CARD_NAME not in present:
+        return True
+    return is_own_card(_read_text(repo_id, CARD_NAME, push.revision, push.token) or "")
+
+
+def _read_text(
+    repo_id: str, path: str, revision: str | None, token: str | bool | None
+) -> str | None:
+    """Return a repository's text file, or None if it has none of that name."""
+    try:
+        file = hf_hub_download(repo_id, path, revision=revision, token=token)
+    except EntryNotFoundError:
+        return None
+    return Path(file).read_text(encoding="utf-8", errors="replace")
+
+
+def _is_weights(path: str) -> bool:
+    own = path.endswith((".safetensors", ".bin")) and "/" not in path
+    return own and not _is_of_pathways(path)
 
 
 def _list_files(root: Path, *, of_pathways: bool = False) -> dict[str, Path]:
@@ -250,6 +305,7 @@ class _Repo:
         check_entries(self.meta.get("domains"))
         self._places = list_apart(self.meta)
         self.changed: dict[str, bytes | None] = {}
+        self._card = _read_text(repo_id, CARD_NAME, head, token)
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
@@ -281,10 +337,12 @@ class _Repo:
             write_pathways(pathways, Path(temporary))
             for file in (JSON_NAME, TENSORS_NAME):
                 self.changed[f"{place}/{file}"] = Path(temporary, file).read_bytes()
+        self._change_card(added=pathways)
 
     def remove(self, name: str) -> None:
         """Delete one domain's folder; one that shares files with others is taken out of them."""
         self._check_known(name)
+        self._change_card(gone=name)
         if name in self._places:
             self.changed[f"{self._places.pop(name)}/"] = None
             return
@@ -300,6 +358,7 @@ class _Repo:
         self._check_known(old)
         if new in (*self._together, *self._places):
             raise PathwaysError(f"{self.repo_id} has a domain {new!r} already.")
+        self._change_card(renamed=(old, new))
         if old in self._places:
             path = f"{self._places[old]}/{JSON_NAME}"
             own = self._read(path)
@@ -308,6 +367,11 @@ class _Repo:
             self._places = {new if n == old else n: place for n, place in self._places.items()}
         else:
             _rename(self.meta, old, new)
+
+    def _change_card(self, **change: Any) -> None:
+        """Change the rows of domains in the card, if it is this package's."""
+        if self._card is not None and (card := change_rows(self._card, **change)) != self._card:
+            self._card, self.changed[CARD_NAME] = card, card.encode()
 
     def operations(self) -> list[Any]:
         """Return what a commit does."""
@@ -343,13 +407,4 @@ def _try_to_change(repo_id: str, push: Push, change: Callable[[_Repo], None], ti
     head = str(api.model_info(repo_id, revision=push.revision).sha)
     repo = _Repo(repo_id, head, push.token)
     change(repo)
-    done = api.create_commit(
-        repo_id,
-        repo.operations(),
-        commit_message=push.commit_message or title,
-        commit_description=push.commit_description,
-        revision=push.revision,
-        create_pr=push.create_pr,
-        parent_commit=head,
-    )
-    return done.pr_url or done.commit_url
+    return push.commit(repo_id, title, repo.operations(), parent_commit=head)

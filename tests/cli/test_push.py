@@ -38,6 +38,20 @@ def test_domains_are_added_removed_and_renamed(places):
     assert found.domains == ["code", "case law"]
 
 
+def test_the_card_has_what_was_measured(places, tmp_path, hub):
+    report = tmp_path / "report"
+    run_well("evaluate", places.built, *places.texts, "--report", report, "--no-plots")
+    card = ("--license", "mit", "--evaluation", report / "report.json")
+    run_well("push", places.built, REPO, *card)
+    text = hub.repos[REPO].at("main").files["README.md"].content.decode()
+    assert "license: mit" in text
+    assert (report / "report.md").read_text().split("\n\n")[1] in text
+    assert "| random |" in text
+    assert_error(run("push", places.built, REPO, *card, "--domain", "law"), "--evaluation")
+    wrong = ("--evaluation", places.built / "config.json")
+    assert_error(run("push", places.built, REPO, *wrong), "no report")
+
+
 def test_errors_are_one_line(places, monkeypatch):
     assert_error(run("push", places.dense, REPO), "pathways.json")
     assert_error(run("push", places.built, REPO, "--domain", "law"), REPO)

@@ -67,7 +67,8 @@ def test_pathways_come_back_as_they_were(hub):
     one = sp.Pathways.from_pretrained(REPO, only="law")
     assert one.domains == ["law"]
     _assert_same(one, replace(paths.subset(["law"]), controls={}))
-    assert set(_files(hub)) == {".gitattributes", "pathways.json", "pathways.safetensors"} | {
+    shared = {".gitattributes", "README.md", "pathways.json", "pathways.safetensors"}
+    assert set(_files(hub)) == shared | {
         f"{folder_for(name)}/pathways.{kind}"
         for name in ("code", "law")
         for kind in ("json", "safetensors")
@@ -166,8 +167,9 @@ def test_adding_a_domain_uploads_it_alone(hub):
     sp.add_domains(added, REPO)
     place = folder_for("medicine")
     new = {path for path, blob in _files(hub).items() if before.get(path) != blob}
-    assert new == {"pathways.json", f"{place}/pathways.json", f"{place}/pathways.safetensors"}
-    assert len(hub.uploaded) == 3
+    own = {f"{place}/pathways.json", f"{place}/pathways.safetensors"}
+    assert new == {"README.md", "pathways.json", *own}
+    assert len(hub.uploaded) == 4
     found = AutoModelForCausalLM.from_pretrained(REPO)
     assert found.domains == ["code", "law", "medicine"]
     merged = model.pathways.merged(added)
@@ -179,7 +181,7 @@ def test_a_domain_that_is_there_is_replaced_where_it_lies(hub):
     changed = _pathways(("law",), seed=9)
     sp.add_domains(changed, REPO)
     _assert_same(sp.Pathways.from_pretrained(REPO), _pathways().merged(changed))
-    assert len(_files(hub)) == 7
+    assert len(_files(hub)) == 8
 
 
 @pytest.mark.parametrize("together", [False, True])
