@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
@@ -22,6 +23,7 @@ from hf_sparse_pathways.version import __version__
 CARD_NAME = "README.md"
 _MARK = "<!-- written by hf-sparse-pathways"
 _START, _END = "<!-- domains -->", "<!-- /domains -->"
+_TAGS = re.compile(r"^tags:\n(- .*\n)+", re.MULTILINE)
 _HEADER = ["domain", "neurons removed", "per block", "FFN FLOPs", "made by", "calibrated on"]
 
 
@@ -104,13 +106,27 @@ def change_rows(
         return text
     lines = [line for line in table.splitlines() if line.startswith("|")][2:]
     rows = {cells[0]: cells for cells in ([c.strip() for c in ln.split("|")[1:-1]] for ln in lines)}
+    known = set(rows)
     rows.pop(gone or "", None)
     if renamed is not None:
         old, new = renamed
         rows = {new if n == old else n: [new if n == old else n, *r[1:]] for n, r in rows.items()}
     if added is not None:
         rows |= {name: _row(added, name) for name in added.domains}
-    return f"{before}{_table(list(rows.values()))}{after}"
+    return f"{_change_tags(before, known, list(rows))}{_table(list(rows.values()))}{after}"
+
+
+def _change_tags(text: str, known: set[str], names: Sequence[str]) -> str:
+    """Put other domains in place of those that are known into a card's list of tags."""
+    found = _TAGS.search(text)
+    if found is None:
+        return text
+    tags = [tag for tag in yaml.safe_load(found[0])["tags"] if tag not in known]
+    return text[: found.start()] + _as_yaml([*tags, *names]) + text[found.end() :]
+
+
+def _as_yaml(tags: Sequence[str]) -> str:
+    return str(yaml.safe_dump({"tags": list(tags)}, allow_unicode=True, sort_keys=False))
 
 
 def _domain_table(pathways: Pathways) -> str:

@@ -82,13 +82,17 @@ def test_rows_change_and_the_rest_stays():
     text = rendered()["full.md"].replace("## Limits", "My own words.\n\n## Limits")
     more = change_rows(text, added=pathways(("law", "math")))
     assert _rows(more) == ["code", "law", "math"]
+    assert ModelCard(more).data.tags[-3:] == ["code", "law", "math"]
     renamed = change_rows(more, renamed=("law", "case law"))
     assert _rows(renamed) == ["code", "case law", "math"]
     less = change_rows(change_rows(renamed, gone="code"), gone="math")
     assert _rows(less) == ["case law"]
+    assert ModelCard(less).data.tags == ["sparse-pathways", "transformers", "case law"]
     again = change_rows(change_rows(less, gone="case law"), added=pathways())
     assert again == text
     assert change_rows("# My own card", added=pathways()) == "# My own card"
+    odd_names = change_rows(rendered()["full.md"], added=pathways(("on", "1e5")))
+    assert ModelCard(odd_names).data.tags[-2:] == ["on", "1e5"]
     unmarked = text.replace("<!-- /domains -->", "")
     assert change_rows(unmarked, gone="code") == unmarked
 
