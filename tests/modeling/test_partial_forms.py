@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -193,3 +194,30 @@ def test_another_dtype_while_a_form_is_in_use(dtype, executor, tmp_path):
     expected = model(IDS).logits
     assert found.dtype == dtype
     assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("executor", EVERY_LEAF)
+@torch.no_grad()
+def test_an_adapter_around_leaves_in_a_form(executor, tmp_path):
+    model = _load(tmp_path, executor=executor)
+    model(IDS)
+    settings = peft.LoraConfig(target_modules=["up_proj", "down_proj", "q_proj"], r=2)
+    adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.fill_(0.1)
+
+    def both():
+        model.set_executor(executor)
+        found = adapted(IDS).logits
+        model.set_executor("masked")
+        return found, adapted(IDS).logits
+
+    before, plain = both()
+    _close(before, plain)
+    adapted.merge_adapter()
+    merged, plain = both()
+    _close(merged, plain)
+    assert (merged - before).abs().max() <= 1e-4
+    adapted.unmerge_adapter()
+    _close(*both())
