@@ -27,15 +27,13 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
-    from hf_sparse_pathways.share.hub import (
-        add_domains,
-        push_folder,
-        remove_domains,
-        rename_domain,
-    )
+    from hf_sparse_pathways.share.card import CardSettings
+    from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
+    from hf_sparse_pathways.share.pushing import push_folder
 
 __all__ = [
     "BlockPathway",
+    "CardSettings",
     "Healed",
     "HealingSettings",
     "LowRank",
@@ -75,10 +73,11 @@ _HOMES = {
     "permute": "modeling.permutation",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
-    "add_domains": "share.hub",
-    "push_folder": "share.hub",
-    "remove_domains": "share.hub",
-    "rename_domain": "share.hub",
+    "CardSettings": "share.card",
+    "add_domains": "share.domains",
+    "push_folder": "share.pushing",
+    "remove_domains": "share.domains",
+    "rename_domain": "share.domains",
 }
 
 

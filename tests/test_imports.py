@@ -28,8 +28,9 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 LAZY = {
     # Against the order of modules, or to be light when it is imported.
     ("pathways.pathway", "pathways.storage"),
-    ("pathways.pathway", "share.hub"),
-    ("modeling.saving", "share.hub"),
+    ("pathways.pathway", "share.pushing"),
+    ("modeling.saving", "share.card"),
+    ("modeling.saving", "share.pushing"),
     ("discovery.profiles", "discovery.profile_storage"),
     ("modeling.configuration", "modeling.classes"),
     ("modeling.model", "modeling.classes"),
@@ -86,9 +87,11 @@ LAZY = {
     ("cli.push", "files"),
     ("cli.push", "measure.quality_report"),
     ("cli.push", "pathways.pathway"),
-    ("cli.push", "share.hub"),
-    ("cli.remove_domain", "share.hub"),
-    ("cli.rename_domain", "share.hub"),
+    ("cli.push", "share.card"),
+    ("cli.push", "share.domains"),
+    ("cli.push", "share.pushing"),
+    ("cli.remove_domain", "share.domains"),
+    ("cli.rename_domain", "share.domains"),
     ("cli.report_folder", "measure.plots"),
 }
 LAZY_OUTSIDE = {

@@ -42,7 +42,9 @@ def run(  # noqa: PLR0913
     from hf_sparse_pathways.files import read_json
     from hf_sparse_pathways.measure.quality_report import QualityReport
     from hf_sparse_pathways.pathways.pathway import Pathways
-    from hf_sparse_pathways.share.hub import add_domains, push_folder, push_pathways
+    from hf_sparse_pathways.share.card import CardSettings
+    from hf_sparse_pathways.share.domains import add_domains
+    from hf_sparse_pathways.share.pushing import push_folder, push_pathways
 
     push: dict[str, Any] = {
         "private": private,
@@ -50,14 +52,13 @@ def run(  # noqa: PLR0913
         "create_pr": create_pr,
         "commit_message": message,
     }
-    card: dict[str, Any] = {"license": license}
-    if evaluation is not None:
-        card["evaluation"] = QualityReport.from_dict(read_json(evaluation))
+    measured = None if evaluation is None else QualityReport.from_dict(read_json(evaluation))
+    card = CardSettings(evaluation=measured, license=license)
     if domain:
         opt.refuse_beside(ctx, "--domain", ("evaluation", "license", "private", "pathways_only"))
         address = add_domains(Pathways.from_pretrained(folder).subset(domain), repo, **push)
     elif pathways_only:
-        address = push_pathways(Pathways.from_pretrained(folder), repo, **card, **push)
+        address = push_pathways(Pathways.from_pretrained(folder), repo, card, **push)
     else:
-        address = push_folder(folder, repo, **card, **push)
+        address = push_folder(folder, repo, card, **push)
     typer.echo(address)

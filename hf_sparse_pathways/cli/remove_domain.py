@@ -15,7 +15,7 @@ def run(
     message: opt.Message = None,
 ) -> None:
     """Remove domains from a repository; its weights and other domains stay as they are."""
-    from hf_sparse_pathways.share.hub import remove_domains
+    from hf_sparse_pathways.share.domains import remove_domains
 
     push = {"revision": revision, "create_pr": create_pr, "commit_message": message}
     typer.echo(remove_domains(domains, repo, **push))

@@ -16,7 +16,7 @@ def run(
     message: opt.Message = None,
 ) -> None:
     """Rename a domain of a repository; nothing but descriptions is uploaded."""
-    from hf_sparse_pathways.share.hub import rename_domain
+    from hf_sparse_pathways.share.domains import rename_domain
 
     push = {"revision": revision, "create_pr": create_pr, "commit_message": message}
     typer.echo(rename_domain(old, new, repo, **push))

@@ -20,9 +20,12 @@ from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.revision import find_revision, note_revision
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from transformers import PreTrainedModel as _Base
+
+    from hf_sparse_pathways.share.card import CardSettings
 else:
     _Base = object
 
@@ -65,7 +68,13 @@ class Saving(_Base):
             self.push_to_hub(**hub, token=kwargs.get("token"))
 
     def push_to_hub(
-        self, repo_id: str, *, max_shard_size: int | str | None = "50GB", **push: Any
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str | None = "50GB",
+        tags: "Sequence[str] | None" = None,
+        card: "CardSettings | None" = None,
+        **push: Any,
     ) -> str:
         """Upload weights, configuration and pathways to a Hub repository.
 
@@ -74,9 +83,10 @@ class Saving(_Base):
         Args:
             repo_id: Such as ``"me/smollm2-pathways"``; it is created if needed.
             max_shard_size: Of one file of weights, as ``save_pretrained``'s.
+            tags: More tags for the card.
+            card: What the card says beside what the pathways say of themselves.
             push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
-                ``commit_description``, as everywhere in Transformers; ``evaluation`` and
-                ``license`` are for the card, as in ``sp.push_folder``.
+                ``commit_description``, as everywhere in Transformers.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -85,11 +95,14 @@ class Saving(_Base):
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
             HubError: The Hub cannot be reached, or refuses.
         """
-        from hf_sparse_pathways.share.hub import push_folder
+        from hf_sparse_pathways.share.card import CardSettings
+        from hf_sparse_pathways.share.pushing import push_folder
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return push_folder(folder, repo_id, **push)
+            said = card or CardSettings()
+            said = replace(said, tags=(*said.tags, *(tags or ())))
+            return push_folder(folder, repo_id, said, **push)
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -138,8 +138,8 @@ class Pathways:
         Args:
             repo_id: Such as ``"me/smollm2-code-law"``; it is created if needed.
             push: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
-                ``commit_description``, as everywhere in Transformers; ``evaluation`` and
-                ``license`` are for the card, as in ``sp.push_folder``.
+                ``commit_description``, as everywhere in Transformers; and ``card``, an
+                ``sp.CardSettings``.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -147,7 +147,7 @@ class Pathways:
         Raises:
             HubError: The Hub cannot be reached, or refuses.
         """
-        from hf_sparse_pathways.share.hub import push_pathways
+        from hf_sparse_pathways.share.pushing import push_pathways
 
         return push_pathways(self, repo_id, **push)
 

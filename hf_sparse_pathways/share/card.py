@@ -7,6 +7,7 @@ its row alone. A card without the package's mark is somebody's own, and is left 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 
 import yaml
@@ -27,25 +28,31 @@ _TAGS = re.compile(r"^tags:\n(- .*\n)+", re.MULTILINE)
 _HEADER = ["domain", "neurons removed", "per block", "FFN FLOPs", "made by", "calibrated on"]
 
 
-def render_card(
-    pathways: Pathways,
-    repo_id: str,
-    *,
-    weights: bool,
-    evaluation: QualityReport | None = None,
-    license: str | None = None,
-    pictures: Sequence[str] = (),
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class CardSettings:
+    """What a card says beside what the artefact says of itself.
+
+    Attributes:
+        evaluation: What ``evaluate`` measured; without, the card says how to.
+        license: Of the weights, as the Hub calls it.
+        tags: More of them.
+    """
+
+    evaluation: QualityReport | None = None
+    license: str | None = None
+    tags: Sequence[str] = ()
+
+
+def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, weights: bool) -> str:
     """Return the card of a repository.
 
     Args:
         pathways: What it holds.
         repo_id: Where it is going to be.
+        settings: What else it says.
         weights: Whether the weights are there, too.
-        evaluation: What ``evaluate`` measured; without, the card says how to.
-        license: Of the weights, as the Hub calls it.
-        pictures: Paths in the repository.
     """
+    evaluation = settings.evaluation
     base = pathways.base
     base_id = base.name if _is_hub_id(base.name) else None
     title = repo_id.rpartition("/")[2]
@@ -56,8 +63,8 @@ def render_card(
         pipeline_tag="text-generation",
         base_model=base_id,
         base_model_relation="adapter" if base_id else None,
-        license=license,
-        tags=["sparse-pathways", "transformers", *pathways.domains],
+        license=settings.license,
+        tags=["sparse-pathways", "transformers", *settings.tags, *pathways.domains],
         model_name=title if results else None,
         eval_results=results,
     )
@@ -74,7 +81,6 @@ def render_card(
         base_id=base_id or "BASE",
         summary=base.summary,
         domains=_domain_table(pathways),
-        pictures=pictures,
         quality=quality,
         example=next(iter(pathways.domains), "code"),
     )

@@ -7,7 +7,7 @@ import torch
 
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow, QualitySettings
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
-from hf_sparse_pathways.share.card import render_card
+from hf_sparse_pathways.share.card import CardSettings, render_card
 from tests.architectures import build
 
 FOLDER = Path(__file__).parents[2] / "model_cards"
@@ -77,10 +77,10 @@ def evaluation():
 
 def rendered():
     """Return file name -> card."""
-    full = {"weights": True, "evaluation": evaluation(), "license": "apache-2.0"}
+    said = CardSettings(evaluation=evaluation(), license="apache-2.0")
     return {
-        "full.md": render_card(pathways(), "me/smollm2-pathways", **full),
-        "adapter.md": render_card(pathways(), "me/smollm2-code-law", weights=False),
+        "full.md": render_card(pathways(), "me/smollm2-pathways", said, weights=True),
+        "adapter.md": render_card(pathways(), "me/smollm2-code-law", CardSettings(), weights=False),
     }
 
 

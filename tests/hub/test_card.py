@@ -16,6 +16,7 @@ from tests.architectures import build, compensate, random_masks
 from tests.hub.cards import FOLDER, evaluation, pathways, rendered
 
 REPO = "me/x"
+PLAIN = sp.CardSettings()
 
 
 def _rows(text):
@@ -64,18 +65,23 @@ def test_an_artefact_cannot_write_into_the_card():
     made = {"method": evil, "compensation": evil, "text": {"tokens": evil, "documents": evil}}
     paths = replace(paths, by_domain={"law": Pathway(blocks=keep, provenance=made)})
     for name in (evil, "/home/somebody/secret", "../secret"):
-        text = render_card(replace(paths, base=replace(paths.base, name=name)), REPO, weights=False)
+        text = render_card(
+            replace(paths, base=replace(paths.base, name=name)),
+            REPO,
+            sp.CardSettings(),
+            weights=False,
+        )
         header = yaml.safe_load(text.split("---\n")[1])
         assert "base_model" not in header
         assert "secret" not in text
         assert "\n# Owned" not in text
         assert len(text.split("<!-- /domains -->")[0].splitlines()) < 40
     odd = replace(paths, by_domain={"law": Pathway(blocks=keep, provenance={"text": [1]})})
-    assert "unknown" in render_card(odd, REPO, weights=True)
+    assert "unknown" in render_card(odd, REPO, PLAIN, weights=True)
 
 
 def test_no_domain_at_all():
-    assert _rows(render_card(replace(pathways(), by_domain={}), REPO, weights=False)) == []
+    assert _rows(render_card(replace(pathways(), by_domain={}), REPO, PLAIN, weights=False)) == []
 
 
 def test_rows_change_and_the_rest_stays():
@@ -106,12 +112,13 @@ def _pushed(**options):
 
 
 def test_a_card_is_pushed_and_follows_the_domains(hub):
-    paths = _pushed(evaluation=evaluation(), license="mit")
+    paths = _pushed(card=sp.CardSettings(evaluation=evaluation(), license="mit"), tags=["mine"])
     text = _card(hub)
     assert is_own_card(text)
     assert 'from_pretrained("me/x")' in text
     assert HfApi().model_info(REPO).card_data.license == "mit"
     assert _rows(text) == ["code", "law"]
+    assert "mine" in HfApi().model_info(REPO).tags
     dense = build("llama")
     sp.add_domains(Pathways.from_masks(dense, random_masks(dense, ["math"])), REPO)
     sp.rename_domain("law", "case law", REPO)

@@ -221,6 +221,19 @@ def test_a_change_as_a_pull_request_or_on_a_branch():
     assert sp.Pathways.from_pretrained(REPO, revision="refs/pr/1").domains == ["law", "math"]
 
 
+def test_a_stranger_proposes(hub, monkeypatch):
+    _pathways().push_to_hub(REPO)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_you")
+    with pytest.raises(HubError, match="403"):
+        sp.remove_domains(["law"], REPO)
+    assert sp.remove_domains(["law"], REPO, create_pr=True).endswith("/discussions/1")
+    assert _pathways(("math",)).push_to_hub(REPO, create_pr=True).endswith("/discussions/2")
+    assert sp.Pathways.from_pretrained(REPO).domains == ["code", "law"]
+    assert sp.Pathways.from_pretrained(REPO, revision="refs/pr/1").domains == ["code"]
+    assert sp.Pathways.from_pretrained(REPO, revision="refs/pr/2").domains == ["math"]
+    assert hub.repos[REPO].pulls == 2
+
+
 def test_changes_at_the_same_time_are_all_made():
     _pathways().push_to_hub(REPO)
     names = ["a", "b", "c", "d"]
