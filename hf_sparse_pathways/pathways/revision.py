@@ -19,10 +19,10 @@ def note_revision(model: Any, name: Any, **hub: Any) -> None:
 
     Args:
         model: The model.
-        name: What it was loaded from; nothing is noted of a folder.
+        name: What it was loaded from; nothing is noted of a folder, or of None.
         hub: As given to ``from_pretrained``.
     """
-    if os.path.isdir(name):
+    if name is None or os.path.isdir(name):
         return
     try:
         found = cached_file(str(name), "config.json", **{**hub, "local_files_only": True})

@@ -100,7 +100,7 @@ def read_pathways(
         UnknownNameError: There is no such domain.
     """
     places = list_apart(read_json(locate(source, JSON_NAME, **hub)))
-    if only in places:
+    if isinstance(only, str) and only in places:
         return _read_apart(cls, source, only, places[only], hub)
     found = _read_pair(cls, source, only, places, hub)
     if only is not None or not places:
