@@ -51,6 +51,11 @@ class FfnBlock:
         """The leaf from d_ff to d_model; its input is the activation."""
         return self.parent.get_submodule(self.layout.outgoing)
 
+    @property
+    def leaves(self) -> tuple[nn.Module, ...]:
+        """The incoming leaves and the outgoing one."""
+        return (*self.incoming, self.outgoing)
+
 
 @dataclass(frozen=True)
 class Refused:

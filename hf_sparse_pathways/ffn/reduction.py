@@ -34,11 +34,6 @@ class ReducedBlock:
         self.block, self.part = block, part
         self._reduced: set[tuple[int, str]] = set()
 
-    @property
-    def leaves(self) -> tuple[nn.Module, ...]:
-        """The incoming leaves and the outgoing one."""
-        return (*self.block.incoming, self.block.outgoing)
-
     def parameters(self) -> list[tuple[nn.Module, str, int, list[Run]]]:
         """Return what is to be cut: leaf, parameter, dimension, and the runs that stay of it."""
         if self.block.entangled is not None:
@@ -72,7 +67,7 @@ class ReducedBlock:
                 parts = [old.narrow(dim, start, stop - start) for start, stop in runs]
                 _replace(leaf, name, torch.cat(parts, dim=dim))
         if self.block.entangled is None:
-            for leaf in self.leaves:
+            for leaf in self.block.leaves:
                 _set_widths(leaf)
         self._add_compensation()
 

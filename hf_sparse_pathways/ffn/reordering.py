@@ -82,7 +82,7 @@ def can_reorder(block: FfnBlock) -> bool:
     """
     if block.entangled is not None:
         return False
-    known = {id(tensor) for leaf in (*block.incoming, block.outgoing) for tensor in _tensors(leaf)}
+    known = {id(tensor) for leaf in block.leaves for tensor in _tensors(leaf)}
     others = (tensor for tensor in _tensors(block.parent) if id(tensor) not in known)
     return all(block.d_ff not in tensor.shape for tensor in others)
 

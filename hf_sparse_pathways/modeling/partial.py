@@ -112,7 +112,7 @@ class Loading:
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, parts, strict=True)
         ]
-        model._attachment.copies.reduce([block.leaves for block in self._blocks])
+        model._attachment.copies.reduce([one.block.leaves for one in attached])
         _check_own_weights(model, self._blocks)
         if state is None and not all(str(file).endswith(".safetensors") for file in files or [""]):
             return None

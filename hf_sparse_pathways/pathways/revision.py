@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from transformers.utils.hub import cached_file
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -28,9 +29,14 @@ def note_revision(model: Any, name: Any, **hub: Any) -> None:
         found = cached_file(str(name), "config.json", **{**hub, "local_files_only": True})
     except (OSError, ValueError):
         return
-    commits = [part for part in Path(str(found)).parts if _COMMIT.fullmatch(part)]
-    if commits:
-        model.config._commit_hash = commits[-1]
+    if commit := commit_of(Path(str(found))):
+        model.config._commit_hash = commit
+
+
+def commit_of(file: Path) -> str | None:
+    """Return the commit that a file in the cache belongs to; None of a file elsewhere."""
+    commits = [part for part in file.parts if _COMMIT.fullmatch(part)]
+    return commits[-1] if commits else None
 
 
 def find_revision(config: Any) -> str | None:
@@ -43,6 +49,6 @@ def find_revision(config: Any) -> str | None:
     name = str(getattr(config, "_name_or_path", "") or "")
     if noted is not None or not name or os.path.isdir(name):
         return noted
-    folder = f"models--{name.replace('/', '--')}"
+    folder = repo_folder_name(repo_id=name, repo_type="model")
     commits = [path.name for path in Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*")]
     return commits[0] if len(commits) == 1 and _COMMIT.fullmatch(commits[0]) else None

@@ -30,6 +30,7 @@ from hf_sparse_pathways.files import check_finite, read_json, read_pair, write_p
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+from hf_sparse_pathways.pathways.revision import commit_of
 from hf_sparse_pathways.version import __version__
 
 FORMAT_VERSION = 1
@@ -99,7 +100,7 @@ def read_pathways(
         ArtefactError: They are missing, corrupt, truncated or of a newer format.
         UnknownNameError: There is no such domain.
     """
-    places = list_apart(read_json(locate(source, JSON_NAME, **hub)))
+    places, hub = _list_places(source, hub)
     if isinstance(only, str) and only in places:
         return _read_apart(cls, source, only, places[only], hub)
     found = _read_pair(cls, source, only, places, hub)
@@ -117,6 +118,18 @@ def read_pathways(
             )
         by_domain[name] = other[name]
     return replace(found, by_domain=by_domain)
+
+
+def _list_places(
+    source: str | PathLike[str], hub: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return where domains lie apart, and how to read the other files of the same commit.
+
+    A branch may move on between two files; they would then not belong together.
+    """
+    file = locate(source, JSON_NAME, **hub)
+    commit = commit_of(file)
+    return list_apart(read_json(file)), hub if commit is None else {**hub, "revision": commit}
 
 
 def read_together(source: str | PathLike[str], **hub: Any) -> Pathways:
@@ -170,10 +183,10 @@ def pathway_files(source: str | PathLike[str]) -> list[Path]:
     Raises:
         ArtefactError: One is missing, or the description is damaged.
     """
-    places = list_apart(read_json(locate(source, JSON_NAME))).values()
+    places, hub = _list_places(source, {})
     return [
-        locate(source, name, **({"subfolder": place} if place else {}))
-        for place in ("", *places)
+        locate(source, name, **hub, **({"subfolder": place} if place else {}))
+        for place in ("", *places.values())
         for name in (JSON_NAME, TENSORS_NAME)
     ]
 

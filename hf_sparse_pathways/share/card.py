@@ -128,11 +128,8 @@ def _change_tags(text: str, known: set[str], names: Sequence[str]) -> str:
     if found is None:
         return text
     tags = [tag for tag in yaml.safe_load(found[0])["tags"] if tag not in known]
-    return text[: found.start()] + _as_yaml([*tags, *names]) + text[found.end() :]
-
-
-def _as_yaml(tags: Sequence[str]) -> str:
-    return str(yaml.safe_dump({"tags": list(tags)}, allow_unicode=True, sort_keys=False))
+    written = yaml.safe_dump({"tags": [*tags, *names]}, allow_unicode=True, sort_keys=False)
+    return f"{text[: found.start()]}{written}{text[found.end() :]}"
 
 
 def _domain_table(pathways: Pathways) -> str:

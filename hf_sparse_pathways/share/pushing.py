@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.pathways.apart import PARENT
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
@@ -39,10 +40,16 @@ def push_folder(
         The address of the commit, or of the pull request.
 
     Raises:
-        ArtefactError: The folder has no pathways, or they are damaged.
+        ArtefactError: There is no folder, or it has no pathways, or they are damaged.
         HubError: The Hub refuses.
     """
     root = Path(folder)
+    if not root.is_dir():
+        raise ArtefactError(
+            f"There is no folder {str(folder)!r} to push with its weights. To copy what is in a "
+            "repository, push its pathways alone (--pathways-only, Pathways.push_to_hub) or single "
+            "domains (--domain, sp.add_domains)."
+        )
     pathways, others = Pathways.from_pretrained(root), _list_files(root)
     return _push(pathways, others, repo_id, card or CardSettings(), Push(**push))
 
@@ -78,20 +85,21 @@ def _push(
     push: Push,
 ) -> str:
     api = HfApi(token=push.token)
-    with tempfile.TemporaryDirectory() as name, hub_errors():
+    with tempfile.TemporaryDirectory() as name:
         write_pathways(pathways, Path(name), apart=True)
-        repo_id = api.create_repo(repo_id, private=push.private, exist_ok=True).repo_id
-        if push.revision is not None and not push.revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=push.revision, exist_ok=True)
-        present = api.list_repo_files(repo_id, revision=push.revision)
-        files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
-        if _may_write_card(repo_id, present, others, push):
-            weights = any(_is_weights(path) for path in (*others, *present))
-            files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
-        gone = [path for path in present if _is_of_pathways(path) and path not in files]
-        operations = [CommitOperationAdd(path, file) for path, file in files.items()]
-        title = "Upload model and pathways" if others else "Upload pathways"
-        return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
+        with hub_errors():
+            repo_id = api.create_repo(repo_id, private=push.private, exist_ok=True).repo_id
+            if push.revision is not None and not push.revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+            present = api.list_repo_files(repo_id, revision=push.revision)
+            files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            if _may_write_card(repo_id, present, others, push):
+                weights = any(_is_weights(path) for path in (*others, *present))
+                files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
+            gone = [path for path in present if _is_of_pathways(path) and path not in files]
+            operations = [CommitOperationAdd(path, file) for path, file in files.items()]
+            title = "Upload model and pathways" if others else "Upload pathways"
+            return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
 
 
 def _may_write_card(

@@ -1,6 +1,6 @@
 """Pathways pushed to a Hub and pulled from it, with ``huggingface_hub`` as it is."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,6 +16,7 @@ from hf_sparse_pathways.errors import (
     PathwaysError,
     UnknownNameError,
 )
+from hf_sparse_pathways.pathways import storage
 from hf_sparse_pathways.pathways.apart import folder_for
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.revision import note_revision
@@ -237,20 +238,12 @@ def test_a_stranger_proposes(hub, monkeypatch):
 def test_changes_at_the_same_time_are_all_made():
     _pathways().push_to_hub(REPO)
     names = ["a", "b", "c", "d"]
-    wrong = []
 
-    def add(name, seed):
-        try:
-            sp.add_domains(_pathways((name,), seed=seed), REPO)
-        except Exception as error:  # noqa: BLE001
-            wrong.append(error)
+    def add(name):
+        return sp.add_domains(_pathways((name,), seed=ord(name)), REPO)
 
-    threads = [threading.Thread(target=add, args=(n, i)) for i, n in enumerate(names)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(add, names))) == 4
     assert sorted(sp.Pathways.from_pretrained(REPO).domains) == sorted([*names, "code", "law"])
 
 
@@ -325,6 +318,22 @@ def test_sharded_weights_and_a_saved_folder(hub, tmp_path):
     assert ".hidden" not in pushed
     with pytest.raises(ArtefactError):
         sp.push_folder(tmp_path, "me/z")
+    with pytest.raises(ArtefactError, match="--pathways-only"):
+        sp.push_folder("me/y", "me/z")
+
+
+def test_files_of_one_read_are_of_one_commit(monkeypatch):
+    _pathways().push_to_hub(REPO)
+    real = storage.list_apart
+
+    def push_meanwhile(meta):
+        monkeypatch.setattr(storage, "list_apart", real)
+        _pathways(seed=1).push_to_hub(REPO)
+        return real(meta)
+
+    monkeypatch.setattr(storage, "list_apart", push_meanwhile)
+    _assert_same(sp.Pathways.from_pretrained(REPO), _pathways())
+    _assert_same(sp.Pathways.from_pretrained(REPO), _pathways(seed=1))
 
 
 def test_save_pretrained_can_push(tmp_path):

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import peft
@@ -232,19 +232,14 @@ def test_threads(tmp_path):
     arguments = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
     inputs = [prompt(seed=seed) for seed in range(4)]
     expected = [loaded.generate(ids, **arguments) for ids in inputs]
-    wrong = []
 
     def work(index):
         for _ in range(4):
-            if not torch.equal(loaded.generate(inputs[index], **arguments), expected[index]):
-                wrong.append(index)
+            assert torch.equal(loaded.generate(inputs[index], **arguments), expected[index])
+        return index
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
