@@ -49,6 +49,9 @@ def find_revision(config: Any) -> str | None:
     name = str(getattr(config, "_name_or_path", "") or "")
     if noted is not None or not name or os.path.isdir(name):
         return noted
-    folder = repo_folder_name(repo_id=name, repo_type="model")
+    try:
+        folder = repo_folder_name(repo_id=name, repo_type="model")
+    except ValueError:  # it is no repository's name
+        return None
     commits = [path.name for path in Path(constants.HF_HUB_CACHE, folder, "snapshots").glob("*")]
     return commits[0] if len(commits) == 1 and _COMMIT.fullmatch(commits[0]) else None
