@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.pathways.apart import PARENT
+from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
@@ -93,6 +94,8 @@ def _push(
                 api.create_branch(repo_id, branch=push.revision, exist_ok=True)
             present = api.list_repo_files(repo_id, revision=push.revision)
             files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            if CONFIG_NAME not in others and _may_write_config(repo_id, present, push):
+                files |= adapter_files(pathways.base)
             if _may_write_card(repo_id, present, others, push):
                 weights = any(_is_weights(path) for path in (*others, *present))
                 files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
@@ -100,6 +103,14 @@ def _push(
             operations = [CommitOperationAdd(path, file) for path, file in files.items()]
             title = "Upload model and pathways" if others else "Upload pathways"
             return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
+
+
+def _may_write_config(repo_id: str, present: list[str], push: Push) -> bool:
+    """Whether no configuration of a model with weights is there."""
+    if CONFIG_NAME not in present:
+        return True
+    config = read_text(repo_id, CONFIG_NAME, push.revision, push.token) or ""
+    return is_adapter(config.encode())
 
 
 def _may_write_card(
