@@ -41,7 +41,7 @@ def run(  # noqa: PLR0913
         int, typer.Option(min=1, help="Round widths up to multiples of this, such as 64.")
     ] = 1,
     bias: Annotated[
-        str, typer.Option(help="keep, or drop where the architecture has no place for it.")
+        str, typer.Option(help="Of the repair: keep, or drop where there is no place for it.")
     ] = "keep",
     max_tokens: opt.MaxTokens = opt.CALIBRATION_TOKENS,
     held_out: opt.HeldOut = HELD_OUT,

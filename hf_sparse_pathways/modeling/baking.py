@@ -137,11 +137,15 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
     return plain, form
 
 
-def without_bias(pathways: Pathways, domain: str) -> Pathways:
-    """Return a domain's pathway without its bias. Pure."""
-    pathway = pathways.subset([domain])[domain]
-    bare = tuple(replace(block, bias=None) for block in pathway.blocks)
-    return replace(pathways, by_domain={domain: replace(pathway, blocks=bare)}, controls={})
+def without_bias(pathways: Pathways) -> Pathways:
+    """Return pathways without their biases; themselves if they have none. Pure."""
+    if not any(b.bias is not None for p in pathways.by_domain.values() for b in p.blocks):
+        return pathways
+    bare = {
+        name: replace(pathway, blocks=tuple(replace(block, bias=None) for block in pathway.blocks))
+        for name, pathway in pathways.by_domain.items()
+    }
+    return replace(pathways, by_domain=bare, controls={})
 
 
 def check_bias(bias: str) -> None:

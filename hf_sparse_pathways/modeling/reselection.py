@@ -7,6 +7,7 @@ FFN has a place for. What healing has changed is lost.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hf_sparse_pathways.discovery.allocation import BlockCosts, Budget
@@ -49,7 +50,7 @@ def reselect(model: Any, domain: str, profile: Profile, *, multiple_of: int = 1)
         return widths
 
     computed = sum(w * shape.flops_per_neuron for w, shape in zip(widths, shapes, strict=True))
-    return select(
+    selected = select(
         dense,
         taken,
         sparsity=max(0.0, 1.0 - computed / sum(shape.dense_flops for shape in shapes)),
@@ -57,6 +58,7 @@ def reselect(model: Any, domain: str, profile: Profile, *, multiple_of: int = 1)
         controls=False,
         **_repeated(made, place=has_place_for_bias(dense)),
     )
+    return replace(selected, base=pathways.base)
 
 
 def _repeated(made: Mapping[str, Any], *, place: bool) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def export(  # noqa: PLR0913
         tokenizer: Written beside the weights; by default the folder's.
         profile: Of the dense model, with that domain, to select from.
         multiple_of: Widths are rounded up to multiples of this.
-        bias: ``"keep"``, or ``"drop"`` to leave out a pathway's bias where the architecture has no
-            place for it.
+        bias: ``"keep"``, or ``"drop"`` to leave out a pathway's bias, for which not every
+            architecture has a place; what that changes is measured.
         license: Of the weights, for the card; by default what the folder's own card says.
         overwrite: Whether an earlier export may be replaced.
         repo_id: A Hub repository to push it to as well.
@@ -95,7 +95,8 @@ def export(  # noqa: PLR0913
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         model = SparsePathwaysForCausalLM.from_pretrained(model, dtype="auto")
     sparse = _chosen(model, domain, profile, multiple_of)
-    wanted = sparse if bias == "keep" else _with(sparse, without_bias(sparse.pathways, domain))
+    bare = without_bias(sparse.pathways) if bias == "drop" else sparse.pathways
+    wanted = sparse if bare is sparse.pathways else _with(sparse, bare)
     plain, form = bake(wanted, domain, multiple_of=multiple_of)
     with written_whole(output) as folder:
         plain.save_pretrained(folder)
@@ -143,6 +144,9 @@ def _chosen(model: Any, domain: str, profile: Profile | None, multiple_of: int) 
 def _with(model: Any, pathways: Pathways) -> Any:
     """Return a model with other pathways that shares the weights and computes the reference."""
     dense = model.to_dense()
+    # Wherever the model was loaded from, its weights are those of the base.
+    dense.config._name_or_path = pathways.base.name
+    dense.config._commit_hash = pathways.base.revision
     return SparsePathwaysForCausalLM.from_dense(dense, pathways, executor="masked").eval()
 
 

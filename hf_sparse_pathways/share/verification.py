@@ -1,8 +1,8 @@
 """Whether an exported checkpoint, loaded by Transformers alone, computes the pathway.
 
 Logits on random tokens are compared, without their mean, which ``softmax`` does not see. The error
-is the norm of the difference over that of the logits: rounding stays far below the tolerance of the
-weights' dtype, a wrong, missing or additional neuron far above.
+is the norm of the difference over that of the logits: rounding stays well below the tolerance of
+the weights' dtype, and of unrelated logits it is above 1.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hf_sparse_pathways.errors import MismatchError
 
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 _ROWS, _LENGTH = 2, 24
 
 
@@ -32,12 +32,11 @@ def check_checkpoint(folder: Path, reference: Any, domain: str) -> float:
     Raises:
         MismatchError: They differ by more than rounding, or tensors are missing or left over.
     """
-    loaded: Any
     loaded, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=reference.dtype, output_loading_info=True
     )
     problems = {name: found for name, found in report.items() if found}
-    own = type(reference).__bases__[1]
+    own: Any = type(reference).__bases__[1]
     if type(loaded) is not own or problems:
         raise MismatchError(
             f"The exported checkpoint loads as {type(loaded).__name__} instead of {own.__name__}, "
@@ -50,8 +49,8 @@ def check_checkpoint(folder: Path, reference: Any, domain: str) -> float:
     if not error <= tolerance:
         raise MismatchError(
             f"The exported checkpoint does not compute the pathway: its logits differ by "
-            f"{error:.2g} of their size, and rounding to {reference.dtype} explains {tolerance:.2g} "
-            "at most. Nothing was written. Serve the model with this package."
+            f"{error:.2g} of their size, of which rounding to {reference.dtype} explains at most "
+            f"{tolerance:.2g}. Nothing was written. Serve the model with this package."
         )
     return error
 
