@@ -342,6 +342,7 @@ def test_a_folder_comes_with_its_tokenizer_licence_and_generation_and_no_path(tm
 def test_it_is_pushed_and_used_from_the_hub(tmp_path):
     model = sparse("llama")
     model.push_to_hub("me/full")
+    tiny_tokenizer().push_to_hub("me/full")
     done = sp.export("me/full", "code", tmp_path / "out", repo_id="me/code", private=True)
     assert done.address.startswith("http")
     loaded = AutoModelForCausalLM.from_pretrained("me/code").eval()
