@@ -86,6 +86,7 @@ EXAMPLES = {
     ],
     "mixed_batch.py": ["built"],
     "heal.py": ["built code src healed 2000"],
+    "export_and_serve.py": ["built code plain court"],
     "add_a_domain.py": ["built me/shared", "built me/shared law"],
 }
 
