@@ -1,8 +1,9 @@
-"""One engine with one model, which decodes what it is asked for: a process of benchmarks/engines.py.
+"""One engine with one model, which decodes what it is asked for.
 
-It needs the engine alone, so it runs with the interpreter of the engine's own environment. Each
-line on standard input is ``{"ids": [...], "new_tokens": n}``; each answer is
-``{"tokens": [...], "seconds": s}`` of greedy decoding in float32.
+``benchmarks/engines.py`` starts one for each arm. It needs the engine alone, so it runs with the
+interpreter of the engine's own environment. Each line on standard input is
+``{"ids": [...], "new_tokens": n}``; each answer is ``{"tokens": [...], "seconds": s}`` of greedy
+decoding in float32.
 
 Usage: PYTHON benchmarks/engine_worker.py ENGINE PLACE THREADS
 """
