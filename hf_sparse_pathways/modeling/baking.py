@@ -94,16 +94,25 @@ def find_form(
         fields[field.name] = int(width / field.ratio)
     pairs = zip(blocks, biased, strict=True)
     without = [block.name for block, bias in pairs if bias and not _has_bias(block)]
-    if without:
-        switch = find_bias_switch(config, before, without)
-        if switch is None:
-            raise UnsupportedModelError(
-                f"The pathway adds a bias to {without[0]}, and a {type(config).__name__} has no "
-                f"place for one there. Choose {named('bias', 'drop')} to leave it out, which "
-                f"changes the output, or build pathways with {named('compensation', 'refit')}."
-            )
-        fields |= dict([switch])
-    return Form(fields=fields, widths=widths)
+    return Form(fields={**fields, **_bias_fields(config, before, without)}, widths=widths)
+
+
+def _bias_fields(config: Any, before: Outline, names: Sequence[str]) -> dict[str, bool]:
+    """Return the switch that gives some blocks' outgoing leaves biases, if there are such blocks.
+
+    Raises:
+        UnsupportedModelError: There is no such switch.
+    """
+    if not names:
+        return {}
+    switch = find_bias_switch(config, before, names)
+    if switch is None:
+        raise UnsupportedModelError(
+            f"The pathway adds a bias to {names[0]}, and a {type(config).__name__} has no place "
+            f"for one there. Choose {named('bias', 'drop')} to leave it out, which changes the "
+            f"output, or build pathways with {named('compensation', 'refit')}."
+        )
+    return dict([switch])
 
 
 def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:

@@ -59,11 +59,11 @@ def export(  # noqa: PLR0913
     repo_id: str | None = None,
     **push: Any,
 ) -> Export:
-    """Write one domain's pathway as a plain checkpoint, whole or not at all. Pure.
+    """Write one domain's pathway as a plain checkpoint, whole or not at all.
 
     Every FFN block has one width: that of the widest block, with zeros in the others; or, with a
     profile, neurons are selected anew, equally many in every block. Compensation is part of the
-    weights.
+    weights. The model is left as it was.
 
     Args:
         model: A model with pathways, or the folder or Hub id of one.

@@ -246,8 +246,19 @@ def _bypassed():
     return sp.SparsePathwaysForCausalLM.from_dense(dense, compensate(dense, random_masks(dense)))
 
 
+def _quantised():
+    model = sparse("llama")
+    model.config.quantization_config = {"quant_method": "some"}
+    return model
+
+
 @pytest.mark.parametrize(
-    ("make", "words"), [(_entangled, "removed neurons"), (_bypassed, "linear bypass")]
+    ("make", "words"),
+    [
+        (_entangled, "removed neurons"),
+        (_bypassed, "linear bypass"),
+        (_quantised, "weights are quantised"),
+    ],
 )
 def test_what_a_plain_ffn_has_no_place_for_is_refused(make, words, tmp_path):
     with pytest.raises(UnsupportedModelError, match=words):
@@ -281,19 +292,11 @@ def _lose(plain):
     plain.config.mlp_bias = False
 
 
-def _interrupt(_plain):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("damage", "error"),
-    [(_spoil, MismatchError), (_lose, MismatchError), (_interrupt, KeyboardInterrupt)],
-)
-def test_what_fails_leaves_what_was_there(damage, error, tmp_path, monkeypatch):
-    model = sparse("llama")
+@pytest.mark.parametrize("damage", [_spoil, _lose])
+def test_what_does_not_compute_the_pathway_leaves_what_was_there(damage, tmp_path, monkeypatch):
+    model, own = sparse("llama"), exporting.bake
     sp.export(model, "law", tmp_path / "there")
     before = content(tmp_path)
-    own = exporting.bake
 
     def bake(*arguments, **options):
         plain, form = own(*arguments, **options)
@@ -302,7 +305,23 @@ def test_what_fails_leaves_what_was_there(damage, error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "bake", bake)
     for name in ("there", "new"):
-        with pytest.raises(error):
+        with pytest.raises(MismatchError):
+            sp.export(model, "code", tmp_path / name, overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch):
+    model = sparse("llama")
+    sp.export(model, "law", tmp_path / "there")
+    before = content(tmp_path)
+
+    def interrupt(folder, *_):
+        assert (folder / "model.safetensors").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "check_checkpoint", interrupt)
+    for name in ("there", "new"):
+        with pytest.raises(KeyboardInterrupt):
             sp.export(model, "code", tmp_path / name, overwrite=True)
     assert content(tmp_path) == before
 
