@@ -2,7 +2,7 @@
 
 llama.cpp rotates neighbouring pairs of a head's rows where Transformers rotates its two halves, so
 rows of q and k are interleaved. The vocabulary is that of a byte-level BPE in ``tokenizer.json``;
-llama.cpp knows its way of splitting text by name (``--pre``). Needs gguf, numpy and safetensors.
+llama.cpp knows its way of splitting text by name (``--pre``). Needs gguf and safetensors.
 
 Usage: python benchmarks/llama_gguf.py FOLDER FILE.gguf [--pre smollm]
 """
@@ -93,9 +93,9 @@ def _add_vocabulary(
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name).astype(np.float32)
+                yield name, file.get_tensor(name).float().numpy()
 
 
 def _interleave(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,13 @@ def plain(request, tmp_path_factory):
     return sp.export(model, "code", folder, tokenizer=tiny_tokenizer("characters")).folder
 
 
-def test_a_gguf_file_has_all_of_a_checkpoint(plain, tmp_path):
-    file = tmp_path / "model.gguf"
-    runpy.run_path(str(BENCHMARKS / "llama_gguf.py"))["write_gguf"](plain, file, "smollm")
-    weights = load_file(plain / "model.safetensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gguf_file_has_all_of_a_checkpoint(dtype, plain, tmp_path):
+    folder, file = tmp_path / "checkpoint", tmp_path / "model.gguf"
+    AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).save_pretrained(folder)
+    shutil.copy(plain / "tokenizer.json", folder)
+    runpy.run_path(str(BENCHMARKS / "llama_gguf.py"))["write_gguf"](folder, file, "smollm")
+    weights = {n: w.float() for n, w in load_file(folder / "model.safetensors").items()}
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
     assert len(tensors) == len(weights)
     for index in range(3):
@@ -45,7 +49,7 @@ def test_a_gguf_file_has_all_of_a_checkpoint(plain, tmp_path):
     if any(name.endswith("proj.bias") for name in weights):
         return  # Transformers reads no biases from such a file
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
-    expected = AutoModelForCausalLM.from_pretrained(plain).eval()
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         assert (loaded(prompt()).logits - expected(prompt()).logits).abs().max() < 1e-5
 
