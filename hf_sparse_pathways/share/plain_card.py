@@ -13,7 +13,6 @@ from hf_sparse_pathways.share.card import CARD_NAME, is_hub_id, link_base, rende
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.version import __version__
 
-FORMAT_VERSION = 1
 _HOW = ("method", "compensation", "allocation", "order", "ridge", "sparsity", "seed")
 
 
@@ -55,9 +54,7 @@ class Facts:
         base = self.pathways.base
         known = is_hub_id(base.name)
         made = self.pathway.provenance
-        text = made.get("text")
         return {
-            "format": FORMAT_VERSION,
             "version": __version__,
             "domain": self.domain,
             "base": base.name if known else None,
@@ -66,11 +63,7 @@ class Facts:
             "sparsity": self.pathways.sparsity(self.domain),
             "padded_neurons": self.padded,
             "made": {name: made[name] for name in _HOW if name in made},
-            "text": {
-                name: text[name]
-                for name in ("tokens", "documents")
-                if isinstance(text, Mapping) and name in text
-            },
+            "text": _counts(made),
             "healed": "healing" in made,
             "bias_dropped": self.dropped,
             "dtype": self.dtype,
@@ -106,7 +99,7 @@ def render_plain_card(facts: Facts, repo_id: str | None) -> str:
         fields=[(name, *values) for name, values in facts.fields.items()],
         parameters=[f"{number:,}" for number in facts.parameters],
         share=format_share(facts.pathways.sparsity(facts.domain)),
-        made=_describe(facts.pathway),
+        made=_describe(facts.pathway.provenance),
         padded=facts.padded,
         dropped=facts.dropped,
         error=format_figure(facts.error),
@@ -127,23 +120,24 @@ def find_license(source: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _describe(pathway: Pathway) -> str:
-    """Return of how a pathway was made what one sentence says."""
-    made = pathway.provenance
+def _counts(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how much text a pathway was calibrated on, as far as its provenance says."""
     text = made.get("text")
-    counted = [
-        f"{text[name]} {name}"
-        for name in ("tokens", "documents")
-        if isinstance(text, Mapping) and name in text
-    ]
+    known = text if isinstance(text, Mapping) else {}
+    return {name: known[name] for name in ("tokens", "documents") if name in known}
+
+
+def _describe(made: Mapping[str, Any]) -> str:
+    """Return of a pathway's provenance what one sentence says."""
+    counted = " of ".join(f"{number} {name}" for name, number in _counts(made).items())
     parts = [f"by `{made['method']}`"] if made.get("method") else []
     if made.get("compensation") not in (None, "none"):
         parts.append(f"what stayed was repaired (`{made['compensation']}`)")
     if counted:
-        parts.append(f"on {' of '.join(counted)}")
+        parts.append(f"on {counted}")
     if "healing" in made:
         parts.append("and it was trained afterwards")
-    return "".join(f", {part}" for part in parts)
+    return " ".join("".join(f", {part}" for part in parts).split())
 
 
 def _capital(text: str) -> str:
