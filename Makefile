@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -36,6 +36,9 @@ benchmark-speed: install
 
 benchmark-int8: install
 	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-engines: install
+	$(BIN)/python benchmarks/engines.py --cache "$(CACHE)" --page docs/measured.md
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -12,7 +12,7 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "files", "memory", "shares"),
+    ("errors", "version", "files", "memory", "outputs", "shares"),
     ("native",),
     ("ffn",),
     ("pathways",),
@@ -71,6 +71,10 @@ LAZY = {
     ("cli.compare", "measure.comparison"),
     ("cli.evaluate", "measure.quality"),
     ("cli.evaluate", "pathways.pathway"),
+    ("cli.export", "discovery.profiles"),
+    ("cli.export", "modeling.baking"),
+    ("cli.export", "share.exporting"),
+    ("cli.export", "share.plain_card"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
     ("cli.info", "ffn.forms"),

@@ -33,6 +33,7 @@ for command in (
     "generate",
     "benchmark",
     "info",
+    "export",
     "push",
     "remove-domain",
     "rename-domain",
