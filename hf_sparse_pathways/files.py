@@ -23,9 +23,15 @@ from hf_sparse_pathways.reading import open_regular, parse_json, read_bytes
 from hf_sparse_pathways.tensor_files import open_tensors
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it there."""
-    _write_together({path: content})
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write a file beside its place, then rename it there.
+
+    Args:
+        path: Where; the folder is made if needed.
+        content: What.
+        private: Let nobody else read or write it, whatever is usual here.
+    """
+    _write_together({path: content}, private=private)
 
 
 @cache
@@ -52,7 +58,7 @@ def write_between(path: Path, start: str, end: str, content: str) -> None:
     write_atomically(path, f"{before}{start}\n{content}\n{end}{after}".encode())
 
 
-def _write_together(contents: dict[Path, bytes]) -> None:
+def _write_together(contents: dict[Path, bytes], *, private: bool = False) -> None:
     """Write every file beside its place before the first is renamed there."""
     staged: dict[Path, str] = {}
     try:
@@ -61,7 +67,8 @@ def _write_together(contents: dict[Path, bytes]) -> None:
             handle, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            give_usual_mode(staged[path])
+            if not private:
+                give_usual_mode(staged[path])
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except BaseException:

@@ -28,14 +28,18 @@ def open_regular(path: Path) -> BufferedReader:
         ArtefactError: It cannot be opened, or is a folder, a pipe or a device.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait
-        file = os.fdopen(handle, "rb")
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ArtefactError(f"{path} cannot be read: it is a pipe or a device, not a file.")
     return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for somebody at the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_bytes(path: Path, most: int) -> bytes:
