@@ -110,8 +110,31 @@ class _Record:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "_Record":
+        """Return a record from JSON values.
+
+        Raises:
+            TypeError: A value is of the wrong kind.
+            KeyError: One is missing.
+        """
         curve = [CurvePoint(**point) for point in data["curve"]]
-        return cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
+        record = cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
+        for place in (record, record.forked, *curve):
+            for name, value in vars(place).items():
+                known = _KINDS.get(name)
+                if known is not None and type(value) not in known:
+                    raise TypeError(name)
+        if not curve or min(record.step, record.tokens, record.steps) < 0:
+            raise TypeError("no curve, or a negative number")
+        return record
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type[Any], ...]] = {
+    **dict.fromkeys(("step", "tokens", "steps"), (int,)),
+    **dict.fromkeys(("seconds", "loss", "validation"), _NUMBER),
+    "training": (*_NUMBER, type(None)),
+}
+"""What a record, a position and a point of the curve hold."""
 
 
 def train(
@@ -274,17 +297,28 @@ class _Run:
 
     @torch.no_grad()
     def resume(self) -> None:
-        """Go on from what was stored, if anything was."""
-        stored = self.checkpoints.load()
+        """Go on from what was stored, if anything was.
+
+        Raises:
+            ArtefactError: It is damaged; then nothing has changed.
+        """
+        stored = self.checkpoints.load(self.parameters)
         if stored is None:
             return
         record, groups = stored
-        self.record = _Record.of(record)
+        try:
+            self.record = _Record.of(record)
+        except (KeyError, TypeError) as error:
+            raise self.checkpoints.damaged(f"its record lacks or misuses {error}") from error
+        begun = self.record.step > self.stage.start.step
+        missing = {"parameters", "best", *(_MOMENTS if begun else ())} - groups.keys()
+        if missing:
+            raise self.checkpoints.damaged(f"it has no {min(missing)}")
         state = self.optimizer.optimizer.state
         restore(self.model, groups["parameters"])
         for name, parameter in self.parameters.items():
             self.best[name] = groups["best"][name].to(parameter.device)
-            if self.record.step > self.stage.start.step:
+            if begun:
                 moments = {m: groups[m][name].to(parameter.device) for m in _MOMENTS}
                 taken = float(self.record.step - self.stage.start.step)
                 state[parameter] = {"step": torch.tensor(taken), **moments}
