@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.execution import check_executor
 
 MODEL_TYPE = "sparse_pathways"
 FORMAT_VERSION = 1
@@ -81,20 +82,9 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """Build from a saved dictionary; the entry class makes the base's derived class."""
         if cls is not SparsePathwaysConfig:
             return super().from_dict(config_dict, **kwargs)
-        fields = dict(config_dict)
-        fields.pop("model_type", None)
-        base_type = fields.pop("base_model_type", None)
-        if base_type not in CONFIG_MAPPING:
-            raise ArtefactError(
-                f"config.json names the base architecture {base_type!r}, which this version of "
-                "Transformers does not have. Upgrade transformers."
-            )
-        version = fields.get("pathways_format")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"config.json has pathways_format {version!r}; this version of "
-                f"hf-sparse-pathways reads up to {FORMAT_VERSION}. Upgrade hf-sparse-pathways."
-            )
+        base_type = _check_saved(config_dict)
+        own = ("model_type", "base_model_type")
+        fields = {name: value for name, value in config_dict.items() if name not in own}
         return config_class_for(CONFIG_MAPPING[base_type]).from_dict(fields, **kwargs)
 
     @classmethod
@@ -109,7 +99,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """Read a saved dictionary, with the base's model type in place of the entry's."""
         fields, rest = super().get_config_dict(*args, **kwargs)
         if fields.get("model_type") == MODEL_TYPE and cls is not SparsePathwaysConfig:
-            fields = {**fields, "model_type": fields["base_model_type"]}
+            fields = {**fields, "model_type": _check_saved(fields)}
         return fields, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -169,6 +159,41 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[SparsePathwaysConfig]
         register_models(base, made)
         _CLASSES[base] = made
     return _CLASSES[base]
+
+
+def _check_saved(fields: dict[str, Any]) -> str:
+    """Check our fields of a saved configuration; return the base's model type.
+
+    Raises:
+        ArtefactError: One is of the wrong kind, of a newer format, or of an unknown base.
+        UnknownNameError: There is no such executor.
+    """
+    base_type, version = fields.get("base_model_type"), fields.get("pathways_format")
+    known = isinstance(base_type, str) and base_type in CONFIG_MAPPING
+    if not known or base_type == MODEL_TYPE:
+        raise ArtefactError(
+            f"config.json names the base architecture {base_type!r}, which this version of "
+            "Transformers does not have. Upgrade transformers."
+        )
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ArtefactError(
+            f"config.json has pathways_format {version!r}; this version of "
+            f"hf-sparse-pathways reads up to {FORMAT_VERSION}. Upgrade hf-sparse-pathways."
+        )
+    domains = fields.get("domains")
+    if not isinstance(domains, list | None) or not all(map(_is_word, domains or ())):
+        raise ArtefactError(f"config.json has domains {domains!r:.200}, which is no list of names.")
+    for name in ("default_domain", "neuron_order"):
+        value = fields.get(name)
+        if not (value is None or _is_word(value)):
+            raise ArtefactError(f"config.json has {name} {value!r:.200}, which is no name.")
+    executor = fields.get("executor", "auto")
+    check_executor(executor if isinstance(executor, str) else repr(executor))
+    return str(base_type)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
 
 
 def _base_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
