@@ -27,6 +27,9 @@ widths and a size in bytes are far from 64 bits."""
 MOST_DOMAINS = 4096
 """Domains of a model. Each may be two files to be fetched."""
 
+MOST_ROWS = 8192
+"""Of a saved report: one per domain and arm."""
+
 MOST_NAME = 256
 """Characters of a name, such as that of an FFN block or of an architecture."""
 

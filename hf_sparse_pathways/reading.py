@@ -9,7 +9,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,27 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     _check_values(value)
     return value
+
+
+NUMBER = (int, float)
+
+
+def check_kinds(values: Mapping[str, Any], names: Iterable[str], *kinds: type[Any] | None) -> None:
+    """Check of which types some JSON values are; true and false are no numbers.
+
+    Args:
+        values: Values by name.
+        names: Which of them.
+        kinds: What they may be; None stands for itself.
+
+    Raises:
+        KeyError: One is missing.
+        TypeError: One is of another type; the message names it.
+    """
+    known = {type(None) if kind is None else kind for kind in kinds}
+    for name in names:
+        if type(values[name]) not in known:
+            raise TypeError(f"{name} is {values[name]!r:.80}")
 
 
 def _check_values(value: Any) -> None:

@@ -12,7 +12,18 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "limits", "reading", "tensor_files", "files", "memory", "shares"),
+    (
+        "errors",
+        "version",
+        "display",
+        "limits",
+        "reading",
+        "tensor_files",
+        "files",
+        "memory",
+        "shares",
+        "tokens",
+    ),
     ("native",),
     ("ffn",),
     ("pathways",),
@@ -73,6 +84,7 @@ LAZY = {
     ("cli.evaluate", "pathways.pathway"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
+    ("cli.info", "ffn.block_pathway"),
     ("cli.info", "ffn.forms"),
     ("cli.info", "ffn.verdicts"),
     ("cli.info", "files"),

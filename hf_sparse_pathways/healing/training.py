@@ -28,6 +28,7 @@ from hf_sparse_pathways.healing.batches import TrainingText
 from hf_sparse_pathways.healing.checkpoints import Checkpoints, Groups
 from hf_sparse_pathways.healing.losses import Objective, count_scored
 from hf_sparse_pathways.healing.settings import HealingSettings
+from hf_sparse_pathways.reading import NUMBER, check_kinds
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,23 +119,17 @@ class _Record:
         """
         curve = [CurvePoint(**point) for point in data["curve"]]
         record = cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
-        for place in (record, record.forked, *curve):
-            for name, value in vars(place).items():
-                known = _KINDS.get(name)
-                if known is not None and type(value) not in known:
-                    raise TypeError(name)
+        for place in map(vars, (record, record.forked, *curve)):
+            check_kinds(place, ("step", "tokens"), int)
+            check_kinds(place, ("seconds",), *NUMBER)
+        for point in map(vars, curve):
+            check_kinds(point, ("validation",), *NUMBER)
+            check_kinds(point, ("training",), *NUMBER, None)
+        check_kinds(vars(record), ("steps",), int)
+        check_kinds(vars(record), ("loss",), *NUMBER)
         if not curve or min(record.step, record.tokens, record.steps) < 0:
             raise TypeError("no curve, or a negative number")
         return record
-
-
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[type[Any], ...]] = {
-    **dict.fromkeys(("step", "tokens", "steps"), (int,)),
-    **dict.fromkeys(("seconds", "loss", "validation"), _NUMBER),
-    "training": (*_NUMBER, type(None)),
-}
-"""What a record, a position and a point of the curve hold."""
 
 
 def train(

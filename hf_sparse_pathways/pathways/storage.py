@@ -35,6 +35,7 @@ from hf_sparse_pathways.pathways.parts import (
 )
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.revision import commit_of
+from hf_sparse_pathways.tokens import check_token, hide_tokens
 from hf_sparse_pathways.version import __version__
 
 FORMAT_VERSION = 1
@@ -218,10 +219,11 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
         return local
     if Path(source).is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
         raise ArtefactError(f"There is no folder {str(source)!r}. Check the path.")
+    check_token(hub.get("token"))
     try:
         found = cached_file(str(source), name, **hub)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, UnicodeError) as error:
+        first = hide_tokens((str(error).strip() or type(error).__name__).splitlines()[0])
         raise ArtefactError(f"No {name} in {str(source)!r}: {first}") from error
     return Path(str(found))
 
