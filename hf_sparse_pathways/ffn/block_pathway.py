@@ -151,10 +151,36 @@ class BlockPathway:
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
+        if len(self.incoming) > branches:
+            raise MismatchError(
+                f"{len(self.incoming)} incoming leaves of {name} are changed; it has at most "
+                f"{branches}."
+            )
         for index, delta in enumerate(self.incoming):
             fused = len(self.incoming) == 1 and branches == 2 and _rows(delta) not in kept
             rows = range(2 * kept.start, 2 * kept.stop, 2) if fused else kept
             _check_matrix(f"the change of {name}'s incoming leaf {index}", delta, rows, inputs)
+
+    def check_leaves(self, name: str, leaves: int, *, fused: bool) -> None:
+        """Check that the changed rows are those of a live block's incoming leaves.
+
+        Widths alone do not tell two leaves from one with two rows per neuron.
+
+        Args:
+            name: The block's.
+            leaves: Number of its incoming leaves.
+            fused: Whether the one leaf has two rows per neuron.
+
+        Raises:
+            MismatchError: They are not.
+        """
+        rows = self.kept * (2 if fused else 1)
+        changed = [_rows(delta) for delta in self.incoming if delta is not None]
+        if len(self.incoming) > leaves or any(count != rows for count in changed):
+            raise MismatchError(
+                f"{name} has {leaves} incoming leaf or leaves of {rows} kept rows each, but "
+                f"{changed} rows are changed. Use pathways that were made for this model."
+            )
 
     def _check_dtypes(self, name: str) -> None:
         for part, tensor in self.parts().items():
