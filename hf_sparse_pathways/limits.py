@@ -14,6 +14,9 @@ MOST_DEPTH = 64
 MOST_HEADER_BYTES = 32 * 2**20
 """Of the header of a safetensors file: some 300,000 tensors."""
 
+MOST_DIMENSIONS = 8
+"""Of a tensor. Masks have one and matrices two; what healing trains may have more."""
+
 MOST_TEXT_BYTES = 4 * 2**20
 """Of a text file, such as a repository's card."""
 

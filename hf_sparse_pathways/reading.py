@@ -53,11 +53,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         ArtefactError: It cannot be read, or is larger.
     """
     with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
-            data = file.read(most + 1)
+            data = b"" if size > most else file.read(size)
         except OSError as error:
             raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(data) > most:
+    if size > most:
         raise ArtefactError(f"{path} has more than the {most} bytes that such a file may have.")
     return data
 

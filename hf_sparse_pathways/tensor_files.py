@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.limits import MOST_HEADER_BYTES
+from hf_sparse_pathways.limits import MOST_DIMENSIONS, MOST_HEADER_BYTES
 from hf_sparse_pathways.reading import open_regular
 
 _DTYPES = {
@@ -49,11 +49,12 @@ class TensorFile:
 
     def _describe(self, name: str) -> Tensor:
         part = self._opened.get_slice(name)
-        dtype, shape = _DTYPES.get(part.get_dtype()), part.get_shape()
-        if dtype is None or math.prod(max(1, size) for size in shape) > _MOST_VALUES:
+        dtype, shape = _DTYPES.get(part.get_dtype()), tuple(part.get_shape())
+        flat = len(shape) <= MOST_DIMENSIONS
+        if dtype is None or not flat or math.prod(max(1, size) for size in shape) > _MOST_VALUES:
             raise ArtefactError(
-                f"{self._path.name}: {name!r} is {part.get_dtype()} {tuple(shape)}, which is "
-                "nothing that this version reads."
+                f"{self._path.name}: {name!r:.200} is {part.get_dtype()} {shape!s:.200}, which "
+                "is nothing that this version reads."
             )
         return without_memory(dtype, *shape)
 
