@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.limits import MOST_DIMENSIONS, MOST_HEADER_BYTES
 from hf_sparse_pathways.reading import open_regular
@@ -82,7 +83,8 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         with opened as file:
             yield TensorFile(path, file)
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path.name} is not a safetensors file: {error}") from error
+        told = plain(str(error))
+        raise ArtefactError(f"{path.name} is not a safetensors file: {told:.500}") from error
 
 
 def _check_header_size(path: Path) -> None:

@@ -21,6 +21,7 @@ from hf_sparse_pathways.discovery.grams import (
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, check_statistics
 from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
@@ -99,7 +100,7 @@ def read_profile(cls: type[Profile], folder: Path) -> Any:
             for index, entry in enumerate(meta["domains"])
         }
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} lacks or misuses {error}.") from error
+        raise ArtefactError(f"{path} lacks or misuses {plain(str(error))}.") from error
     if len(by_domain) < len(meta["domains"]):
         raise ArtefactError(f"{path} names a domain twice.")
     return cls(base=base, by_domain=by_domain)

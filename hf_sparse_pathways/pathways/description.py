@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.limits import (
     MOST_BLOCKS,
@@ -56,7 +57,8 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
         shapes = tuple(_block_shape(block) for block in blocks)
         return BaseModel(**{**data, "blocks": shapes, "routed": tuple(routed)})
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"The base's description does not fit: {error}.") from error
+        told = plain(str(error))
+        raise ArtefactError(f"The base's description does not fit: {told}.") from error
 
 
 def check_names(names: Iterable[Any]) -> None:

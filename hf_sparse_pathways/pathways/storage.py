@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import (
     ArtefactError,
     MismatchError,
@@ -181,11 +182,12 @@ def _read_pair(
     except UnknownNameError:
         raise
     except MismatchError as error:
-        raise MismatchError(f"Pathways in {source}: {error}") from error
+        raise MismatchError(f"Pathways in {source}: {plain(str(error))}") from error
     except PathwaysError as error:
-        raise ArtefactError(f"Pathways in {source}: {error}") from error
+        raise ArtefactError(f"Pathways in {source}: {plain(str(error))}") from error
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
+        told = plain(str(error))
+        raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {told}.") from error
 
 
 def pathway_files(source: str | PathLike[str]) -> list[Path]:

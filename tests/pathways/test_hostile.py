@@ -54,8 +54,10 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return sp.SparsePathwaysForCausalLM.from_dense(build("llama"), pathways()).eval()
+def untouched():
+    """A model, and what it is before anything hostile comes near it."""
+    model = sp.SparsePathwaysForCausalLM.from_dense(build("llama"), pathways()).eval()
+    return model, snapshot(model)
 
 
 @contextmanager
@@ -74,8 +76,8 @@ def in_time(seconds=SECONDS):
         signal.signal(signal.SIGALRM, before)
 
 
-def _assert_refused(folder, model, **only):
-    before = snapshot(model)
+def _assert_refused(folder, untouched, **only):
+    model, before = untouched
     with in_time(), pytest.raises(PathwaysError) as caught:
         model.set_pathways(Pathways.from_pretrained(folder, **only))
     assert isinstance(caught.value, (ArtefactError, MismatchError, UnknownNameError))
@@ -89,26 +91,26 @@ def test_the_corpus_is_large():
 
 
 @pytest.mark.parametrize("damage", CORPUS)
-def test_a_hostile_pair_is_refused(damage, saved, tmp_path, model):
+def test_a_hostile_pair_is_refused(damage, saved, tmp_path, untouched):
     shutil.copytree(saved / "together", tmp_path / "x")
     CORPUS[damage](tmp_path / "x" / "pathways.json")
-    _assert_refused(tmp_path / "x", model)
+    _assert_refused(tmp_path / "x", untouched)
 
 
 @pytest.mark.parametrize(
     "damage", [name for name in CORPUS if " control" not in name and name != "json: many apart"]
 )
-def test_a_hostile_domain_apart_is_refused(damage, saved, tmp_path, model):
+def test_a_hostile_domain_apart_is_refused(damage, saved, tmp_path, untouched):
     shutil.copytree(saved / "apart", tmp_path / "x")
     CORPUS[damage](tmp_path / "x" / folder_for("law") / "pathways.json")
-    _assert_refused(tmp_path / "x", model)
+    _assert_refused(tmp_path / "x", untouched)
 
 
 @pytest.mark.parametrize("damage", TENSORS)
-def test_one_domain_alone_is_no_way_around(damage, saved, tmp_path, model):
+def test_one_domain_alone_is_no_way_around(damage, saved, tmp_path, untouched):
     shutil.copytree(saved / "together", tmp_path / "x")
     TENSORS[damage](tmp_path / "x" / "pathways.json")
-    _assert_refused(tmp_path / "x", model, only="code")
+    _assert_refused(tmp_path / "x", untouched, only="code")
 
 
 @pytest.mark.parametrize(("architecture", "count", "rows"), [("llama", 1, 2), ("phi3", 2, 1)])
@@ -128,8 +130,8 @@ def test_leaves_that_a_block_does_not_have_are_refused(architecture, count, rows
 
 
 @pytest.mark.parametrize("damage", ["json: a key twice", "tensors: delta of NaN"])
-def test_a_checkpoint_with_hostile_pathways_gives_no_model(damage, model, tmp_path):
-    model.save_pretrained(tmp_path)
+def test_a_checkpoint_with_hostile_pathways_gives_no_model(damage, untouched, tmp_path):
+    untouched[0].save_pretrained(tmp_path)
     CORPUS[damage](tmp_path / "pathways.json")
     for options in ({}, {"domain": "code"}):
         with pytest.raises(PathwaysError):
