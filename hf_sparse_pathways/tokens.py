@@ -4,7 +4,7 @@ import re
 
 from hf_sparse_pathways.errors import PathwaysError
 
-_TOKEN = re.compile(r"(Bearer\s+|\bhf_)(?!\*)[^\s'\"]+", re.IGNORECASE)
+_TOKEN = re.compile(r"(Bearer\s+|\bhf_)(?!\*)[^\s'\"]+")
 
 
 def check_token(token: object) -> None:
