@@ -9,21 +9,29 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.limits import MOST_JSON_BYTES, MOST_TEXT_BYTES
+from hf_sparse_pathways.reading import open_regular, parse_json, read_bytes
+from hf_sparse_pathways.tensor_files import open_tensors
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it there."""
-    _write_together({path: content})
+def write_atomically(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write a file beside its place, then rename it there.
+
+    Args:
+        path: Where; the folder is made if needed.
+        content: What.
+        private: Let nobody else read or write it, whatever is usual here.
+    """
+    _write_together({path: content}, private=private)
 
 
 @cache
@@ -42,7 +50,7 @@ def write_between(path: Path, start: str, end: str, content: str) -> None:
     Raises:
         ArtefactError: The file cannot be read, or does not have each marker once, in this order.
     """
-    text = _read(path).decode()
+    text = read_bytes(path, MOST_TEXT_BYTES).decode()
     before, _, rest = text.partition(start)
     _, _, after = rest.partition(end)
     if [text.count(start), rest.count(end), text.count(end)] != [1, 1, 1]:
@@ -50,7 +58,7 @@ def write_between(path: Path, start: str, end: str, content: str) -> None:
     write_atomically(path, f"{before}{start}\n{content}\n{end}{after}".encode())
 
 
-def _write_together(contents: dict[Path, bytes]) -> None:
+def _write_together(contents: dict[Path, bytes], *, private: bool = False) -> None:
     """Write every file beside its place before the first is renamed there."""
     staged: dict[Path, str] = {}
     try:
@@ -59,7 +67,8 @@ def _write_together(contents: dict[Path, bytes]) -> None:
             handle, staged[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
-            give_usual_mode(staged[path])
+            if not private:
+                give_usual_mode(staged[path])
         for path, temporary in staged.items():
             os.replace(temporary, path)
     except BaseException:
@@ -98,11 +107,13 @@ def as_json(value: dict[str, Any]) -> bytes:
     return f"{json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
+Choice = Callable[[dict[str, Any], Mapping[str, Tensor]], Iterable[str]]
+"""Of a description and a file's header (``tensor_files``): the names of the tensors to be read. It
+raises an error where the two do not fit."""
+
+
 def read_pair(
-    json_path: Path,
-    tensors_path: Path,
-    newest: int,
-    wanted: Callable[[dict[str, Any], str], bool] | None = None,
+    json_path: Path, tensors_path: Path, newest: int, choose: Choice
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what ``write_pair`` wrote.
 
@@ -110,82 +121,65 @@ def read_pair(
         json_path: The description.
         tensors_path: The tensors.
         newest: The newest format version that is understood.
-        wanted: Of the description and a tensor's name: whether to read it. The others are never in
-            memory.
+        choose: Says which tensors are read. The others are never in memory.
 
     Raises:
         ArtefactError: A file is missing, corrupt or truncated, the two do not belong together, or
             the format is newer.
     """
     meta = read_json(json_path)
-    version = meta.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ArtefactError(f"{json_path.name} has format {version!r}, which is no version.")
-    if version > newest:
-        raise ArtefactError(
-            f"{json_path.name} has format {version}; this version of hf-sparse-pathways reads up "
-            f"to {newest}. Upgrade hf-sparse-pathways."
-        )
-    data = b"" if wanted else _read(tensors_path)
-    digest = _digest(tensors_path) if wanted else hashlib.sha256(data).hexdigest()
-    if digest != meta.get("tensors_sha256"):
+    _check_version(json_path, meta.get("format"), newest)
+    before = _identity(tensors_path)
+    if _digest(tensors_path) != meta.get("tensors_sha256"):
         raise ArtefactError(
             f"{tensors_path.name} is not the file that {json_path.name} describes (SHA-256 "
             "differs): it is truncated, corrupt, or from another save. Fetch or save both again."
         )
-    try:
-        if wanted is None:
-            return meta, load(data)
-        with safe_open(tensors_path, framework="pt") as file:
-            names = [name for name in file.keys() if wanted(meta, name)]  # noqa: SIM118
-            return meta, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ArtefactError(f"{tensors_path.name} is not a safetensors file: {error}") from error
+    with open_tensors(tensors_path) as file:
+        tensors = file.read(choose(meta, file.header))
+    if _identity(tensors_path) != before:
+        raise ArtefactError(f"{tensors_path} was changed while it was read. Read it again.")
+    return meta, tensors
+
+
+def _check_version(path: Path, version: Any, newest: int) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtefactError(f"{path.name} has format {version!r}, which is no version.")
+    if version > newest:
+        raise ArtefactError(
+            f"{path.name} has format {version}; this version of hf-sparse-pathways reads up "
+            f"to {newest}. Upgrade hf-sparse-pathways."
+        )
+
+
+def _digest(path: Path) -> str:
+    """Return a file's SHA-256, reading it a little at a time."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what tells a file from one that was put in its place, or written to."""
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ArtefactError: The file is missing, or is not one JSON object of finite numbers.
+        ArtefactError: The file is missing or too large, or is not one JSON object of finite
+            numbers.
     """
-    data = _read(path)
+    data = read_bytes(path, MOST_JSON_BYTES)
     try:
-        value = json.loads(
-            data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float
-        )
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         raise ArtefactError(f"{path.name} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ArtefactError(f"{path.name} holds a {type(value).__name__}, not a JSON object.")
     return value
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _digest(path: Path) -> str:
-    """Return a file's SHA-256, reading it a little at a time."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -19,6 +19,12 @@ from hf_sparse_pathways.files import (
 )
 
 TENSORS = {"a": torch.arange(5), "b": torch.tensor([True, False])}
+
+
+def _all(_, header):
+    return header
+
+
 META = {"format": 1, "name": "médecine", "list": [1, None, True, 0.5]}
 
 
@@ -83,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name, error):
 def test_a_pair_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "x.json"
     write_pair(path, META, TENSORS)
-    meta, tensors = read_pair(path, path.with_suffix(".safetensors"), 1)
+    meta, tensors = read_pair(path, path.with_suffix(".safetensors"), 1, _all)
     assert {name: meta[name] for name in META} == META
     assert set(tensors) == set(TENSORS)
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
@@ -103,7 +109,7 @@ def test_a_pair_is_read_as_it_was_written(tmp_path):
 def test_views_are_written_as_their_values(tmp_path, view):
     path = tmp_path / "x.json"
     write_pair(path, META, {"view": view, "same": view, "part": torch.atleast_1d(view)[:1]})
-    tensors = read_pair(path, path.with_suffix(".safetensors"), 1)[1]
+    tensors = read_pair(path, path.with_suffix(".safetensors"), 1, _all)[1]
     assert torch.equal(tensors["view"], view)
     assert torch.equal(tensors["same"], view)
     assert torch.equal(tensors["part"], torch.atleast_1d(view)[:1])
@@ -122,10 +128,10 @@ def test_formats_up_to_the_newest_are_read(tmp_path, newest, fits):
     path = tmp_path / "x.json"
     write_pair(path, {"format": 3}, TENSORS)
     if fits:
-        assert read_pair(path, path.with_suffix(".safetensors"), newest)[0]["format"] == 3
+        assert read_pair(path, path.with_suffix(".safetensors"), newest, _all)[0]["format"] == 3
         return
     with pytest.raises(ArtefactError, match=rf"x\.json has format 3.* up to {newest}"):
-        read_pair(path, path.with_suffix(".safetensors"), newest)
+        read_pair(path, path.with_suffix(".safetensors"), newest, _all)
 
 
 @pytest.mark.parametrize("text", ["NaN", "[NaN]", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}'])

@@ -12,7 +12,19 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "files", "memory", "outputs", "shares"),
+    (
+        "errors",
+        "version",
+        "display",
+        "limits",
+        "reading",
+        "tensor_files",
+        "files",
+        "memory",
+        "outputs",
+        "shares",
+        "tokens",
+    ),
     ("native",),
     ("ffn",),
     ("pathways",),
@@ -77,6 +89,7 @@ LAZY = {
     ("cli.export", "share.plain_card"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
+    ("cli.info", "ffn.block_pathway"),
     ("cli.info", "ffn.forms"),
     ("cli.info", "ffn.verdicts"),
     ("cli.info", "files"),

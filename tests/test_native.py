@@ -1,6 +1,7 @@
 """The kernel in C: every shape, dtype and thread count, and machines that cannot compile it."""
 
 import itertools
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -229,7 +230,38 @@ def test_a_damaged_library_is_compiled_again(damage, own_cache):
     library.find_kernel.cache_clear()
     x, weight, rows, _, _ = _case(9, 20, 2, torch.float32, torch.float32)
     assert _close(linear_rows(x, weight, rows), _expected(x, weight, rows, None, None))
-    assert library._is_whole(kept)
+    assert library._read_kept(kept) is not None
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("suffix", [".so", ".sha256"])
+@pytest.mark.parametrize("doubt", ["writable by the group", "writable by all", "of another user"])
+def test_a_library_that_another_user_can_have_written_is_not_loaded(
+    doubt, suffix, own_cache, monkeypatch
+):
+    before = os.umask(0)
+    try:
+        library.load_kernel()
+    finally:
+        os.umask(before)
+    (kept,) = own_cache.glob("*.so")
+    assert library._read_kept(kept), "nobody else may write it, whatever the mask"
+    if doubt == "of another user":
+        monkeypatch.setattr(library, "_user", lambda: os.geteuid() + 1)
+    else:
+        kept.with_suffix(suffix).chmod(0o620 if "group" in doubt else 0o602)
+    assert library._read_kept(kept) is None
+
+
+@pytest.mark.needs_compiler
+def test_what_is_loaded_is_what_was_checked(own_cache, monkeypatch):
+    library.load_kernel()
+    library.find_kernel.cache_clear()
+    load, loaded = library.ctypes.CDLL, []
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: loaded.append(path) or load(path))
+    library.load_kernel()
+    assert not [path for path in loaded if path.startswith(str(own_cache))]
+    assert loaded
 
 
 @pytest.mark.needs_compiler

@@ -9,6 +9,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.shares import format_share
 
 if TYPE_CHECKING:
@@ -61,13 +62,15 @@ def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> di
     """Return whether this machine gains by each form of weights, by the first pathway's shapes."""
     import torch
 
+    from hf_sparse_pathways.ffn.block_pathway import FLOATING
     from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
     from hf_sparse_pathways.ffn.verdicts import judge_all
     from hf_sparse_pathways.files import read_json
 
     config = Path(source, "config.json")
     named = read_json(config).get("dtype") if config.is_file() else None
-    dtype = getattr(torch, str(named), torch.float32)
+    known = {str(kind).removeprefix("torch."): kind for kind in FLOATING}
+    dtype = known.get(str(named), torch.float32)
     block = pathways.base.blocks[len(pathways.base.blocks) // 2]
     first = next(iter(pathways.by_domain.values()), None)
     kept = block.d_ff if first is None else first.blocks[len(first.blocks) // 2].kept
@@ -94,7 +97,7 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
 def print_summary(source: str | PathLike[str]) -> None:
     """Print the base and the domains."""
     facts = describe(source)
-    typer.echo(f"pathways of {facts['base']['name'] or 'a model without a name'}")
+    typer.echo(f"pathways of {plain(facts['base']['name']) or 'a model without a name'}")
     typer.echo(f"  base: {facts['base']['summary']}")
     if facts["base"]["neuron_order"]:
         typer.echo(f"  neurons: permuted ({facts['base']['neuron_order'][:8]})")

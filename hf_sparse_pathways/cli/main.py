@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from hf_sparse_pathways.display import plain
+from hf_sparse_pathways.tokens import hide_tokens
 from hf_sparse_pathways.version import __version__
 
 app = typer.Typer(
@@ -73,7 +75,7 @@ def main() -> None:
         notes = _notes(error)
         if notes and not told.endswith("."):
             told += "."
-        sys.stderr.write(f"error: {' '.join([told, *notes])}\n")
+        sys.stderr.write(f"error: {plain(hide_tokens(' '.join([told, *notes])))}\n")
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ fit into memory together.
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.passes import bfloat16_products
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite, give_usual_mode
+from hf_sparse_pathways.reading import open_regular
+from hf_sparse_pathways.tensor_files import check_header, open_tensors, without_memory
+
+GRAM_NAME = re.compile(r"[0-9a-f]{24}\.safetensors")
+"""Name of a matrix's file."""
 
 _STRIPES = 4
 """The upper triangle is computed in this many stripes of rows, which saves 3/8 of the products."""
@@ -204,11 +209,12 @@ class GramFile:
                     f"{self.path} is not the file that the profile describes (SHA-256 differs): "
                     "it is truncated or corrupt. Take the profile again."
                 )
-            total = load_file(self.path)["total"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ArtefactError(f"{self.path} cannot be read: {error}.") from error
-        if total.dtype != torch.float32 or tuple(total.shape) != (self.size, self.size):
-            raise ArtefactError(f"{self.path} holds {total.dtype} {tuple(total.shape)}.")
+            with open_tensors(self.path) as file:
+                shape = (self.size, self.size)
+                check_header(file.header, {"total": without_memory(torch.float32, *shape)})
+                total = file.read(["total"])["total"]
+        except (OSError, ArtefactError) as error:
+            raise ArtefactError(f"{self.path} cannot be read: {error}") from error
         check_finite(str(self.path), total)
         return Gram(total, self.d_ff)
 
@@ -231,5 +237,5 @@ def write_gram(gram: Gram, folder: Path) -> GramFile:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

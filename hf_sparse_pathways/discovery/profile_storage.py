@@ -4,20 +4,34 @@ The Gram matrices are one file per domain and block, named by their content, so 
 be written over an earlier one from which it was made; what nothing refers to is deleted last.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.grams import GramFile, GramSource, files_of, write_gram
+from hf_sparse_pathways.discovery.grams import (
+    GRAM_NAME,
+    GramFile,
+    GramSource,
+    files_of,
+    write_gram,
+)
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, check_statistics
 from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
-from hf_sparse_pathways.pathways.storage import base_from_json, base_to_json, check_entries
+from hf_sparse_pathways.pathways.description import (
+    base_from_json,
+    base_to_json,
+    check_entries,
+    check_text,
+)
+from hf_sparse_pathways.tensor_files import check_header, without_memory
 
 FORMAT_VERSION = 2
 JSON_NAME = "profile.json"
@@ -55,12 +69,18 @@ def write_profile(profile: Profile, folder: Path) -> None:
 
 
 def _delete_others(folder: Path, profile: Profile, entries: list[dict[str, Any]]) -> None:
-    """Delete the matrices that neither the description nor this profile in memory refers to."""
+    """Delete the matrices that neither the description nor this profile in memory refers to.
+
+    What is behind a link in place of the folder, or has another name than ``write_gram`` gives, is
+    nothing of ours.
+    """
     named = {gram["file"] for entry in entries for gram in entry["grams"]}
     for domain in profile.by_domain.values():
         named |= {path.name for source in domain.grams for path in files_of(source)}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in named:
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if GRAM_NAME.fullmatch(path.name) and path.name not in named:
             path.unlink()
 
 
@@ -71,19 +91,37 @@ def read_profile(cls: type[Profile], folder: Path) -> Any:
         ArtefactError: It is missing, corrupt, truncated, of a newer format, or holds NaN.
     """
     path = folder / JSON_NAME
-    meta, tensors = read_pair(path, path.with_suffix(".safetensors"), FORMAT_VERSION)
     try:
+        tensors_path = path.with_suffix(".safetensors")
+        meta, tensors = read_pair(path, tensors_path, FORMAT_VERSION, _choose)
         base = base_from_json(meta["base"])
-        check_entries(meta["domains"])
         by_domain = {
             str(entry["name"]): _restored(entry, f"{index}", base, tensors, folder)
             for index, entry in enumerate(meta["domains"])
         }
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ArtefactError(f"{path} lacks or misuses {error}.") from error
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} lacks or misuses {plain(str(error))}.") from error
     if len(by_domain) < len(meta["domains"]):
         raise ArtefactError(f"{path} names a domain twice.")
     return cls(base=base, by_domain=by_domain)
+
+
+def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
+    """Check a file's header against its description; everything is read."""
+    base = base_from_json(meta["base"])
+    check_entries(meta["domains"])
+    expected: dict[str, Tensor] = {}
+    for index, entry in enumerate(meta["domains"]):
+        check_text(entry["name"], entry["provenance"])
+        for position, shape in enumerate(base.blocks):
+            for part in TENSORS:
+                statistic = without_memory(torch.float64, shape.d_ff)
+                expected[f"{index}.{position}.{part}"] = statistic
+        for name in (f"{index}.{split}.{part}" for split in SPLITS for part in ("ids", "lengths")):
+            length = header[name].numel()  # whatever it is
+            expected[name] = without_memory(torch.int32, length)
+    check_header(header, expected)
+    return list(expected)
 
 
 def _restored(
@@ -96,12 +134,6 @@ def _restored(
     blocks = []
     for position, shape in enumerate(base.blocks):
         values = {name: tensors[f"{prefix}.{position}.{name}"] for name in TENSORS}
-        for name, tensor in values.items():
-            if tensor.dtype != torch.float64 or tuple(tensor.shape) != (shape.d_ff,):
-                raise ArtefactError(
-                    f"{shape.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not "
-                    f"float64 ({shape.d_ff},)."
-                )
         statistics = BlockStatistics(tokens=counts[position], **values)
         check_statistics(entry["name"], shape.name, statistics)
         blocks.append(statistics)
@@ -127,7 +159,7 @@ def _gram_files(
         size = entry["size"]
         if size not in (shape.d_ff + 1, shape.d_ff + shape.d_in + 1):
             raise ArtefactError(f"{path} is said to have {size!r} rows.")
-        files.append(GramFile(path=path, sha256=entry["sha256"], d_ff=shape.d_ff, size=size))
+        files.append(GramFile(path=path, sha256=str(entry["sha256"]), d_ff=shape.d_ff, size=size))
     return tuple(files)
 
 
@@ -142,6 +174,8 @@ def _packed(name: str, windows: tuple[Window, ...]) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: dict[str, Tensor], name: str) -> tuple[Window, ...]:
-    lengths = tensors[f"{name}.lengths"].tolist()
-    parts = torch.split(tensors[f"{name}.ids"], lengths) if lengths else ()
+    ids, lengths = tensors[f"{name}.ids"], tensors[f"{name}.lengths"]
+    if bool((lengths < 1).any()) or int(lengths.sum()) != len(ids) or bool((ids < 0).any()):
+        raise ArtefactError(f"{name} holds no windows of token ids.")
+    parts = torch.split(ids, lengths.tolist()) if len(lengths) else ()
     return tuple(Window(tuple(part.tolist())) for part in parts)

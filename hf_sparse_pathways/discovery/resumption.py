@@ -8,18 +8,20 @@ that other settings never pick them up.
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 
 from hf_sparse_pathways.discovery.collectors import BlockCollector
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.tensor_files import check_header, open_tensors, without_memory
 
 STORE_SECONDS = 60.0
 """How often unfinished work is stored."""
@@ -44,9 +46,12 @@ class StoredGram:
             ArtefactError: The work folder is gone.
         """
         try:
-            with safe_open(self.path, "pt") as file:
-                upper = file.get_tensor("upper")
-        except (OSError, SafetensorError) as error:
+            with open_tensors(self.path) as file:
+                size = max(self.d_ff + 1, *file.header["upper"].shape[:1])  # or with d_in
+                expected = without_memory(torch.float32, size, size)
+                check_header({"upper": file.header["upper"]}, {"upper": expected})
+                upper = file.read(["upper"])["upper"]
+        except (ArtefactError, KeyError) as error:
             raise ArtefactError(
                 f"{self.path} cannot be read ({error}). Keep the work folder while its profile is "
                 "in use, or save the profile first."
@@ -70,15 +75,20 @@ class Resumption:
         """Give collectors the sums that an earlier run stored; return how many batches are done.
 
         A run that was stopped while it stored leaves blocks that disagree: they begin anew.
+
+        Raises:
+            ArtefactError: What is stored is damaged, or of other blocks.
         """
         paths = [self._path(name, index) for index in range(len(collectors))]
-        found = {_batches(path) for path in paths}
+        pairs = list(zip(paths, collectors, strict=True))
+        found = {_batches(path, collector) for path, collector in pairs}
         if len(found) != 1 or None in found:
             return 0
         done = found.pop() or 0
-        for path, collector in zip(paths, collectors, strict=True):
+        for path, collector in pairs:
             if path is not None:
-                collector.restore(load_file(path), done)
+                with open_tensors(path) as file:
+                    collector.restore(file.read(file.header), done)
         return done
 
     def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
@@ -110,9 +120,20 @@ class Resumption:
         return None if self.folder is None else self.folder / f"{name}-{index}.safetensors"
 
 
-def _batches(path: Path | None) -> int | None:
-    """Return how many batches a stored block has seen; None if nothing is stored."""
+def _batches(path: Path | None, collector: BlockCollector) -> int | None:
+    """Return how many batches a stored block has seen; None if nothing is stored.
+
+    Raises:
+        ArtefactError: It is damaged, or is not what a collector of this block stores.
+    """
     if path is None or not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["batches"])
+    try:
+        with open_tensors(path) as file:
+            check_header(file.header, collector.state())
+            batches = file.metadata.get("batches", "")
+    except ArtefactError as error:
+        raise ArtefactError(f"{path} is damaged ({error}). Delete it to begin anew.") from error
+    if not re.fullmatch("[0-9]{1,9}", batches):
+        raise ArtefactError(f"{path} is damaged (batches). Delete it to begin anew.")
+    return int(batches)

@@ -57,7 +57,14 @@ class Attachment:
         return self.copies.residents
 
     def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
-        """Replace the pathways, in place; each has one entry per block."""
+        """Replace the pathways, in place; each has one entry per block.
+
+        Raises:
+            MismatchError: One changes leaves that a block does not have; then nothing is replaced.
+        """
+        for blocks in pathways:
+            for attached, part in zip(self.blocks, blocks, strict=True):
+                attached.block.check_leaves(part)
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
         self.reset()

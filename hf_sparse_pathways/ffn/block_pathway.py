@@ -128,6 +128,9 @@ class BlockPathway:
     def check(self, name: str, d_in: int, d_ff: int, d_out: int, branches: int) -> None:
         """Check that every part fits a block; ``branches`` are its incoming rows per neuron.
 
+        Of tensors on the device ``meta``, as a file's header gives them, it is not known how many
+        neurons are kept; then some number has to fit.
+
         Raises:
             MismatchError: One does not; the message says which.
         """
@@ -137,19 +140,59 @@ class BlockPathway:
                 f"the mask of {name} is {keep.dtype} {tuple(keep.shape)}; it has to be torch.bool "
                 f"({d_ff},)."
             )
-        if not keep.any():
+        self._check_dtypes(name)
+        kept = range(1, d_ff + 1) if keep.is_meta else _exactly(self.kept)
+        if not kept.start:
             raise MismatchError(f"the mask of {name} keeps no neuron; keep at least one.")
-        _check_matrix(f"the refit of {name}", self.delta, d_out, self.kept)
-        _check_matrix(f"the bypass of {name}", self.bypass, d_out, d_in)
+        outputs, inputs = _exactly(d_out), _exactly(d_in)
+        _check_matrix(f"the refit of {name}", self.delta, outputs, kept)
+        _check_matrix(f"the bypass of {name}", self.bypass, outputs, inputs)
         if self.bias is not None and tuple(self.bias.shape) != (d_out,):
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
+        if len(self.incoming) > branches:
+            raise MismatchError(
+                f"{len(self.incoming)} incoming leaves of {name} are changed; it has at most "
+                f"{branches}."
+            )
         for index, delta in enumerate(self.incoming):
-            fused = len(self.incoming) == 1 and branches == 2 and _rows(delta) != self.kept
-            rows = self.kept * (2 if fused else 1)
-            _check_matrix(f"the change of {name}'s incoming leaf {index}", delta, rows, d_in)
+            fused = len(self.incoming) == 1 and branches == 2 and _rows(delta) not in kept
+            rows = range(2 * kept.start, 2 * kept.stop, 2) if fused else kept
+            _check_matrix(f"the change of {name}'s incoming leaf {index}", delta, rows, inputs)
 
+    def check_leaves(self, name: str, leaves: int, *, fused: bool) -> None:
+        """Check that the changed rows are those of a live block's incoming leaves.
+
+        Widths alone do not tell two leaves from one with two rows per neuron.
+
+        Args:
+            name: The block's.
+            leaves: Number of its incoming leaves.
+            fused: Whether the one leaf has two rows per neuron.
+
+        Raises:
+            MismatchError: They are not.
+        """
+        rows = self.kept * (2 if fused else 1)
+        changed = [_rows(delta) for delta in self.incoming if delta is not None]
+        if len(self.incoming) > leaves or any(count != rows for count in changed):
+            raise MismatchError(
+                f"{name} has {leaves} incoming leaf or leaves of {rows} kept rows each, but "
+                f"{changed} rows are changed. Use pathways that were made for this model."
+            )
+
+    def _check_dtypes(self, name: str) -> None:
+        for part, tensor in self.parts().items():
+            if part != "keep" and tensor.dtype not in FLOATING:
+                raise MismatchError(
+                    f"{part} of {name} is {tensor.dtype}; it has to be one of "
+                    f"{', '.join(map(str, FLOATING))}."
+                )
+
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What the parts of a block's pathway can be, except for its mask."""
 
 MOST_INCOMING = 2
 """Incoming leaves that a block can have."""
@@ -166,18 +209,36 @@ PARTS = (
 
 
 def _rows(matrix: Tensor | LowRank | None) -> int:
-    if matrix is None:
-        return 0
-    return int((matrix.outer if isinstance(matrix, LowRank) else matrix).shape[0])
+    shape = () if matrix is None else _shape(matrix)
+    return shape[0] if shape else 0
 
 
-def _check_matrix(what: str, matrix: Tensor | LowRank | None, rows: int, columns: int) -> None:
+def _shape(matrix: Tensor | LowRank) -> tuple[int, ...]:
+    """Return the shape of a matrix; () of two factors that do not make one.
+
+    Their rank is at most what both widths come to: a refit's, and what healing adds to it.
+    """
+    if not isinstance(matrix, LowRank):
+        return tuple(matrix.shape)
+    outer, inner = tuple(matrix.outer.shape), tuple(matrix.inner.shape)
+    thin = len(outer) == len(inner) == 2 and outer[1] == inner[0] <= outer[0] + inner[1]
+    return (outer[0], inner[1]) if thin else ()
+
+
+def _exactly(size: int) -> range:
+    return range(size, size + 1)
+
+
+def _check_matrix(what: str, matrix: Tensor | LowRank | None, rows: range, columns: range) -> None:
     if matrix is None:
         return
-    if isinstance(matrix, LowRank):
-        shape = (*matrix.outer.shape[:1], *matrix.inner.shape[1:])
-        fits = matrix.outer.shape[1:] == matrix.inner.shape[:1]
-    else:
-        shape, fits = tuple(matrix.shape), True
-    if not fits or shape != (rows, columns):
-        raise MismatchError(f"{what} is {tuple(shape)}; it has to be ({rows}, {columns}).")
+    shape = _shape(matrix)
+    if len(shape) != 2 or shape[0] not in rows or shape[1] not in columns:
+        factors = (matrix.outer, matrix.inner) if isinstance(matrix, LowRank) else (matrix,)
+        given = " times ".join(str(tuple(factor.shape)) for factor in factors)
+        fitting = ", ".join(_told(sizes) for sizes in (rows, columns))
+        raise MismatchError(f"{what} is {given}; it has to be ({fitting}).")
+
+
+def _told(sizes: range) -> str:
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

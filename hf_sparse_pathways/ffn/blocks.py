@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 
 
@@ -55,6 +56,14 @@ class FfnBlock:
     def leaves(self) -> tuple[nn.Module, ...]:
         """The incoming leaves and the outgoing one."""
         return (*self.incoming, self.outgoing)
+
+    def check_leaves(self, part: BlockPathway) -> None:
+        """Check that what a pathway changes of the incoming leaves fits them.
+
+        Raises:
+            MismatchError: It does not.
+        """
+        part.check_leaves(self.name, len(self.layout.incoming), fused=self.layout.fused)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.resumption import STORE_SECONDS, digest_plan
+from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.reading import parse_json
+from hf_sparse_pathways.tensor_files import check_header, open_tensors
 
 Groups = dict[str, dict[str, Tensor]]
 """Tensors by what they are (``parameters``, ``best``, ...) and by name."""
@@ -35,17 +37,29 @@ class Checkpoints:
         self._path = None if folder is None else Path(folder, name)
         self._stored = time.monotonic()
 
-    def load(self) -> tuple[dict[str, Any], Groups] | None:
-        """Return the record and the tensors that were stored last; None if nothing was."""
+    def load(self, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Any], Groups] | None:
+        """Return the record and the tensors that were stored last; None if nothing was.
+
+        Args:
+            parameters: What is trained; every group has tensors of these names and shapes.
+
+        Raises:
+            ArtefactError: What was stored is damaged, or of other parameters.
+        """
         if self._path is None or not self._path.is_file():
             return None
-        with safe_open(self._path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-        groups: Groups = {}
-        for name, tensor in load_file(self._path).items():
-            group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = tensor
-        return record, groups
+        try:
+            with open_tensors(self._path) as file:
+                record = parse_json(file.metadata.get("record", ""))
+                for named in _grouped(file.header).values():
+                    check_header(named, parameters)
+                return record, _grouped(file.read(file.header))
+        except ValueError as error:
+            raise self.damaged(str(error)) from error
+
+    def damaged(self, problem: str) -> ArtefactError:
+        """Return the error of a file that no run can go on from."""
+        return ArtefactError(f"{self._path} is damaged ({problem}). Delete it to begin anew.")
 
     def store(self, record: Mapping[str, Any], groups: Groups) -> None:
         """Store a record of JSON values, and tensors."""
@@ -66,3 +80,11 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether the last time was a while ago."""
         return self._path is not None and time.monotonic() - self._stored >= STORE_SECONDS
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> Groups:
+    groups: Groups = {}
+    for name, tensor in tensors.items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = tensor
+    return groups

@@ -28,6 +28,7 @@ from hf_sparse_pathways.healing.batches import TrainingText
 from hf_sparse_pathways.healing.checkpoints import Checkpoints, Groups
 from hf_sparse_pathways.healing.losses import Objective, count_scored
 from hf_sparse_pathways.healing.settings import HealingSettings
+from hf_sparse_pathways.reading import NUMBER, check_kinds
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -110,8 +111,25 @@ class _Record:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "_Record":
+        """Return a record from JSON values.
+
+        Raises:
+            TypeError: A value is of the wrong kind.
+            KeyError: One is missing.
+        """
         curve = [CurvePoint(**point) for point in data["curve"]]
-        return cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
+        record = cls(**{**data, "curve": curve, "forked": Position(**data["forked"])})
+        for place in map(vars, (record, record.forked, *curve)):
+            check_kinds(place, ("step", "tokens"), int)
+            check_kinds(place, ("seconds",), *NUMBER)
+        for point in map(vars, curve):
+            check_kinds(point, ("validation",), *NUMBER)
+            check_kinds(point, ("training",), *NUMBER, None)
+        check_kinds(vars(record), ("steps",), int)
+        check_kinds(vars(record), ("loss",), *NUMBER)
+        if not curve or min(record.step, record.tokens, record.steps) < 0:
+            raise TypeError("no curve, or a negative number")
+        return record
 
 
 def train(
@@ -274,17 +292,28 @@ class _Run:
 
     @torch.no_grad()
     def resume(self) -> None:
-        """Go on from what was stored, if anything was."""
-        stored = self.checkpoints.load()
+        """Go on from what was stored, if anything was.
+
+        Raises:
+            ArtefactError: It is damaged; then nothing has changed.
+        """
+        stored = self.checkpoints.load(self.parameters)
         if stored is None:
             return
         record, groups = stored
-        self.record = _Record.of(record)
+        try:
+            self.record = _Record.of(record)
+        except (KeyError, TypeError) as error:
+            raise self.checkpoints.damaged(f"its record lacks or misuses {error}") from error
+        begun = self.record.step > self.stage.start.step
+        missing = {"parameters", "best", *(_MOMENTS if begun else ())} - groups.keys()
+        if missing:
+            raise self.checkpoints.damaged(f"it has no {min(missing)}")
         state = self.optimizer.optimizer.state
         restore(self.model, groups["parameters"])
         for name, parameter in self.parameters.items():
             self.best[name] = groups["best"][name].to(parameter.device)
-            if self.record.step > self.stage.start.step:
+            if begun:
                 moments = {m: groups[m][name].to(parameter.device) for m in _MOMENTS}
                 taken = float(self.record.step - self.stage.start.step)
                 state[parameter] = {"step": torch.tensor(taken), **moments}

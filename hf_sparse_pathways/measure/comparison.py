@@ -28,7 +28,7 @@ from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import resolve_length
-from hf_sparse_pathways.errors import TextError, UnknownNameError
+from hf_sparse_pathways.errors import ArtefactError, TextError, UnknownNameError
 from hf_sparse_pathways.files import code_digest, read_json, write_atomically
 from hf_sparse_pathways.measure.arms import (
     DENSE,
@@ -222,19 +222,36 @@ def _groups(methods: Sequence[str]) -> list[list[str]]:
 def _stored_sparsities(work: Path | None) -> set[float]:
     """Return the sparsities of all steps in a work folder, whatever comparison they are of."""
     paths = [] if work is None else work.glob("*.json")
-    return {row["sparsity"] for path in paths for row in read_json(path).get("rows", ())}
+    found = [_read_rows(path)[1] for path in paths if "rows" in read_json(path)]
+    return {row.sparsity for rows in found for row in rows}
 
 
 def _stored_rows(path: Path) -> list[ComparisonRow]:
     """Read a finished step; say so if other code than this has measured it."""
-    record = read_json(path)
-    if record.get("code") != code_digest():
+    code, rows = _read_rows(path)
+    if code != code_digest():
         logger.warning(
             "%s was measured by other code of version %s. Delete it to measure it again.",
             path,
             __version__,
         )
-    return [ComparisonRow.from_dict(row) for row in record["rows"]]
+    return rows
+
+
+def _read_rows(path: Path) -> tuple[Any, list[ComparisonRow]]:
+    """Return which code measured a finished step, and what.
+
+    Raises:
+        ArtefactError: The file is damaged.
+    """
+    record = read_json(path)
+    try:
+        rows = [ComparisonRow.from_dict(row) for row in record["rows"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtefactError(
+            f"{path} is damaged ({error!r:.200}). Delete it to measure it again."
+        ) from error
+    return record.get("code"), rows
 
 
 def _is_by_this_code(folder: Path) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_sparse_pathways.display import markdown_cell
+
 
 def quantile(values: Sequence[float], fraction: float) -> float:
     """Return a quantile by linear interpolation."""
@@ -19,9 +21,12 @@ def format_figure(value: float) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Render a Markdown table with the first column on the left and figures on the right."""
+    """Render a Markdown table with the first column on the left and figures on the right.
+
+    Names in the rows may be those of a saved file, so that nothing in a cell ends it.
+    """
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines.extend("| " + " | ".join(row) + " |" for row in rows)
+    lines.extend("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
     return "\n".join(lines)
 
 

@@ -5,10 +5,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.limits import MOST_ROWS
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.pathways.description import check_names
+from hf_sparse_pathways.reading import NUMBER, check_kinds
 
 FEW = 5
 """Documents below which an interval over resampled documents is hardly one."""
+
+_FIGURES = (
+    "perplexity",
+    "ratio",
+    "bits_per_byte",
+    "divergence",
+    "agreement",
+    "cosine",
+    "flops",
+)
 
 _IN_MATRIX = ("pathway", "other", "pooled")
 
@@ -58,7 +71,17 @@ class QualityRow:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return a row from JSON values."""
+        """Return a row from JSON values.
+
+        Raises:
+            ArtefactError: A name has control characters or markup.
+            KeyError: A value is missing.
+            TypeError: One is of the wrong kind.
+        """
+        check_kinds(data, ("tokens", "documents", "excluded"), int)
+        check_kinds(data, _FIGURES, *NUMBER)
+        named = [data["pathway"], data.get("set")]
+        check_names([data["domain"], data["role"], *(name for name in named if name is not None)])
         interval = data["interval"]
         return cls(
             **{
@@ -112,6 +135,14 @@ class QualitySettings:
     dtype: str
     adapters: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return settings from JSON values; for errors see ``QualityRow.from_dict``."""
+        check_kinds(data, ("max_tokens", "max_length", "batch_size", "seed"), int)
+        versions = data["versions"]
+        check_names([data["seen"], data["dtype"], *data["adapters"], *versions, *versions.values()])
+        return cls(**{**data, "adapters": tuple(data["adapters"])})
 
     def __str__(self) -> str:
         done = {"exclude": "excluded", "include": "included", "refuse": "refused"}
@@ -236,12 +267,15 @@ class QualityReport:
         try:
             settings = data["settings"]
             if settings is not None:
-                settings = QualitySettings(**{**settings, "adapters": tuple(settings["adapters"])})
+                settings = QualitySettings.from_dict(settings)
+            if len(data["rows"]) > MOST_ROWS:
+                raise TypeError(f"it has more than {MOST_ROWS} rows")
+            check_kinds(data, ("base",), str)
             rows = tuple(QualityRow.from_dict(row) for row in data["rows"])
             report = cls(base=data["base"], rows=rows, settings=settings)
             report.to_markdown()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ArtefactError(f"This is no report of an evaluation: {error!r}.") from error
+            raise ArtefactError(f"This is no report of an evaluation: {error!r:.500}.") from error
         return report
 
     def to_markdown(self) -> str:

@@ -13,6 +13,7 @@ from hf_sparse_pathways.measure.analysis import FORMAT
 from hf_sparse_pathways.measure.correlation import Correlation, correlate
 from hf_sparse_pathways.measure.figures import Section
 from hf_sparse_pathways.measure.specialisation import NORMALISED, PAPER, Criterion
+from hf_sparse_pathways.reading import NUMBER, check_kinds
 
 ANALYSIS_NAME = "analysis.json"
 
@@ -62,7 +63,14 @@ class ComparedModel:
             raise ArtefactError(f"{folder} is an analysis of one domain: nothing can be compared.")
         try:
             return cls.from_dict(values)
-        except (KeyError, TypeError, IndexError, StopIteration) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            StopIteration,
+        ) as error:
             raise ArtefactError(
                 f"{folder / ANALYSIS_NAME} was not written by sparse-pathways analyze, or is "
                 f"damaged ({type(error).__name__}: {error}). Analyse the model again."
@@ -73,6 +81,15 @@ class ComparedModel:
         """Pick what is compared from the JSON form of an ``Analysis``."""
         pool = next(p for p in values["skippable"] if p["pool"] == "model")
         shuffled = values["shuffled"]
+        check_kinds(values, ("base", "summary"), str)
+        check_kinds(values["size"], ("parameters",), int)
+        check_kinds(values["size"], ("ffn_share",), *NUMBER)
+        check_kinds(values["specialisation"], ("mean_excess",), *NUMBER)
+        check_kinds(values["tokens"], values["tokens"], int)
+        first = {domain: blocks[0] for domain, blocks in pool["per_block"].items()}
+        check_kinds(first, values["tokens"], *NUMBER)
+        if values["size"]["parameters"] < 1 or not values["tokens"]:
+            raise ValueError("a model without parameters or text")
         return cls(
             name=values["base"],
             summary=values["summary"],
@@ -83,7 +100,7 @@ class ComparedModel:
             normalised=_overall(values["specialisation"], NORMALISED),
             mean_excess=values["specialisation"]["mean_excess"],
             chance=None if shuffled is None else _overall(shuffled, PAPER),
-            first_block={domain: blocks[0] for domain, blocks in pool["per_block"].items()},
+            first_block=first,
         )
 
     @property

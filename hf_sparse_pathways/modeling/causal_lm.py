@@ -30,6 +30,7 @@ from hf_sparse_pathways.modeling.structure import (
 )
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.tokens import check_token
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -127,6 +128,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             return super().from_pretrained(
                 pretrained_model_name_or_path, *args, config=config, **kwargs
             )
+        check_token(kwargs.get("token"))
         if config is None:
             names = (*HUB_ARGUMENTS, "gguf_file")
             chosen = {name: kwargs[name] for name in names if kwargs.get(name) is not None}

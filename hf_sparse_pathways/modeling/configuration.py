@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
 
@@ -89,21 +90,10 @@ class SparsePathwaysConfig(PreTrainedConfig):
         if cls is not SparsePathwaysConfig:
             return super().from_dict(config_dict, **kwargs)
         weights_of = base_of(config_dict)
-        fields = _base_fields(*weights_of) if weights_of else dict(config_dict)
-        entry_type = fields.pop("model_type", None)
-        fields.pop("auto_map", None)
-        base_type = fields.pop("base_model_type", None if weights_of is None else entry_type)
-        if base_type not in CONFIG_MAPPING:
-            raise ArtefactError(
-                f"config.json names the base architecture {base_type!r}, which this version of "
-                "Transformers does not have. Upgrade transformers."
-            )
-        version = fields.setdefault("pathways_format", FORMAT_VERSION if weights_of else None)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"config.json has pathways_format {version!r}; this version of "
-                f"hf-sparse-pathways reads up to {FORMAT_VERSION}. Upgrade hf-sparse-pathways."
-            )
+        fields = dict(config_dict) if weights_of is None else _base_fields(*weights_of)
+        base_type = _check_saved(fields)
+        for name in ("model_type", "base_model_type", "auto_map"):
+            fields.pop(name, None)
         made = config_class_for(CONFIG_MAPPING[base_type])
         return made.from_dict(fields, weights_of=weights_of, **kwargs)
 
@@ -130,7 +120,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """Read a saved dictionary, with the base's model type in place of the entry's."""
         fields, rest = super().get_config_dict(*args, **kwargs)
         if fields.get("model_type") == MODEL_TYPE and cls is not SparsePathwaysConfig:
-            fields = {**fields, "model_type": fields["base_model_type"]}
+            fields = {**fields, "model_type": _check_saved(fields)}
         return fields, rest
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -194,6 +184,41 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[SparsePathwaysConfig]
     return _CLASSES[base]
 
 
+def _check_saved(fields: dict[str, Any]) -> str:
+    """Check our fields of a saved configuration; return the base's model type.
+
+    Raises:
+        ArtefactError: One is of the wrong kind, of a newer format, or of an unknown base.
+        UnknownNameError: There is no such executor.
+    """
+    base_type, version = fields.get("base_model_type"), fields.get("pathways_format")
+    known = isinstance(base_type, str) and base_type in CONFIG_MAPPING
+    if not known or base_type == MODEL_TYPE:
+        raise ArtefactError(
+            f"config.json names the base architecture {base_type!r}, which this version of "
+            "Transformers does not have. Upgrade transformers."
+        )
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ArtefactError(
+            f"config.json has pathways_format {version!r}; this version of "
+            f"hf-sparse-pathways reads up to {FORMAT_VERSION}. Upgrade hf-sparse-pathways."
+        )
+    domains = fields.get("domains")
+    if not isinstance(domains, list | None) or not all(map(_is_word, domains or ())):
+        raise ArtefactError(f"config.json has domains {domains!r:.200}, which is no list of names.")
+    for name in ("default_domain", "neuron_order"):
+        value = fields.get(name)
+        if not (value is None or _is_word(value)):
+            raise ArtefactError(f"config.json has {name} {value!r:.200}, which is no name.")
+    executor = fields.get("executor", "auto")
+    check_executor(executor if isinstance(executor, str) else repr(executor))
+    return str(base_type)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
 def _base_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
     if isinstance(config, SparsePathwaysConfig):
         return type(config).__bases__[1]
@@ -222,7 +247,8 @@ def _base_fields(name: str, revision: str | None) -> dict[str, Any]:
         ) from error
     if not fields or base_of(fields) is not None:
         raise ArtefactError(f"These pathways were made for {name!r}, which has no weights.")
-    return fields
+    base_type = fields.get("model_type")
+    return {"base_model_type": base_type, "pathways_format": FORMAT_VERSION, **fields}
 
 
 def _new_config(base: type[PreTrainedConfig]) -> SparsePathwaysConfig:

@@ -108,6 +108,8 @@ class Loading:
         _check_supported(config)
         attached = model._attachment.blocks
         parts = self._chosen[self.domain].blocks
+        for one, part in zip(attached, parts, strict=True):
+            one.block.check_leaves(part)
         model._attachment.detach()
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, parts, strict=True)

@@ -1,8 +1,9 @@
 """Compile the kernel with the system's C compiler, keep it, and load it.
 
-The library lies in ``HF_HOME``, under a name that stands for source, command and processor; another
-machine that shares the folder compiles its own. Nothing happens on import, and where there is no
-compiler callers get the reason.
+The library lies in ``HF_HOME``, under a name that stands for source, command, processor and user;
+another machine or user that shares the folder compiles its own. Since it is code, it is loaded only
+if nobody else can have written it, and from a copy that nobody else can write. Nothing happens on
+import, and where there is no compiler callers get the reason.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
+from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.reading import open_regular
 
 _SOURCE = Path(__file__).with_name("linear.c")
 
@@ -95,9 +99,12 @@ def _load(compiler: Sequence[str], flags: Sequence[str]) -> ctypes.CDLL:
         subprocess.SubprocessError: The compiler failed.
     """
     kept = Path(HF_HOME, "hf_sparse_pathways", f"linear-{_digest([*compiler, *flags])}.so")
-    if _is_whole(kept):
-        return ctypes.CDLL(str(kept))
+    content = _read_kept(kept)
     with tempfile.TemporaryDirectory() as folder:
+        if content is not None:
+            place = Path(folder, "linear.so")
+            place.write_bytes(content)
+            return ctypes.CDLL(str(place))
         library = ctypes.CDLL(str(_compile(compiler, flags, Path(folder))))
         _keep(Path(library._name), kept)
     return library
@@ -118,18 +125,40 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Pat
 def _keep(library: Path, kept: Path) -> None:
     """Copy a library into the cache; a folder that cannot be written costs a second each time."""
     content = library.read_bytes()
+    digest = hashlib.sha256(content).hexdigest().encode()
     with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, content)
-        write_atomically(_sum_of(kept), hashlib.sha256(content).hexdigest().encode())
+        write_atomically(kept, content, private=True)
+        write_atomically(_sum_of(kept), digest, private=True)
 
 
-def _is_whole(kept: Path) -> bool:
-    """Whether a library is in the cache as it was written: a part of one would end the process."""
+def _read_kept(kept: Path) -> bytes | None:
+    """Return a library from the cache as it was written: a part of one would end the process.
+
+    None if there is none, or another user can have written it: it would run in this one's name.
+    """
     try:
-        return hashlib.sha256(kept.read_bytes()).hexdigest() == _sum_of(kept).read_text()
-    except (OSError, UnicodeDecodeError):
-        return False
+        content, digest = _read_own(kept), _read_own(_sum_of(kept))
+    except (OSError, ArtefactError):
+        return None
+    return content if hashlib.sha256(content).hexdigest().encode() == digest else None
+
+
+def _read_own(path: Path) -> bytes:
+    """Read a file of this user's that no other may write.
+
+    Raises:
+        OSError: It cannot be read.
+        ArtefactError: It is none.
+    """
+    with open_regular(path) as file:
+        found = os.fstat(file.fileno())
+        if found.st_uid != _user() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ArtefactError(f"{path} can have been written by another user.")
+        return file.read()
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def _sum_of(kept: Path) -> Path:
@@ -140,7 +169,8 @@ def _digest(command: Sequence[str]) -> str:
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.is_file() else [platform.processor()]
     features = sorted({line for line in lines if line.lower().startswith(("flags", "features"))})
-    decisive = [_SOURCE.read_text(), *command, platform.machine(), *(features or lines)]
+    machine = [platform.machine(), *(features or lines), str(_user())]
+    decisive = [_SOURCE.read_text(), *command, *machine]
     return hashlib.sha256("\0".join(decisive).encode()).hexdigest()[:20]
 
 

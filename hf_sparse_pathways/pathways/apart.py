@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
+from hf_sparse_pathways.limits import MOST_DOMAINS
 from hf_sparse_pathways.pathways.pathway import check_domain_name
 
 FIELD = "apart"
@@ -44,6 +45,8 @@ def list_apart(meta: Mapping[str, Any]) -> dict[str, str]:
     entries = meta.get(FIELD, {})
     if not isinstance(entries, dict):
         raise ArtefactError(f"The list of domains apart is a {type(entries).__name__}.")
+    if len(entries) > MOST_DOMAINS:
+        raise ArtefactError(f"{len(entries)} domains lie apart; at most {MOST_DOMAINS} may.")
     for name, folder in entries.items():
         try:
             check_domain_name(name)

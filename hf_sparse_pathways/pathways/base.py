@@ -129,7 +129,7 @@ class BaseModel:
     def _order(self) -> str:
         if self.neuron_order is None:
             return "their original order"
-        return f"the permuted order {self.neuron_order[:8]}"
+        return f"the permuted order {str(self.neuron_order)[:8]}"
 
     def check_same(self, other: Self) -> None:
         """Check that another model has the same FFN blocks; names of the models may differ.

@@ -6,13 +6,14 @@ own message: trust that module, or install what it imports. Beside pathways with
 configuration names their base, so that they load by their own name.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import as_json, write_atomically
+from hf_sparse_pathways.limits import MOST_JSON_BYTES, MOST_NAME, MOST_PATH
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.reading import parse_json, read_bytes
 
 CONFIG_NAME = "config.json"
 MODEL_TYPE = "sparse_pathways"
@@ -41,7 +42,7 @@ def adapter_files(base: BaseModel) -> dict[str, bytes]:
 def write_adapter_files(base: BaseModel, folder: Path) -> None:
     """Write them, unless the folder has a configuration with its own weights."""
     path = folder / CONFIG_NAME
-    if not path.exists() or is_adapter(path.read_bytes()):
+    if not path.exists() or is_adapter(read_bytes(path, MOST_JSON_BYTES)):
         for name, content in adapter_files(base).items():
             write_atomically(folder / name, content)
 
@@ -49,8 +50,8 @@ def write_adapter_files(base: BaseModel, folder: Path) -> None:
 def is_adapter(config: bytes) -> bool:
     """Whether a configuration only stands for a base's."""
     try:
-        fields = json.loads(config)
-    except (ValueError, RecursionError):
+        fields = parse_json(config)
+    except ValueError:
         return False
     return isinstance(fields, dict) and BASE in fields
 
@@ -64,8 +65,12 @@ def base_of(fields: dict[str, Any]) -> tuple[str, str | None] | None:
     if BASE not in fields:
         return None
     of = fields[BASE]
-    name = of.get("name") if isinstance(of, dict) else None
-    revision = of.get("revision") if isinstance(of, dict) else None
-    if not name or not isinstance(name, str) or not isinstance(revision, str | None):
-        raise ArtefactError(f"{CONFIG_NAME}: {BASE} has to name a base model, got {of!r}.")
-    return name, revision
+    given = of if isinstance(of, dict) else {}
+    name, revision = given.get("name"), given.get("revision")
+    if not _is_text(name, MOST_PATH) or not (revision is None or _is_text(revision, MOST_NAME)):
+        raise ArtefactError(f"{CONFIG_NAME}: {BASE} has to name a base model, got {of!r:.200}.")
+    return str(name), revision
+
+
+def _is_text(value: Any, most: int) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= most and value.isprintable()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
-from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.entry import write_adapter_files
 from hf_sparse_pathways.shares import format_share
 
@@ -260,7 +260,16 @@ def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
             f"{len(base.blocks)} FFN blocks. Give one mask per block, in layer order."
         )
     for block, shape in zip(pathway.blocks, base.blocks, strict=True):
-        try:
-            block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out, shape.branches)
-        except MismatchError as error:
-            raise MismatchError(f"Domain {name!r}: {error}") from error
+        check_block(name, block, shape)
+
+
+def check_block(name: str, block: BlockPathway, shape: BlockShape) -> None:
+    """Check that what a domain's pathway keeps of a block fits it; see ``BlockPathway.check``.
+
+    Raises:
+        MismatchError: It does not; the message names the domain and the block.
+    """
+    try:
+        block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out, shape.branches)
+    except MismatchError as error:
+        raise MismatchError(f"Domain {name!r}: {error}") from error

@@ -7,30 +7,36 @@ that a pathway holds (its keep masks, and compensation) are listed by name.
 """
 
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import (
     ArtefactError,
     MismatchError,
     PathwaysError,
     UnknownNameError,
 )
-from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
-from hf_sparse_pathways.files import check_finite, read_json, read_pair, write_pair
+from hf_sparse_pathways.files import read_json, read_pair, write_pair
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
-from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+from hf_sparse_pathways.pathways.description import base_from_json, base_to_json
+from hf_sparse_pathways.pathways.parts import (
+    choose_tensors,
+    held_parts,
+    name_tensors,
+    restore_pathways,
+)
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.revision import commit_of
+from hf_sparse_pathways.tokens import check_token, hide_tokens
 from hf_sparse_pathways.version import __version__
 
 FORMAT_VERSION = 1
@@ -57,24 +63,21 @@ def write_pathways(pathways: Pathways, folder: Path, *, apart: bool = False) -> 
 
 def write_rest(pathways: Pathways, folder: Path, places: Mapping[str, str]) -> None:
     """Write the two files, with a list of the domains that lie apart."""
+    groups = {"domains": pathways.by_domain, "controls": pathways.controls}
     tensors: dict[str, Tensor] = {}
-    for prefix, group in (("", pathways.by_domain), ("c", pathways.controls)):
-        for index, pathway in enumerate(group.values()):
-            for position, block in enumerate(pathway.blocks):
-                for name, tensor in block.parts().items():
-                    tensors[f"{prefix}{index}.{position}.{name}"] = tensor
+    for group, named in groups.items():
+        tensors |= name_tensors(group, named)
     meta = {
         "format": FORMAT_VERSION,
         "written_by": f"hf-sparse-pathways {__version__}",
         "base": base_to_json(pathways.base),
-        "domains": _described(pathways.by_domain),
-        "controls": _described(pathways.controls),
+        **{group: _described(named) for group, named in groups.items()},
         **({FIELD: dict(places)} if places else {}),
     }
     before = _listed_before(folder)
     write_pair(folder / JSON_NAME, meta, tensors)
     for place in before - {*places.values()}:
-        shutil.rmtree(folder / place, ignore_errors=True)
+        _delete_pair(folder / place)
 
 
 def _listed_before(folder: Path) -> set[str]:
@@ -83,6 +86,19 @@ def _listed_before(folder: Path) -> set[str]:
         return {*list_apart(read_json(folder / JSON_NAME)).values()}
     except ArtefactError:
         return set()
+
+
+def _delete_pair(folder: Path) -> None:
+    """Delete a folder of two files; nothing else in it, nor behind a link in place of a folder.
+
+    Whoever wrote the earlier description may have written anything into it.
+    """
+    if folder.is_symlink() or folder.parent.is_symlink():
+        return
+    with suppress(OSError):
+        for name in (JSON_NAME, TENSORS_NAME):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def read_pathways(
@@ -155,26 +171,23 @@ def _read_pair(
 ) -> Any:
     """Read the domains of two files, or one of them."""
     files = locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub)
-    wanted = None if only is None else partial(_belongs, only)
     try:
-        meta, tensors = read_pair(*files, FORMAT_VERSION, wanted)
-        base = base_from_json(meta["base"])
-        if only is not None:
-            check_entries(meta["domains"])
+        meta, tensors = read_pair(*files, FORMAT_VERSION, partial(choose_tensors, only))
+        by_domain = restore_pathways("domains", meta, tensors, only)
+        if only not in (None, *by_domain):
             names = [entry["name"] for entry in meta["domains"]]
-            if only not in names:
-                raise UnknownNameError("domain", only, [*names, *places])
-        return cls(
-            base=base,
-            by_domain=_restored(meta["domains"], "", base, tensors, only),
-            controls={} if only else _restored(meta["controls"], "c", base, tensors),
-        )
-    except (ArtefactError, MismatchError, UnknownNameError):
+            raise UnknownNameError("domain", only, [*names, *places])
+        controls = {} if only else restore_pathways("controls", meta, tensors, None)
+        return cls(base=base_from_json(meta["base"]), by_domain=by_domain, controls=controls)
+    except UnknownNameError:
         raise
+    except MismatchError as error:
+        raise MismatchError(f"Pathways in {source}: {plain(str(error))}") from error
     except PathwaysError as error:
-        raise ArtefactError(f"{JSON_NAME} in {source}: {error}") from error
+        raise ArtefactError(f"Pathways in {source}: {plain(str(error))}") from error
     except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {error}.") from error
+        told = plain(str(error))
+        raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {told}.") from error
 
 
 def pathway_files(source: str | PathLike[str]) -> list[Path]:
@@ -189,13 +202,6 @@ def pathway_files(source: str | PathLike[str]) -> list[Path]:
         for place in ("", *places.values())
         for name in (JSON_NAME, TENSORS_NAME)
     ]
-
-
-def _belongs(domain: str, meta: dict[str, Any], tensor: str) -> bool:
-    """Whether a tensor belongs to a domain's pathway."""
-    index = tensor.partition(".")[0]
-    entries = meta["domains"]
-    return index.isdigit() and int(index) < len(entries) and entries[int(index)]["name"] == domain
 
 
 def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
@@ -215,116 +221,17 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
         return local
     if Path(source).is_absolute() or len(Path(source).parts) > 2 or str(source).startswith("."):
         raise ArtefactError(f"There is no folder {str(source)!r}. Check the path.")
+    check_token(hub.get("token"))
     try:
         found = cached_file(str(source), name, **hub)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, UnicodeError) as error:
+        first = hide_tokens((str(error).strip() or type(error).__name__).splitlines()[0])
         raise ArtefactError(f"No {name} in {str(source)!r}: {first}") from error
     return Path(str(found))
 
 
-def base_to_json(base: BaseModel) -> dict[str, Any]:
-    """Return a base's identity as JSON values."""
-    data = asdict(base)
-    if base.neuron_order is None:
-        del data["neuron_order"]
-    return data
-
-
-def base_from_json(data: dict[str, Any]) -> BaseModel:
-    """Return a base's identity from JSON values.
-
-    Raises:
-        ArtefactError: A value is missing, unknown, or of the wrong kind.
-    """
-    try:
-        blocks = tuple(_block_shape(block) for block in data["blocks"])
-        texts = [data["name"], data["model_type"], data["revision"] or "", *data["routed"]]
-        if not blocks or not isinstance(data["routed"], list) or not _all_text(texts):
-            raise TypeError("a value of the wrong kind")
-        if not all(isinstance(data.get(name), str | None) for name in ("revision", "neuron_order")):
-            raise TypeError("a revision or an order that is no text")
-        return BaseModel(**{**data, "blocks": blocks, "routed": tuple(data["routed"])})
-    except (KeyError, TypeError) as error:
-        raise ArtefactError(f"The base's description does not fit: {error}.") from error
-
-
-def _all_text(values: list[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def check_entries(entries: Any) -> None:
-    """Check the description of a list of domains or controls.
-
-    Raises:
-        ArtefactError: They are no list, or a name is no string, or a provenance no object.
-    """
-    fits = isinstance(entries, list) and all(
-        isinstance(entry["name"], str) and isinstance(entry["provenance"], dict)
-        for entry in entries
-    )
-    if not fits:
-        raise ArtefactError("The list of domains or controls holds a value of the wrong kind.")
-
-
-def _block_shape(data: dict[str, Any]) -> BlockShape:
-    widths = [data[field.name] for field in fields(BlockShape) if field.name != "name"]
-    possible = all(type(width) is int and 0 < width < 2**31 for width in widths)
-    if not possible or not isinstance(data["name"], str):
-        raise ArtefactError(f"An FFN block has impossible widths: {data}.")
-    return BlockShape(**data)
-
-
 def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "provenance": dict(pathway.provenance), "holds": _held(pathway)}
+        {"name": name, "provenance": dict(pathway.provenance), "holds": held_parts(pathway)}
         for name, pathway in group.items()
     ]
-
-
-def _held(pathway: Pathway) -> list[str]:
-    """Return the names of the parts that any of a pathway's blocks holds."""
-    held = {name for block in pathway.blocks for name in block.parts()}
-    return [name for name in PARTS if name in held]
-
-
-def _restored(
-    described: list[dict[str, Any]],
-    prefix: str,
-    base: BaseModel,
-    tensors: dict[str, Tensor],
-    only: str | None = None,
-) -> dict[str, Pathway]:
-    check_entries(described)
-    restored: dict[str, Pathway] = {}
-    for index, entry in enumerate(described):
-        name = str(entry["name"])
-        if only not in (None, name):
-            continue
-        holds = entry["holds"]
-        known = isinstance(holds, list) and set(map(str, holds)) <= set(PARTS)
-        if name in restored or not known or "keep" not in holds:
-            raise ArtefactError(
-                f"{JSON_NAME}: domain {name!r} stands twice, or holds {holds}, of which this "
-                f"version reads only {list(PARTS)}. Upgrade hf-sparse-pathways."
-            )
-        blocks = tuple(
-            _block(tensors, f"{prefix}{index}.{position}", holds)
-            for position in range(len(base.blocks))
-        )
-        restored[name] = Pathway(blocks=blocks, provenance=entry["provenance"])
-        if sorted(_held(restored[name])) != sorted(holds):
-            raise ArtefactError(f"{TENSORS_NAME} lacks parts of {name!r}, which holds {holds}.")
-    return restored
-
-
-def _block(tensors: dict[str, Tensor], prefix: str, holds: list[str]) -> BlockPathway:
-    """Build one block's pathway; parts other than the mask may be missing from single blocks."""
-    parts = {part: tensors[f"{prefix}.{part}"] for part in holds if f"{prefix}.{part}" in tensors}
-    if "keep" not in parts or parts["keep"].dtype != torch.bool:
-        raise ArtefactError(f"{TENSORS_NAME} has no bool tensor '{prefix}.keep': it is corrupt.")
-    for part, tensor in parts.items():
-        if part != "keep" and not tensor.is_floating_point():
-            raise ArtefactError(f"{TENSORS_NAME}: '{prefix}.{part}' is {tensor.dtype}.")
-        check_finite(f"{TENSORS_NAME}: '{prefix}.{part}'", tensor)
-    return BlockPathway.from_parts(parts)

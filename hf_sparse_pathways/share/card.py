@@ -26,6 +26,7 @@ CARD_NAME = "README.md"
 _MARK = "<!-- written by hf-sparse-pathways"
 _START, _END = "<!-- domains -->", "<!-- /domains -->"
 _TAGS = re.compile(r"^tags:\n(- .*\n)+", re.MULTILINE)
+_NOT_WORDS = re.compile(r"[^\w ,:+%=()-]+")
 _HEADER = ["domain", "neurons removed", "per block", "FFN FLOPs", "made by", "calibrated on"]
 
 
@@ -121,7 +122,8 @@ def change_rows(
     if not (is_own_card(text) and start and end):
         return text
     lines = [line for line in table.splitlines() if line.startswith("|")][2:]
-    rows = {cells[0]: cells for cells in ([c.strip() for c in ln.split("|")[1:-1]] for ln in lines)}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {row[0]: row for row in cells if row}
     known = set(rows)
     rows.pop(gone or "", None)
     if renamed is not None:
@@ -133,11 +135,20 @@ def change_rows(
 
 
 def _change_tags(text: str, known: set[str], names: Sequence[str]) -> str:
-    """Put other domains in place of those that are known into a card's list of tags."""
+    """Put other domains in place of those that are known into a card's list of tags.
+
+    A list that somebody has written otherwise stays as it is.
+    """
     found = _TAGS.search(text)
     if found is None:
         return text
-    tags = [tag for tag in yaml.safe_load(found[0])["tags"] if tag not in known]
+    try:
+        listed = yaml.safe_load(found[0])["tags"]
+    except yaml.YAMLError:
+        return text
+    if not all(isinstance(tag, str) for tag in listed):
+        return text
+    tags = [tag for tag in listed if tag not in known]
     written = yaml.safe_dump({"tags": [*tags, *names]}, allow_unicode=True, sort_keys=False)
     return f"{text[: found.start()]}{written}{text[found.end() :]}"
 
@@ -169,8 +180,8 @@ def _row(pathways: Pathways, name: str) -> list[str]:
 
 
 def _cell(parts: Sequence[str]) -> str:
-    """Join what an artefact says of itself, so that it stays within its cell."""
-    return " ".join(", ".join(parts).split()).replace("|", "/")[:80] or "unknown"
+    """Join what an artefact says of itself, as words: no markup, no address."""
+    return _NOT_WORDS.sub(" ", ", ".join(parts)).strip()[:80] or "unknown"
 
 
 def _results(evaluation: QualityReport) -> list[EvalResult]:

@@ -16,12 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.files import as_json, read_json
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
+from hf_sparse_pathways.pathways.description import base_from_json, check_entries
 from hf_sparse_pathways.pathways.pathway import Pathways, check_domain_name
 from hf_sparse_pathways.pathways.storage import (
     JSON_NAME,
     TENSORS_NAME,
-    base_from_json,
-    check_entries,
     read_together,
     write_pathways,
 )

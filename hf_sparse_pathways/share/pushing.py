@@ -12,10 +12,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
+from hf_sparse_pathways.limits import MOST_TEXT_BYTES
 from hf_sparse_pathways.pathways.apart import PARENT
 from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
+from hf_sparse_pathways.reading import read_bytes
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
 from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
 
@@ -154,7 +156,8 @@ def _may_write_card(
 ) -> bool:
     """Whether no card is there, or one that this package wrote."""
     if CARD_NAME in others:
-        return is_own_card(others[CARD_NAME].read_text(encoding="utf-8", errors="replace"))
+        text = read_bytes(others[CARD_NAME], MOST_TEXT_BYTES)
+        return is_own_card(text.decode(errors="replace"))
     return CARD_NAME not in present or _is_own(repo_id, push)
 
 
@@ -173,10 +176,28 @@ def _is_weights(path: str) -> bool:
 
 
 def _list_files(root: Path, *, of_pathways: bool = False) -> dict[str, Path]:
-    """Return path in the repository -> file, hidden ones left out."""
+    """Return path in the repository -> file, hidden ones left out.
+
+    Raises:
+        ArtefactError: A link leads to a file elsewhere, which nobody may have meant to publish.
+    """
     files = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.is_file()}
-    return {
+    listed = {
         path: file
         for path, file in sorted(files.items())
         if _is_of_pathways(path) == of_pathways and not path.startswith(".") and "/." not in path
     }
+    own = [root.resolve(), *_blobs(root)]
+    for path, file in listed.items():
+        if not any(file.resolve().is_relative_to(folder) for folder in own):
+            raise ArtefactError(
+                f"{path} in {root} is a link to a file outside of the folder. Put a copy there to "
+                "push it, or delete the link."
+            )
+    return listed
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Return where the files of a snapshot in the Hub's cache lie, to which it has links."""
+    folder = root.resolve()
+    return [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []

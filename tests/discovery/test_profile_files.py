@@ -25,6 +25,7 @@ from tests.pathways.corruption import (
     set_field,
     taken,
 )
+from tests.pathways.hostile import JSON
 from tests.texts import documents, tiny_tokenizer
 
 
@@ -114,6 +115,72 @@ TENSOR_CHANGES = {
 def test_wrong_tensors_are_refused(path, change):
     change_tensors(path, TENSOR_CHANGES[change])
     _assert_refused(path)
+
+
+HOSTILE = [
+    name for name in JSON if not name.startswith(("domain", "control", "a control", "holds"))
+]
+HOSTILE = [name for name in HOSTILE if not name.startswith(("many apart", "text", "healing"))]
+
+
+@pytest.mark.parametrize("damage", HOSTILE)
+def test_a_hostile_description_is_refused(path, damage):
+    JSON[damage](path)
+    _assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    "text", [{"digests": 5}, {"digests": [5]}, {"tokens": "x"}, {"tokens": True}, {"source": []}]
+)
+def test_a_hostile_provenance_is_refused(path, text):
+    set_field(path, ("domains", 0, "provenance"), text)
+    _assert_refused(path)
+
+
+WINDOWS = {
+    "longer than the ids": {"lengths": [2, 2]},
+    "shorter than the ids": {"lengths": [1]},
+    "negative": {"lengths": [4, -1]},
+    "empty": {"lengths": [3, 0]},
+    "negative ids": {"ids": [1, 2, -3]},
+    "long integers": {"ids": torch.tensor([1, 2, 3])},
+    "a matrix": {"ids": torch.ones(3, 1, dtype=torch.int32)},
+    "a scalar": {"ids": torch.tensor(3, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_that_are_none_are_refused(path, kind):
+    parts = {"ids": [1, 2, 3], "lengths": [3], **WINDOWS[kind]}
+    parts = {name: torch.as_tensor(value) for name, value in parts.items()}
+    if "long" not in kind:
+        parts = {name: tensor.int() for name, tensor in parts.items()}
+
+    def change(tensors):
+        return {**tensors, **{f"0.windows.{name}": value for name, value in parts.items()}}
+
+    change_tensors(path, change)
+    _assert_refused(path)
+
+
+def test_tensors_that_nothing_describes_are_refused(path):
+    change_tensors(path, lambda tensors: {**tensors, "9.0.sum": torch.zeros(3).double()})
+    _assert_refused(path)
+
+
+def test_a_save_deletes_nothing_behind_a_link(path, tmp_path):
+    other = tmp_path / "models"
+    other.mkdir()
+    named = f"{'a' * 24}.safetensors"
+    for name in ("model.safetensors", named):
+        (other / name).write_text("mine")
+    (path.parent / "grams").symlink_to(other)
+    random_profile(tiny_llama()).save_pretrained(path.parent)
+    assert len(os.listdir(other)) == 2
+    (path.parent / "grams").unlink()
+    other.rename(path.parent / "grams")
+    random_profile(tiny_llama()).save_pretrained(path.parent)
+    assert os.listdir(path.parent / "grams") == ["model.safetensors"], "which is nothing of ours"
 
 
 def test_one_nan_among_many_numbers_is_found(path):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_sparse_pathways.discovery import profiling, resumption
 from hf_sparse_pathways.discovery.profiles import Profile
@@ -226,6 +226,56 @@ def test_a_run_that_is_stopped_while_it_stores_goes_on_to_the_same(at, tmp_path,
     after = _Interrupt(model)
     _assert_equal(_take(model, work_folder=tmp_path), _take(tiny_llama()))
     assert after.passes <= 2 * BATCHES
+
+
+def _stored(change=lambda tensors: tensors, batches="2"):
+    """Store a block's sums, changed, in place of those that are there."""
+
+    def damage(path):
+        save_file(change(load_file(path)), path, metadata={"batches": batches})
+
+    return damage
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "no safetensors": lambda path: path.write_bytes(b"\xff" * 500),
+    "cut": lambda path: os.truncate(path, 900),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "no batches": lambda path: save_file(load_file(path), path),
+    **{f"{text!r} batches": _stored(batches=text) for text in ("-1", "x", "²", "9" * 5000, "")},
+    "a sum less": _stored(lambda t: {k: v for k, v in t.items() if k != "upper"}),
+    "a sum more": _stored(lambda t: {**t, "more": t["upper"].clone()}),
+    "narrower": _stored(lambda t: {**t, "upper": t["upper"][:1].clone()}),
+    "another dtype": _stored(lambda t: {**t, "sum": t["sum"].float()}),
+    "several counts": _stored(lambda t: {**t, "tokens": t["tokens"].repeat(2)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_sums_are_refused_by_name(damage, tmp_path):
+    model = build("llama")
+    interrupt = _Interrupt(model, 3)
+    with pytest.raises(KeyboardInterrupt):
+        _take(model, work_folder=tmp_path)
+    interrupt.handle.remove()
+    path = sorted(tmp_path.rglob("*.safetensors"))[1]
+    DAMAGE[damage](path)
+    if damage == "a pipe":  # as if nothing was stored
+        _assert_equal(_take(model, work_folder=tmp_path), _take(tiny_llama()))
+        return
+    with pytest.raises(ArtefactError, match=rf"{path.name}.*Delete it"):
+        _take(model, work_folder=tmp_path)
+
+
+@pytest.mark.parametrize("upper", [None, torch.zeros(3), torch.zeros(9, 9), torch.zeros(60, 50)])
+def test_a_stored_matrix_of_another_shape_is_refused(upper, tmp_path):
+    taken = _take(build("llama"), work_folder=tmp_path)
+    path = taken["code"].grams[0].path
+    rest = {name: tensor for name, tensor in load_file(path).items() if name != "upper"}
+    save_file(rest if upper is None else {**rest, "upper": upper}, path)
+    with pytest.raises(ArtefactError, match=path.name):
+        taken["code"].grams[0].load()
 
 
 def test_nothing_is_half_written(tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.limits import MOST_ROWS
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.share.card import change_rows, is_own_card, render_card
@@ -80,6 +81,23 @@ def test_an_artefact_cannot_write_into_the_card():
     assert "unknown" in render_card(odd, REPO, PLAIN, weights=True)
 
 
+MARKUP = ("<script>alert(1)</script>", "![x](http://evil/x.png)", "`", "**x**", "{{ 7 * 7 }}", "|")
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_a_provenance_is_words_in_a_card(text):
+    paths = pathways()
+    made = {"method": f"obs {text}", "text": {"tokens": text, "documents": text}}
+    by_domain = {"law": Pathway(blocks=paths["law"].blocks, provenance=made)}
+    card = render_card(replace(paths, by_domain=by_domain), REPO, PLAIN, weights=True)
+    (row,) = [line for line in card.splitlines() if line.startswith("| law |")]
+    cells = row.split("|")[1:-1]
+    assert len(cells) == 6
+    assert cells[4].startswith(" obs")
+    assert text not in "".join(cells[4:])
+    assert "49" not in row
+
+
 def test_no_domain_at_all():
     assert _rows(render_card(replace(pathways(), by_domain={}), REPO, PLAIN, weights=False)) == []
 
@@ -101,6 +119,19 @@ def test_rows_change_and_the_rest_stays():
     assert ModelCard(odd_names).data.tags[-2:] == ["on", "1e5"]
     unmarked = text.replace("<!-- /domains -->", "")
     assert change_rows(unmarked, gone="code") == unmarked
+
+
+def test_a_card_that_somebody_has_broken_is_changed_as_far_as_it_goes():
+    text = rendered()["full.md"]
+    broken = (
+        text.replace("| code |", "|\n|x|\n| code |", 1),
+        text.replace("- code\n", "- [a\n", 1),
+        text.replace("- code\n", "- {a: 1}\n", 1),
+        text.replace("- code\n", "- &a [*a]\n", 1),
+    )
+    for card in broken:
+        assert card != text
+        assert "law" not in _rows(change_rows(card, gone="law"))
 
 
 def _pushed(**options):
@@ -151,3 +182,58 @@ def test_an_evaluation_is_read_back():
     for wrong in ({}, {**values, "rows": 5}, {**values, "rows": [{}]}, {**values, "settings": 1}):
         with pytest.raises(ArtefactError, match="report"):
             QualityReport.from_dict(wrong)
+
+
+NAMES = ("<script>", "a|b", "[x](y)", "a\nb", "\x1b[2J", "x" * 300, 5, ["x"], None)
+FIGURES = ("1", None, True, [1], {})
+
+
+@pytest.mark.parametrize("name", ["domain", "role", "pathway", "set", "dtype", "seen"])
+def test_a_name_in_an_evaluation_cannot_write_into_a_card(name):
+    for value in NAMES:
+        values = json.loads(json.dumps(evaluation().to_dict()))
+        place = values["settings"] if name in ("dtype", "seen") else values["rows"][0]
+        place[name] = value
+        if value is None and name in ("pathway", "set"):
+            QualityReport.from_dict(values)
+            continue
+        with pytest.raises(ArtefactError):
+            QualityReport.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "ratio", "flops", "cosine", "tokens", "documents"])
+def test_a_figure_in_an_evaluation_is_a_number(name):
+    for value in (*FIGURES, *([1.5] if name in ("tokens", "documents") else [])):
+        values = json.loads(json.dumps(evaluation().to_dict()))
+        values["rows"][0][name] = value
+        with pytest.raises(ArtefactError, match="report"):
+            QualityReport.from_dict(values)
+
+
+def test_an_evaluation_of_endless_rows_is_refused():
+    values = json.loads(json.dumps(evaluation().to_dict()))
+    values["rows"] *= MOST_ROWS
+    with pytest.raises(ArtefactError, match="rows"):
+        QualityReport.from_dict(values)
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(hub, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    folder = tmp_path / "x"
+    pathways().save_pretrained(folder)
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtefactError, match=r"notes\.txt.*link"):
+        sp.push_folder(folder, REPO)
+    assert not hub.repos
+    (folder / "notes.txt").unlink()
+    (folder / "own.txt").write_text("shown")
+    (folder / "again.txt").symlink_to("own.txt")
+    sp.push_folder(folder, REPO)
+    assert hub.repos[REPO].at("main").files["again.txt"].content == b"shown"
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_snapshot_of_the_cache_can_be_pushed():
+    pathways().push_to_hub(REPO)
+    snapshot = snapshot_download(REPO)
+    assert sp.push_folder(snapshot, "me/copy")

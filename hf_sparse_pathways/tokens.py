@@ -1,0 +1,25 @@
+"""Access tokens of the Hub: they stand in no message, log or card."""
+
+import re
+
+from hf_sparse_pathways.errors import PathwaysError
+
+_TOKEN = re.compile(r"(Bearer\s+|\bhf_)(?!\*)[^\s'\"]+")
+
+
+def check_token(token: object) -> None:
+    """Check that a token can be sent: what sends it would repeat it in an error if it cannot.
+
+    Raises:
+        PathwaysError: It is a text with characters that no token has.
+    """
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise PathwaysError(
+            "The token has spaces, line breaks or other characters that no token has (it is not "
+            "shown here). Copy it anew, or use `hf auth login`."
+        )
+
+
+def hide_tokens(text: str) -> str:
+    """Return a text without the tokens that stand in it. Pure."""
+    return _TOKEN.sub(r"\1***", text)

@@ -1,0 +1,240 @@
+"""Files that somebody made on purpose: a corpus of ways to change a pair so that it still agrees.
+
+As in ``corruption``, a change is a function of the JSON file's path; the SHA-256 is computed anew,
+so that nothing is refused for the sum alone.
+"""
+
+import json
+import os
+import struct
+
+import torch
+from safetensors.torch import load, save
+
+from hf_sparse_pathways import limits
+from tests.pathways.corruption import change_tensors, read_meta, rewrite, set_field
+
+
+def parse_header(data):
+    """Return a safetensors file's header and what follows it."""
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def with_header(header, body):
+    """Return a safetensors file; a header may be a dictionary or bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def _header(change):
+    """Change the header alone."""
+
+    def damage(path):
+        header, body = parse_header(path.with_suffix(".safetensors").read_bytes())
+        rewrite(path, data=with_header(change(header), body))
+
+    return damage
+
+
+def _entry(name, **fields):
+    return _header(lambda header: {**header, name: {**header[name], **fields}})
+
+
+def _more(name, dtype, shape, size=0):
+    """Append a tensor."""
+
+    def damage(path):
+        header, body = parse_header(path.with_suffix(".safetensors").read_bytes())
+        at = len(body)
+        more = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        rewrite(path, data=with_header({**header, name: more}, body + bytes(size)))
+
+    return damage
+
+
+def _bytes(data):
+    return lambda path: rewrite(path, data=data)
+
+
+def _tensor(name, change):
+    return lambda path: change_tensors(path, lambda t: {**t, name: change(t[name])})
+
+
+def _raw(name, data):
+    """Replace the bytes of a tensor."""
+
+    def damage(path):
+        header, body = parse_header(path.with_suffix(".safetensors").read_bytes())
+        start, stop = header[name]["data_offsets"]
+        content = data * (stop - start) if len(data) == 1 else data
+        rewrite(path, data=with_header(header, body[:start] + content + body[stop:]))
+
+    return damage
+
+
+def _renamed_part(old, new):
+    """Give a part of every block another name, in the tensors and in what is held."""
+
+    def damage(path):
+        tensors = load(path.with_suffix(".safetensors").read_bytes())
+        meta = read_meta(path)
+        for entry in meta["domains"]:
+            entry["holds"] = [new if part == old else part for part in entry["holds"]]
+        named = {
+            f"{k.rpartition('.')[0]}.{new}" if k.endswith(f".{old}") and k[0] != "c" else k: v
+            for k, v in tensors.items()
+        }
+        rewrite(path, meta, save(named))
+
+    return damage
+
+
+def _text(change):
+    """Change the text of the description."""
+    return lambda path: path.write_text(change(path.read_text()))
+
+
+def _meta(change):
+    def damage(path):
+        meta = read_meta(path)
+        change(meta)
+        rewrite(path, meta)
+
+    return damage
+
+
+def _field(*keys_and_value):
+    *keys, value = keys_and_value
+    return lambda path: set_field(path, keys, value)
+
+
+def _instead(make):
+    """Put something that is no file in place of the description."""
+
+    def damage(path):
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+def _nest(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
+def _large(path):
+    with path.open("r+b") as file:  # a hole: it takes no space on the disk
+        file.truncate(limits.MOST_JSON_BYTES + 1)
+
+
+KEEP, DELTA = "0.0.keep", "0.0.delta"
+
+# fmt: off
+JSON = {
+    "a key twice": _text(lambda text: '{"format": 1, ' + text.lstrip()[1:]),
+    "a key of a block twice": _text(lambda text: text.replace('"d_in"', '"d_ff": 48, "d_in"', 1)),
+    "a gigabyte": _large,
+    "an empty gigabyte of lists": _text(lambda _: "[" * 10**6),
+    "an integer of a million digits": _text(lambda _: '{"a": ' + "1" * 10**6 + "}"),
+    "an integer of 65 bits": _field("domains", 0, "provenance", "seed", 2**64),
+    "a float that overflows": _text(lambda text: text.replace('"base"', '"x": 1e400, "base"', 1)),
+    "half a surrogate pair": _text(lambda text: text.replace('"llama"', '"\\ud800"')),
+    "half a pair in a provenance": _field("domains", 0, "provenance", "x", "\ud800"),
+    "nested provenance": _field("domains", 0, "provenance", "x", _nest(limits.MOST_DEPTH)),
+    "a zero": _text(lambda text: text.replace("llama", "lla\0ma")),
+    "many blocks": _meta(lambda meta: meta["base"].update(
+        blocks=meta["base"]["blocks"] * (limits.MOST_BLOCKS // 3 + 1))),
+    "a million blocks": _meta(lambda meta: meta["base"].update(blocks=[{}] * 10**6)),
+    "many domains": _meta(lambda meta: meta.update(
+        domains=meta["domains"] * (limits.MOST_DOMAINS // 2 + 1))),
+    "many apart": _field(
+        "apart", {f"d{i}": f"pathways/d-{i:08x}" for i in range(limits.MOST_DOMAINS + 1)}),
+    "blocks no list": _field("base", "blocks", {"0": {}}),
+    "block no object": _field("base", "blocks", 0, "x"),
+    **{f"{name} {value!r:.12}": _field("base", "blocks", 0, name, value)
+       for name in ("d_in", "d_ff", "d_out", "branches")
+       for value in (limits.MOST_WIDTH + 1, 2**63, True, "48", [48], None)},
+    **{f"{name} {value!r:.20}": _field("base", name, value)
+       for name in ("revision", "model_type", "neuron_order")
+       for value in ("\x1b[2J", "a\nb", "`x`", "<script>", "[x](http://x)", "\u202e", 5, [],
+                     "x" * 300)},
+    "a block's name of control characters": _field("base", "blocks", 0, "name", "\x1b]0;x\x07"),
+    "a long block's name": _field("base", "blocks", 0, "name", "x" * 10_000),
+    "a routed name of markup": _field("base", "routed", ["<img src=x>"]),
+    "a long name": _field("base", "name", "x" * 5000),
+    **{f"domain {name!r:.20}": _field("domains", 0, "name", name)
+       for name in ("..", "../../etc", "/etc/passwd", "C:\\x", "a/b", "a\\b", "a\0b", "a\x1b[31m",
+                    "a\u202eb", "a\u200bb", "a|b", "<b>", "`", "\u2028", "", " ", "x" * 65,
+                    "a\u0301", "\uff0e\uff0e/", "pooled")},
+    "a control of control characters": _field("controls", 0, "name", "\x1b[31m"),
+    **{f"text {value!r:.12}": _field("domains", 0, "provenance", "text", value)
+       for value in (5, "x", [1], None, {"digests": 5}, {"digests": [5]}, {"digests": {"a": 1}},
+                     {"cut_digests": "abc"}, {"tokens": "many"}, {"source": ["x"]})},
+    "healing no list": _field("domains", 0, "provenance", "healing", 5),
+    "holds unknown": _field("domains", 0, "holds", ["keep", "__class__"]),
+    "holds objects": _field("domains", 0, "holds", [{"keep": 1}]),
+    "a pipe": _instead(os.mkfifo),
+    "a link to itself": _instead(lambda path: path.symlink_to(path.name)),
+    "a link to a device": _instead(lambda path: path.symlink_to("/dev/zero")),
+}
+
+TENSORS = {
+    "header of 2**60 bytes": _bytes(struct.pack("<Q", 2**60)),
+    "header of 2**63 bytes": _bytes(struct.pack("<Q", 2**63) + b"{}"),
+    "header longer than the file": _bytes(struct.pack("<Q", 1000) + b"{}"),
+    "header larger than may be": _bytes(struct.pack("<Q", limits.MOST_HEADER_BYTES + 1)),
+    "seven bytes": _bytes(b"\0" * 7),
+    "header no object": _bytes(with_header(b"[]", b"")),
+    "header no JSON": _bytes(with_header(b"{", b"")),
+    "header deep": _bytes(with_header(b'{"a":' * 10**5, b"")),
+    "shape of 2**62": _entry(KEEP, shape=[2**62]),
+    "shape whose product overflows": _entry(KEEP, shape=[2**40, 2**40]),
+    "shape negative": _entry(KEEP, shape=[-48]),
+    "shape no numbers": _entry(KEEP, shape=["48"]),
+    "shape of many dimensions": _entry(KEEP, shape=[48] + [1] * 5000),
+    "empty of 2**62 rows": _more("0.0.more", "F32", [2**62, 0, 2**62]),
+    "more than is described": _more("9.0.keep", "BOOL", [48], 48),
+    "a name of control characters": _more("\x1b[2J", "BOOL", [1], 1),
+    "a name of another alphabet's digits": _more("²." * 3, "BOOL", [1], 1),
+    "offsets beyond the file": _entry(KEEP, data_offsets=[0, 2**60]),
+    "offsets backwards": _entry(KEEP, data_offsets=[48, 0]),
+    "offsets that overlap": _header(lambda header: {
+        **header, KEEP: {**header[KEEP], "data_offsets": header["0.1.keep"]["data_offsets"]}}),
+    "a hole": lambda path: rewrite(path, data=path.with_suffix(".safetensors").read_bytes() + b"x"),
+    "keep in bytes": _entry(KEEP, dtype="U8"),
+    "keep in four bits": _entry(KEEP, dtype="F4", shape=[96]),
+    "an unknown dtype": _entry(KEEP, dtype="X9"),
+    "delta in integers": _entry(DELTA, dtype="I32"),
+    "delta in eight bits": _tensor(DELTA, lambda t: t.to(torch.float8_e4m3fn)),
+    "delta in complex numbers": _tensor(DELTA, lambda t: t.to(torch.complex64)),
+    "keep neither true nor false": _raw(KEEP, b"\x02"),
+    "keep all ones": _raw(KEEP, b"\xff"),
+    "keep more than delta has": _tensor(KEEP, torch.ones_like),
+    "keep nothing": _tensor(KEEP, torch.zeros_like),
+    "keep of another width": _tensor(KEEP, lambda _: torch.ones(49, dtype=torch.bool)),
+    "keep a matrix": _tensor(KEEP, lambda t: t[None]),
+    "delta a scalar": _tensor(DELTA, lambda t: t[0, 0].clone()),
+    "delta a vector": _tensor(DELTA, lambda t: t[0].clone()),
+    "delta empty": _tensor(DELTA, lambda t: t[:, :0].clone()),
+    "delta of another height": _tensor(DELTA, lambda t: t[:-1].clone()),
+    "delta wider than the block": _tensor(DELTA, lambda _: torch.zeros(32, 49)),
+    "delta of NaN": _raw(DELTA, b"\xff"),
+    "delta infinite": _tensor(DELTA, lambda t: t / 0.0),
+    "bias of another width": _tensor("0.0.bias", lambda t: t[:-1].clone()),
+    "bias a scalar": _tensor("0.0.bias", lambda t: t[0].clone()),
+    "a rank of a thousand": lambda path: change_tensors(path, lambda t: {
+        **t, "0.1.delta_outer": torch.zeros(32, 1000),
+        "0.1.delta_inner": torch.zeros(1000, t["0.1.delta_inner"].shape[1])}),
+    "ranks that differ": _tensor("0.1.delta_outer", lambda t: t[:, :-1].clone()),
+    "a factor missing": lambda path: change_tensors(
+        path, lambda t: {k: v for k, v in t.items() if k != "0.1.delta_outer"}),
+    "a factor a vector": _tensor("0.1.delta_outer", lambda t: t[:, 0].clone()),
+    "a factor a scalar": _tensor("0.1.delta_inner", lambda t: t[0, 0].clone()),
+    "bypass of another width": _tensor("0.0.bypass_inner", lambda t: t[:, :-1].clone()),
+    "an incoming scalar": _tensor("0.0.incoming0", lambda t: t[0, 0].clone()),
+    "incoming rows of another number": _tensor("0.0.incoming0", lambda t: t[:-1].clone()),
+    "incoming rows without columns": _tensor("0.0.incoming0", lambda t: t[:, :0].clone()),
+    "a whole bypass": _renamed_part("bypass_outer", "bypass"),
+}
+# fmt: on
