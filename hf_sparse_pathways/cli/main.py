@@ -31,6 +31,7 @@ for command in (
     "evaluate",
     "compare",
     "generate",
+    "serve",
     "benchmark",
     "info",
     "push",
