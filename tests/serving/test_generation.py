@@ -77,5 +77,5 @@ def test_a_tokenizer_has_to_stream():
     class Slow:
         is_fast = False
 
-    with pytest.raises(PathwaysError, match="Slow cannot.*fast tokenizer"):
+    with pytest.raises(PathwaysError, match=r"Slow cannot.*fast tokenizer"):
         Service(tiny_model(), Slow(), "tiny")

@@ -173,7 +173,7 @@ def test_without_a_length_a_chat_goes_on_and_a_completion_has_16_tokens(server):
 
 @pytest.mark.parametrize("model", ["me/tiny@cod", "me/tinny@code", "code", "me/tiny@"])
 def test_an_unknown_model_or_domain_is_not_found(server, model):
-    with pytest.raises(openai.NotFoundError, match="Unknown model.*Known: 'me/tiny', ") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"Unknown model.*Known: 'me/tiny', ") as caught:
         _complete(server, model)
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
@@ -233,7 +233,7 @@ def test_messages_are_checked(server):
 def test_without_a_chat_template_there_are_completions_only():
     with running(template=None) as server:
         assert _complete(server).choices[0].text == server.alone(PROMPT, "code")
-        with pytest.raises(openai.BadRequestError, match="no chat template.*/v1/completions"):
+        with pytest.raises(openai.BadRequestError, match=r"no chat template.*/v1/completions"):
             _chat(server)
 
 
