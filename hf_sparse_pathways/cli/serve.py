@@ -17,7 +17,7 @@ def run(  # noqa: PLR0913
     name: Annotated[
         str | None, typer.Option(help="What requests call the model. [the Hub id or folder's name]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Requests generated at a time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Requests generated at a time.")] = 4,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests generated or waiting; more are told to come back.")
     ] = 64,

@@ -43,7 +43,7 @@ class Limits:
         tokens: New tokens of one request.
     """
 
-    workers: int = 2
+    workers: int = 4
     requests: int = 64
     tokens: int = 4096
 
@@ -76,6 +76,7 @@ class Service:
         self.names |= {f"{name}@{domain}": domain for domain in model.domains}
         self.limits = limits or Limits()
         self._model, self._tokenizer = model, tokenizer
+        _ = model.execution  # what is timed for it, before threads disturb each other
         self._config = _greedy(model.generation_config)
         self._positions = most_tokens(model)
         self._workers = ThreadPoolExecutor(self.limits.workers, "generate")
