@@ -108,6 +108,7 @@ LAZY_OUTSIDE = {
     ("cli.serve", "uvicorn"),
     ("discovery.text", "pyarrow"),
     ("healing.adapters", "peft"),
+    ("modeling.adapting", "peft"),
 }
 
 
