@@ -7,6 +7,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_sparse
+from hf_sparse_pathways.cli.options import parse_pairs
 from hf_sparse_pathways.errors import PathwaysError
 
 
@@ -17,6 +18,13 @@ def run(  # noqa: PLR0913
     name: Annotated[
         str | None, typer.Option(help="What requests call the model. [the Hub id or folder's name]")
     ] = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A domain and its LoRA: a PEFT adapter's folder or Hub id. Repeat for more.",
+        ),
+    ] = [],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="Requests generated at a time.")] = 4,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests generated or waiting; more are told to come back.")
@@ -33,7 +41,10 @@ def run(  # noqa: PLR0913
     from hf_sparse_pathways.serving.app import make_app
     from hf_sparse_pathways.serving.service import Limits, Service
 
+    adapters = parse_pairs(adapter, "--adapter", "folder or Hub id")
     model, tokenizer = load_sparse(folder, dtype, executor)
+    if adapters:
+        model.attach_adapters(adapters)
     called = name or (Path(folder).resolve().name if Path(folder).is_dir() else folder)
     limits = Limits(workers=workers, requests=max_requests, tokens=max_tokens)
     service = Service(model, tokenizer, called, limits)

@@ -2,9 +2,12 @@
 
 import sys
 
+import peft
 import pytest
 import uvicorn
+from transformers import AutoModelForCausalLM
 
+from hf_sparse_pathways.modeling.adapting import Adapting
 from tests.cli.commands import assert_error, run, run_well
 
 
@@ -24,6 +27,24 @@ def test_it_listens_on_this_machine_only_and_says_the_names(places, served):
     assert "/v1/chat/completions" in {route.path for route in app.routes}
     out = run_well("serve", places.built, "--name", "me/x", "--host", "0.0.0.0", "--port", 81)
     assert out == "me/x, me/x@code, me/x@law at http://0.0.0.0:81/v1\n"
+
+
+@pytest.mark.usefixtures("served")
+def test_domains_get_their_adapters(places, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(places.dense), config).save_pretrained(
+        tmp_path
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        attached = []
+        patch.setattr(Adapting, "attach_adapters", lambda _, given: attached.append(given))
+        run_well("serve", places.built, "--adapter", f"law={tmp_path}")
+    assert attached == [{"law": str(tmp_path)}]
+    assert run_well("serve", places.built, "--adapter", f"law={tmp_path}").count("@law") == 1
+    for wrong, told in ((f"lwa={tmp_path}", "domain 'lwa'"), ("law", "--adapter NAME=PATH")):
+        assert_error(run("serve", places.built, "--adapter", wrong), told)
+    twice = ["--adapter", "law=a", "--adapter", "law=b"]
+    assert_error(run("serve", places.built, *twice), "--adapter 'law' was given twice")
 
 
 def test_a_dense_folder_or_a_wrong_executor_is_refused(places, served):
