@@ -49,13 +49,13 @@ class Adapting(_Base):
 
     _attachment: Attachment
     _partial: Partial | None
-    _adapters: tuple[str, ...] = ()
+    _adapters: "_NameAdapters | None" = None
     domains: Any
 
     @property
     def adapters(self) -> list[str]:
         """The domains that have an adapter."""
-        return list(self._adapters)
+        return [] if self._adapters is None else list(self._adapters.adapted)
 
     def attach_adapters(self, adapters: "Mapping[str, str | os.PathLike[str]]", **hub: Any) -> None:
         """Give domains a LoRA each, in place: from now on it is on whenever its domain is.
@@ -76,42 +76,43 @@ class Adapting(_Base):
                 alone.
         """
         self._check_attachable(adapters)
-        peft = _import_peft()
-        configs = {
-            domain: _read_config(peft, domain, str(place), hub)
-            for domain, place in adapters.items()
-        }
+        places = {domain: str(place) for domain, place in adapters.items()}
         training, trained = self.training, {id(p) for p in self.parameters() if p.requires_grad}
         with _unwrapped_after_errors(self):
-            holder: Any = self
-            for domain, config in configs.items():
-                holder = _load(peft, holder, config, domain, str(adapters[domain]), hub)
-        holder.base_model.set_adapter([_inner_name(domain) for domain in adapters])
+            _load_all(_import_peft(), self, places, hub)
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.train(training)
-        hook = _NameAdapters(self._attachment.key, self.domains, tuple(adapters))
+        self._adapters = _NameAdapters(self._attachment.key, tuple(adapters), self.domains)
         for layer in _wrappers(self).values():
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
-        self._adapters = tuple(adapters)
+            layer.register_forward_pre_hook(self._adapters, with_kwargs=True)
 
     def detach_adapters(self) -> None:
         """Take the domains' adapters off, in place."""
-        if self._adapters:
+        if self._adapters is not None:
             _unwrap(self)
-            self._adapters = ()
+            self._adapters = None
 
-    def refuse_adapters(self, what: str) -> None:
+    def check_no_adapters(self, what: str) -> None:
         """Check that no adapters are attached.
 
         Raises:
             UnsupportedModelError: Some are.
         """
-        if self._adapters:
+        if self._adapters is not None:
             raise UnsupportedModelError(
-                f"Adapters are attached to {', '.join(map(repr, self._adapters))}: {what}. Call "
+                f"Adapters are attached to {', '.join(map(repr, self.adapters))}: {what}. Call "
                 "model.detach_adapters() first, and attach_adapters again afterwards."
             )
+
+    def check_adapted(self, domains: list[str]) -> None:
+        """Check that no domain with an adapter is missing among new ones.
+
+        Raises:
+            UnsupportedModelError: One is.
+        """
+        if not {*self.adapters} <= {*domains}:
+            self.check_no_adapters("the new pathways do not have all of these domains")
 
     def _check_attachable(self, adapters: Mapping[str, Any]) -> None:
         if self._partial is not None:
@@ -121,7 +122,7 @@ class Adapting(_Base):
         for domain in adapters:
             if domain not in self.domains:
                 raise UnknownNameError("domain", domain, self.domains)
-        self.refuse_adapters("others take their place")
+        self.check_no_adapters("others take their place")
         if _wrappers(self):
             raise UnsupportedModelError(
                 "The model has adapters of its own, which would be switched off. Merge or unload "
@@ -132,10 +133,13 @@ class Adapting(_Base):
 class _NameAdapters:
     """Forward pre-hook that tells a layer of PEFT which adapter each row has."""
 
-    def __init__(self, key: ModelKey, domains: list[str], adapted: tuple[str, ...]) -> None:
-        """Take the domains in the order of their indices, and those that have an adapter."""
-        self.key = key
-        self.names = [_inner_name(name) if name in adapted else NO_ADAPTER for name in domains]
+    def __init__(self, key: ModelKey, adapted: tuple[str, ...], domains: list[str]) -> None:
+        self.key, self.adapted = key, adapted
+        self.follow(domains)
+
+    def follow(self, domains: list[str]) -> None:
+        """Take the domains in the order of their indices."""
+        self.names = [_inner_name(d) if d in self.adapted else NO_ADAPTER for d in domains]
 
     def __call__(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -167,6 +171,15 @@ class _NameAdapters:
 def _inner_name(domain: str) -> str:
     """Return a domain's name as a module's, which has no dots and is no attribute's."""
     return f"pathway-{domain.replace('.', '%2E')}"
+
+
+def _load_all(peft: Any, model: Any, places: Mapping[str, str], hub: Mapping[str, Any]) -> None:
+    """Read domains' adapters into a model, in place, after all their configurations."""
+    configs = {domain: _read_config(peft, domain, place, hub) for domain, place in places.items()}
+    holder = model
+    for domain, config in configs.items():
+        holder = _load(peft, holder, config, domain, places[domain], hub)
+    holder.base_model.set_adapter([_inner_name(domain) for domain in places])
 
 
 def _load(

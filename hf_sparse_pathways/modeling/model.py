@@ -83,18 +83,20 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         Raises:
             MismatchError: They were made for a model of another shape.
             UnknownNameError: The default domain is not among them.
-            UnsupportedModelError: Adapters are attached to domains.
+            UnsupportedModelError: An adapter is attached to a domain that they do not have.
             PathwaysError: One domain's neurons were loaded alone.
         """
         if self._partial is not None:
             raise self._partial.refuse("other pathways need other neurons")
-        self.refuse_adapters("other pathways may have other domains")
+        self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
         self._attachment.load([pathway.blocks for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
+        if self._adapters is not None:
+            self._adapters.follow(pathways.domains)
         self._limit_copies()
 
     def become_partial(self, partial: Partial) -> None:

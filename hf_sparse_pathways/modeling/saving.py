@@ -43,7 +43,7 @@ class Saving(_Base):
     """The part of ``SparsePathwaysModel`` that is about folders and the Hub."""
 
     pathways: Any
-    refuse_adapters: Any
+    check_no_adapters: Any
 
     def save_pretrained(
         self,
@@ -60,7 +60,7 @@ class Saving(_Base):
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
         pathways = self.pathways
-        self.refuse_adapters("they are PEFT's own folders and are not saved with the model")
+        self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)

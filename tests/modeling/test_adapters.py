@@ -172,10 +172,19 @@ def test_without_them_all_is_as_before(tmp_path):
     assert case.close("law", domain="law")
 
 
+def test_they_follow_their_domains_into_other_pathways(tmp_path):
+    case = Case(tmp_path)
+    case.model.attach_adapters(case.places)
+    case.model.set_pathways(case.paths.subset(["v1.5", "law", "code"]))
+    assert case.model.domains == ["v1.5", "law", "code"]
+    for domain in DOMAINS:
+        assert case.close(domain, domain=domain), domain
+
+
 REFUSED = {
     "saving": lambda case, folder: case.model.save_pretrained(folder),
     "dense": lambda case, _: case.model.to_dense(),
-    "pathways": lambda case, _: case.model.set_pathways(case.paths),
+    "pathways": lambda case, _: case.model.set_pathways(case.paths.subset(["law", "v1.5"])),
     "order": lambda case, _: sp.permute(case.model),
     "again": lambda case, _: case.model.attach_adapters(case.places),
 }
