@@ -1,8 +1,8 @@
 """The HTTP side: OpenAI's endpoints for chats, completions and models, and ``/health``.
 
 The event loop only reads requests and passes text on; prompts are encoded and text is generated on
-other threads. While an answer is made, a task waits for the client to go: then its generation is
-stopped.
+other threads. Beside each answer a task waits until its client has gone, or has it: then the
+generation is stopped.
 """
 
 import asyncio
@@ -44,6 +44,7 @@ def make_app(service: Service) -> FastAPI:
         await run_in_threadpool(service.close)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.state.watchers = set()
     started = int(time.time())
 
     @app.exception_handler(RequestError)
@@ -76,53 +77,47 @@ async def _answer(service: Service, request: Request, kind: type[GenerationReque
     chat = isinstance(asked, ChatRequest)
     answer = Answer(model=asked.model, chat=chat, prompt_tokens=len(prompt))
     generation = service.start(asked, prompt)
+    _watch(request, generation)
     if asked.stream:
         counted = bool(asked.stream_options and asked.stream_options.include_usage)
-        events = _events(request, generation, answer, counted=counted)
+        events = _events(generation, answer, counted=counted)
         return StreamingResponse(events, media_type="text/event-stream")
     try:
-        async with _until_gone(request, generation):
-            text = "".join([piece async for piece in generation.pieces()])
+        text = "".join([piece async for piece in generation.pieces()])
     except Exception as error:  # noqa: BLE001  it is logged where it was raised
         return JSONResponse(error_object(error), status_code=500)
     whole = answer.whole(text, generation.finish_reason, generation.tokens)
     return JSONResponse(whole)
 
 
-async def _events(
-    request: Request, generation: Generation, answer: Answer, *, counted: bool
-) -> AsyncIterator[str]:
+async def _events(generation: Generation, answer: Answer, *, counted: bool) -> AsyncIterator[str]:
     """Yield an answer as the events of a stream."""
-    async with _until_gone(request, generation):
-        if answer.chat:
-            yield event(answer.first())
-        try:
-            async for piece in generation.pieces():
-                yield event(answer.piece(piece))
-        except Exception as error:  # noqa: BLE001  it is logged where it was raised
-            yield event(error_object(error))
-            return
-        yield event(answer.piece("", generation.finish_reason))
-        if counted:
-            yield event(answer.counted(generation.tokens))
-        yield LAST_EVENT
+    if answer.chat:
+        yield event(answer.first())
+    try:
+        async for piece in generation.pieces():
+            yield event(answer.piece(piece))
+    except Exception as error:  # noqa: BLE001  it is logged where it was raised
+        yield event(error_object(error))
+        return
+    yield event(answer.piece("", generation.finish_reason))
+    if counted:
+        yield event(answer.counted(generation.tokens))
+    yield LAST_EVENT
 
 
-@asynccontextmanager
-async def _until_gone(request: Request, generation: Generation) -> AsyncIterator[None]:
-    """Within the block a client that goes stops its generation; after it nobody needs more."""
+def _watch(request: Request, generation: Generation) -> None:
+    """Stop a generation once its client has gone, even one that never read the first word."""
 
-    async def watch() -> None:
+    async def wait() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         generation.stop()
 
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        generation.stop()
+    watcher = asyncio.create_task(wait())
+    watchers = request.app.state.watchers  # the loop itself does not keep a task alive
+    watchers.add(watcher)
+    watcher.add_done_callback(watchers.discard)
 
 
 async def _read_body(request: Request) -> bytes:

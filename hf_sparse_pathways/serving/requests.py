@@ -163,6 +163,7 @@ def parse_request(kind: type[Asked], body: bytes) -> Asked:
     param = ".".join(map(str, first["loc"])) or None
     told = f"{param or 'The body'}: {first['msg']}."
     if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields) if len(first["loc"]) == 1 else "see the field above it"
-        told = f"{param} is not supported, so it is not ignored either. Known: {known}."
+        told = f"{param} is not supported, so it is not ignored either."
+        if len(first["loc"]) == 1:
+            told += f" Known: {', '.join(kind.model_fields)}."
     raise RequestError(told, param=param, code="invalid_request")

@@ -47,6 +47,7 @@ class Running:
     model: Any
     tokenizer: Any
     service: Service
+    app: Any
     url: str
 
     @property
@@ -70,14 +71,15 @@ def running(model=None, *, template=CHAT, **limits):
     tokenizer = tiny_tokenizer("characters")
     tokenizer.chat_template = template
     service = Service(model, tokenizer, "me/tiny", Limits(**limits))
-    config = uvicorn.Config(make_app(service), port=0, log_level="error")
+    app = make_app(service)
+    config = uvicorn.Config(app, port=0, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(model, tokenizer, service, f"http://127.0.0.1:{port}")
+        yield Running(model, tokenizer, service, app, f"http://127.0.0.1:{port}")
     finally:
         server.should_exit = True
         thread.join(20)

@@ -138,6 +138,7 @@ def test_requests_at_the_same_time_have_the_texts_that_they_have_alone(server):
 
     with ThreadPoolExecutor(len(asked)) as pool:
         assert list(pool.map(ask, asked)) == expected
+    wait_until(lambda: not server.service._active and not server.app.state.watchers)
 
 
 def test_a_seed_gives_the_same_text_again_whatever_else_is_running(server):
