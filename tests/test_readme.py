@@ -86,6 +86,7 @@ EXAMPLES = {
     ],
     "mixed_batch.py": ["built"],
     "heal.py": ["built code src healed 2000"],
+    "domain_adapters.py": ["built law law lora 3"],
     "add_a_domain.py": ["built me/shared", "built me/shared law"],
 }
 
