@@ -33,6 +33,7 @@ ORDER = (
     ("healing",),
     ("measure",),
     ("share",),
+    ("serving",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -110,6 +111,8 @@ LAZY = {
     ("cli.remove_domain", "share.domains"),
     ("cli.rename_domain", "share.domains"),
     ("cli.report_folder", "measure.plots"),
+    ("cli.serve", "serving.app"),
+    ("cli.serve", "serving.service"),
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
@@ -118,8 +121,11 @@ LAZY_OUTSIDE = {
     ("cli.loading", "huggingface_hub"),
     ("cli.loading", "torch"),
     ("cli.loading", "transformers"),
+    ("cli.serve", "fastapi"),
+    ("cli.serve", "uvicorn"),
     ("discovery.text", "pyarrow"),
     ("healing.adapters", "peft"),
+    ("modeling.adapting", "peft"),
 }
 
 

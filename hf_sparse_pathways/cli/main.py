@@ -33,6 +33,7 @@ for command in (
     "evaluate",
     "compare",
     "generate",
+    "serve",
     "benchmark",
     "info",
     "export",

@@ -46,6 +46,7 @@ class Saving(_Base):
     pathways: Any
     set_executor: Any
     max_resident_bytes: Any
+    check_no_adapters: Any
 
     def save_pretrained(
         self,
@@ -58,9 +59,11 @@ class Saving(_Base):
         """Save weights, configuration and pathways; see the base for the other arguments.
 
         Raises:
+            UnsupportedModelError: Adapters are attached to domains.
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
         pathways = self.pathways
+        self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)

@@ -23,6 +23,7 @@ EXAMPLES = {
     ],
     "mixed_batch.py": ["my-model"],
     "heal.py": ["my-model code src healed 2000"],
+    "domain_adapters.py": ["my-model law law lora 3"],
     "export_and_serve.py": ["my-model code plain court"],
     "add_a_domain.py": ["my-model me/shared", "my-model me/shared law"],
     "push_and_pull.py": ["my-model me/shared"],
