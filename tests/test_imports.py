@@ -12,7 +12,7 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "files", "memory", "shares"),
+    ("errors", "version", "files", "memory", "processes", "shares"),
     ("native",),
     ("ffn",),
     ("pathways",),

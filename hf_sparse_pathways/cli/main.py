@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from hf_sparse_pathways.cli.launch import check_sharing, name_process
 from hf_sparse_pathways.version import __version__
 
 app = typer.Typer(
@@ -49,11 +50,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
     """Run a Hugging Face causal LM with only the FFN neurons that a domain needs."""
+    check_sharing(ctx.invoked_subcommand)
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def main() -> None:
         notes = _notes(error)
         if notes and not told.endswith("."):
             told += "."
-        sys.stderr.write(f"error: {' '.join([told, *notes])}\n")
+        sys.stderr.write(f"error{name_process()}: {' '.join([told, *notes])}\n")
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.launch import join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
@@ -85,16 +86,18 @@ def run(  # noqa: PLR0913
         max_memory=max_memory,
         inputs=inputs,
     )
+    launch = join_launch()
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
-        taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams)
+        taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams, launch=launch)
+        leave_unless_first(launch)
         with written_whole(output) as folder:
             taken.save_pretrained(folder)
     typer.echo(f"{taken} -> {output}")
 
 
-def take_profile(
+def take_profile(  # noqa: PLR0913
     dense: Any,
     tokenizer: Any,
     texts: dict[str, Any],
@@ -102,8 +105,9 @@ def take_profile(
     work: Path,
     *,
     grams: bool,
+    launch: Any = None,
 ) -> "Profile":
-    """Take a profile, with unfinished sums in a work folder."""
+    """Take a profile, with unfinished sums in a work folder; see ``join_launch`` for the last."""
     from hf_sparse_pathways.discovery.profiling import profile
 
     return profile(
@@ -120,6 +124,7 @@ def take_profile(
         precision=sampling.precision,
         max_memory=sampling.max_memory,
         work_folder=work,
+        accelerator=launch,
     )
 
 

@@ -36,6 +36,7 @@ from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_stati
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import (
+    Batch,
     Window,
     count_tokens,
     draw_windows,
@@ -48,6 +49,7 @@ from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.processes import Processes
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
@@ -83,6 +85,7 @@ def profile(  # noqa: PLR0913
     precision: str = "model",
     max_memory: int | str = MAX_MEMORY,
     work_folder: "str | os.PathLike[str] | None" = None,
+    accelerator: Any = None,
 ) -> Profile:
     """Take the activation profile of each domain's text. The model is left as it was.
 
@@ -109,12 +112,18 @@ def profile(  # noqa: PLR0913
         work_folder: Where unfinished sums, and the Gram matrices of finished groups, are stored. A
             run that was interrupted goes on from there when it is called again with the same
             settings. Keep the folder while the profile is in use; ``save_pretrained`` copies.
+            Several processes need one that all of them see.
+        accelerator: An ``Accelerator`` or ``PartialState`` whose processes share the windows. Each
+            has to call this with the same arguments, and gets the profile of all windows: that
+            of one process, but for the order in which numbers are added.
 
     Raises:
         UnsupportedModelError: The model has no FFN blocks.
         TextError: A source cannot be read, or has fewer than ``MIN_TOKENS`` tokens.
-        PathwaysError: An activation is NaN or infinite, or the memory does not suffice.
+        PathwaysError: An activation is NaN or infinite, the memory does not suffice, or processes
+            were given something else each.
     """
+    processes = Processes.of(accelerator)
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
@@ -136,7 +145,7 @@ def profile(  # noqa: PLR0913
     if grams:
         kept = 0 if work_folder is not None else len(samples)
         groups = group_blocks(blocks, parse_memory(max_memory), kept, inputs=inputs)
-    run = _Run(model, tuple(groups), batch_size, grams, inputs, precision)
+    run = _Run(model, tuple(groups), batch_size, grams, inputs, precision, processes)
     with calibration_precision(model, precision):
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
@@ -191,19 +200,30 @@ class _Run:
     grams: bool
     inputs: bool
     precision: str
+    processes: Processes
 
     def collect(
         self, domain: str, sample: _Sample, work_folder: "str | os.PathLike[str] | None"
     ) -> DomainProfile:
         """Run a domain's windows through the decoder, once per group of blocks."""
-        resumption = Resumption(work_folder, self._plan(sample))
+        plan, others = self._plan(sample), self.processes
+        others.check_same(plan, f"Domain {domain!r}: model, text or settings")
+        resumption = Resumption(work_folder, plan)
+        if others.count > 1:
+            plan = {**plan, "process": others.index, "processes": others.count}
+        own = Resumption(work_folder, plan)
+        batches = list(make_batches(sample.windows, self.batch_size))
         statistics: list[BlockStatistics] = []
         matrices: list[GramSource] = []
-        total = count_tokens(sample.windows) * len(self.groups)
-        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=None) as bar:
+        total = _count(others.share(batches)) * len(self.groups)
+        silent = None if others.is_first else True
+        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=silent) as bar:
             for number, group in enumerate(self.groups):
                 name = f"{number:04d}"
-                collectors = self._collect_group(group, sample, resumption, name, bar)
+                collectors = self._collectors(group)
+                if not self._is_there(resumption, name, collectors, len(batches)):
+                    self._collect_group(collectors, others.share(batches), own, name, bar)
+                    self._combine(collectors, own, resumption, name, len(batches))
                 for index, collector in enumerate(collectors):
                     check_statistics(domain, collector.block.name, collector.statistics)
                     statistics.append(collector.statistics)
@@ -218,22 +238,23 @@ class _Run:
             validation=sample.validation,
         )
 
+    def _collectors(self, group: tuple[FfnBlock, ...]) -> list[BlockCollector]:
+        spaces = Workspaces()
+        return [
+            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
+        ]
+
     def _collect_group(
         self,
-        group: tuple[FfnBlock, ...],
-        sample: _Sample,
+        collectors: list[BlockCollector],
+        batches: Sequence[Batch],
         resumption: Resumption,
         name: str,
         bar: Any,
-    ) -> list[BlockCollector]:
-        """Run the windows through the decoder as far as one group's last block."""
-        spaces = Workspaces()
-        collectors = [
-            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
-        ]
-        batches = list(make_batches(sample.windows, self.batch_size))
+    ) -> None:
+        """Run batches through the decoder as far as one group's last block."""
         done = began = resumption.resume(name, collectors)
-        bar.update(sum(int(batch.mask.sum()) for batch in batches[:done]))
+        bar.update(_count(batches[:done]))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(all_dense())
@@ -241,19 +262,48 @@ class _Run:
             for collector in collectors:
                 for handle in collector.attach():
                     stack.callback(handle.remove)
-            if group is not self.groups[-1]:
+            if collectors[-1].block is not self.groups[-1][-1]:
                 for handle in _stop_after(collectors):
                     stack.callback(handle.remove)
             for batch in batches[done:]:
                 for collector in collectors:
                     collector.begin(batch)
                 run_decoder(self.model, batch)
-                bar.update(int(batch.mask.sum()))
+                bar.update(_count([batch]))
                 done += 1
                 resumption.store_sometimes(name, collectors, done)
         if done > began:
             resumption.store(name, collectors, done)
-        return collectors
+
+    def _is_there(
+        self, together: Resumption, name: str, collectors: list[BlockCollector], batches: int
+    ) -> bool:
+        """Restore a group's sums of all processes, if every process finds them finished."""
+        if self.processes.count == 1:  # what it resumes itself is all there is
+            return False
+        finished = together.stored(name, len(collectors)) == batches
+        if not all(self.processes.gather(finished)):
+            return False
+        together.resume(name, collectors)
+        return True
+
+    def _combine(
+        self,
+        collectors: list[BlockCollector],
+        own: Resumption,
+        together: Resumption,
+        name: str,
+        batches: int,
+    ) -> None:
+        """Put the sums of all processes together, and store them once."""
+        if self.processes.count == 1:
+            return
+        for collector in collectors:
+            collector.combine(self.processes)
+        if self.processes.is_first:
+            together.store(name, collectors, batches)
+        self.processes.gather(name)  # from here on the others find them, too
+        own.delete(name, len(collectors))
 
     def _plan(self, sample: _Sample) -> dict[str, Any]:
         """Return everything that decides the sums, for ``Resumption``."""
@@ -267,6 +317,11 @@ class _Run:
             "inputs": self.inputs,
             "precision": self.precision,
         }
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    """Return the number of tokens, padding excluded."""
+    return sum(int(batch.mask.sum()) for batch in batches)
 
 
 def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:

@@ -71,15 +71,24 @@ class Resumption:
 
         A run that was stopped while it stored leaves blocks that disagree: they begin anew.
         """
-        paths = [self._path(name, index) for index in range(len(collectors))]
-        found = {_batches(path) for path in paths}
-        if len(found) != 1 or None in found:
-            return 0
-        done = found.pop() or 0
-        for path, collector in zip(paths, collectors, strict=True):
+        done = self.stored(name, len(collectors))
+        for index, collector in enumerate(collectors if done else ()):
+            path = self._path(name, index)
             if path is not None:
                 collector.restore(load_file(path), done)
         return done
+
+    def stored(self, name: str, blocks: int) -> int:
+        """Return how many batches of a pass are in the sums that are stored."""
+        found = {_batches(self._path(name, index)) for index in range(blocks)}
+        return 0 if len(found) != 1 else found.pop() or 0
+
+    def delete(self, name: str, blocks: int) -> None:
+        """Delete the stored sums of a pass."""
+        for index in range(blocks):
+            path = self._path(name, index)
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
         """Store the sums of a pass, block by block, each whole or not at all."""
