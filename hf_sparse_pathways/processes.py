@@ -11,9 +11,10 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 
 Item = TypeVar("Item")
 
@@ -97,6 +98,18 @@ class Processes:
                 f"{what} differ between the {self.count} processes of this launch, so that their "
                 "results cannot be put together. Give every process the same model, texts and "
                 "settings, or leave accelerator= out."
+            )
+
+    def check_whole(self, model: nn.Module) -> None:
+        """Check that each process can run the model by itself.
+
+        Raises:
+            UnsupportedModelError: Its weights are sharded over the processes.
+        """
+        if self.count > 1 and any(isinstance(weight, DTensor) for weight in model.parameters()):
+            raise UnsupportedModelError(
+                f"The model's weights are sharded over {self.count} processes, so that all of them "
+                "have to run the same text. Leave accelerator= out, or load the model whole."
             )
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:

@@ -90,7 +90,9 @@ def run(  # noqa: PLR0913
     calibration = calibration_texts(texts, held_out, seed)
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
-        taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams, launch=launch)
+        taken = take_profile(
+            dense, tokenizer, calibration, sampling, work, grams=grams, launch=launch
+        )
         leave_unless_first(launch)
         with written_whole(output) as folder:
             taken.save_pretrained(folder)

@@ -124,6 +124,7 @@ def profile(  # noqa: PLR0913
             were given something else each.
     """
     processes = Processes.of(accelerator)
+    processes.check_whole(model)
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")

@@ -134,7 +134,7 @@ def pathway_arm(
     )
 
 
-def measure_arms(  # noqa: PLR0913
+def measure_arms(
     model: Any,
     text: ScoredText,
     arms: Sequence[MeasuredArm],

@@ -85,6 +85,7 @@ def evaluate(  # noqa: PLR0913
     """
     processes = Processes.of(accelerator)
     _check(model, texts, seen)
+    processes.check_whole(model)
     settings = QualitySettings(
         max_tokens=max_tokens,
         max_length=resolve_length(model, max_length),
