@@ -101,6 +101,9 @@ LAZY_OUTSIDE = {
     ("cli.loading", "huggingface_hub"),
     ("cli.loading", "torch"),
     ("cli.loading", "transformers"),
+    ("cli.launch", "accelerate"),
+    ("cli.launch", "transformers"),
+    ("discovery.hub_datasets", "datasets"),
     ("discovery.text", "pyarrow"),
     ("healing.adapters", "peft"),
 }

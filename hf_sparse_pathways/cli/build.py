@@ -158,7 +158,8 @@ def run(  # noqa: PLR0913
     if profile is not None:  # of which nothing is left to share
         leave_unless_first(launch)
     job = _Job(model, dtype, output, default_domain, profile, layout, launch)
-    job.carry_out(split_texts(texts, held_out, seed), sampling, limits, rule)
+    split = split_texts(texts, held_out, seed, sampling.max_tokens)
+    job.carry_out(split, sampling, limits, rule)
     print_summary(output)
 
 

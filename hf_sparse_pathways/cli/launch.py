@@ -6,6 +6,7 @@ processes but the first are. Other commands refuse.
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -30,14 +31,15 @@ def name_process() -> str:
     return f" (process {os.environ['RANK']} of {count})" if count > 1 else ""
 
 
-def check_sharing(command: str | None) -> None:
-    """Check that a command may be run by several processes.
+def check_sharing(arguments: Sequence[str]) -> None:
+    """Check that a command line may be run by several processes.
 
     Raises:
         PathwaysError: It may not, and it is.
     """
     count = count_processes()
-    if count > 1 and command not in SHARING:
+    command = next(iter(arguments), "--help")
+    if count > 1 and not command.startswith("-") and command not in SHARING:
         raise PathwaysError(
             f"{command} was started in {count} processes, but does not share its work between "
             f"them. Start it without a launcher; {', '.join(SHARING)} can use several."

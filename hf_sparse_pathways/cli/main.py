@@ -50,18 +50,17 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
     ] = False,
 ) -> None:
     """Run a Hugging Face causal LM with only the FFN neurons that a domain needs."""
-    check_sharing(ctx.invoked_subcommand)
 
 
 def main() -> None:
     """Run a command."""
     try:
+        check_sharing(sys.argv[1:])
         app()
     except SystemExit as stopped:
         if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word

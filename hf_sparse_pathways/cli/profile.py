@@ -87,7 +87,7 @@ def run(  # noqa: PLR0913
         inputs=inputs,
     )
     launch = join_launch()
-    calibration = calibration_texts(texts, held_out, seed)
+    calibration = calibration_texts(texts, held_out, seed, max_tokens)
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
         taken = take_profile(
@@ -130,21 +130,32 @@ def take_profile(  # noqa: PLR0913
     )
 
 
-def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
+def calibration_texts(
+    texts: opt.Sources, held_out: float, seed: int, tokens: int
+) -> dict[str, Any]:
     """Read each domain's documents and set some aside, which ``evaluate`` will find again."""
-    return {name: split[0] for name, split in split_texts(texts, held_out, seed).items()}
+    return {name: split[0] for name, split in split_texts(texts, held_out, seed, tokens).items()}
 
 
 def split_texts(
-    texts: dict[str, Path], held_out: float, seed: int
+    texts: opt.Sources, held_out: float, seed: int, tokens: int
 ) -> dict[str, tuple[Any, Any | None]]:
-    """Return each domain's calibration and held-out documents; None if none are held out."""
+    """Return each domain's calibration and held-out documents; None if none are held out.
+
+    Args:
+        texts: Where to read.
+        held_out: Fraction of the documents.
+        seed: Of the split.
+        tokens: How many are going to be drawn per domain, which says how far a stream is read.
+    """
     from hf_sparse_pathways.discovery.text import read_documents
     from hf_sparse_pathways.pathways.pathway import check_domain_name
 
     for name in texts:
         check_domain_name(name)
-    documents = {name: read_documents(path, seed=seed) for name, path in texts.items()}
+    documents = {
+        name: read_documents(path, seed=seed, tokens=tokens) for name, path in texts.items()
+    }
     if held_out == 0:
         return {name: (read, None) for name, read in documents.items()}
     return {name: read.split(held_out, seed) for name, read in documents.items()}

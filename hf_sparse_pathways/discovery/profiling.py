@@ -131,7 +131,7 @@ def profile(  # noqa: PLR0913
     max_length = resolve_length(model, max_length)
     samples = {}
     for domain, source in texts.items():
-        documents = read_documents(source, seed=seed)
+        documents = read_documents(source, seed=seed, tokens=max_tokens)
         samples[domain] = _draw(
             domain,
             documents,
@@ -386,6 +386,7 @@ def _draw(  # noqa: PLR0913
     kept_digests, kept_cut = list_digests(kept)
     provenance = {
         "source": documents.source,
+        "datasets": [dict(dataset) for dataset in documents.datasets],
         "documents": len(digests),
         "tokens": tokens,
         "max_length": max_length,

@@ -1,7 +1,8 @@
 """Documents out of whatever a user has: strings, files, globs, folders, datasets.
 
-A source that is too large is read in part, at random over its files and rows, and says so; only of
-a stream, which may have no end, the first rows are taken.
+A source that is too large is read in part, at random over its files and rows, and says so. Only of
+a stream, which may have no end, the first rows are taken: as many as give far more text than is
+going to be drawn from them.
 """
 
 import heapq
@@ -10,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from hf_sparse_pathways.discovery.documents import (
     cut_sections,
     distinct_documents,
 )
+from hf_sparse_pathways.discovery.hub_datasets import PREFIX, Address, describe_dataset
 from hf_sparse_pathways.errors import TextError
 
 logger = logging.getLogger(__name__)
@@ -37,22 +40,34 @@ FOLDER_SUFFIXES = frozenset(
 )
 """What is read of a folder; a file that is named itself, or by a glob, may end in anything."""
 
+_COLUMN = "text"
+
 MAX_ROWS = 200_000
 MAX_CHARACTERS = 200_000_000
 """Most that is kept of one source; files and rows beyond are left out at random, which is said."""
 
+STREAMED_CHARACTERS = 32
+"""Of a stream, per token that is going to be drawn. A token has three to five characters: windows
+then come from many documents, and enough documents are left to be held out."""
 
-def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
+STREAMED_DOCUMENTS = 256
+"""Fewest documents that are read of a stream that has as many."""
+
+
+def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = None) -> Documents:
     """Read a text source.
 
     Args:
         source: One of
-            - a string: a file, folder or glob if there is one of that name, else a text;
+            - a string: a file, folder or glob if there is one of that name, a dataset on the Hub
+              (``hf://datasets/OWNER/NAME:SPLIT:COLUMN``, see ``hub_datasets``), else a text;
             - a ``Path``;
             - a list of texts, or of paths; what has white space in it and is no file is a text;
             - a ``datasets`` Dataset or IterableDataset, or any iterable of texts or of rows with
               a text column (``text``, ``content``, or the only one that holds strings).
         seed: Decides what is read of a source that is larger than ``MAX_CHARACTERS``.
+        tokens: How many are going to be drawn; a stream is read as far as that needs, and without
+            it as far as ``MAX_ROWS`` or ``MAX_CHARACTERS``.
 
     Returns:
         Each distinct document that is not blank.
@@ -62,18 +77,70 @@ def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
     """
     if isinstance(source, Documents):
         return source
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return _read_address(Address.parse(source), seed, tokens)
     files = _matching_files(source)
     if files is not None:
-        documents: Iterable[Document] = _read_files(files, seed)
         described = str(source).encode(errors="replace").decode()  # any bytes may be in a name
-    else:
-        described = _describe(source)
-        items = [source] if isinstance(source, str) else _iterate(source, described)
-        documents = _from_items(items, described, seed)
-    unique = distinct_documents(documents)
+        return _gathered(Documents(items=tuple(_read_files(files, seed)), source=described))
+    described = _describe(source)
+    items = [source] if isinstance(source, str) else _iterate(source, described)
+    return _read_items(items, described, seed, tokens, describe_dataset(source))
+
+
+def _read_address(address: Address, seed: int, tokens: int | None) -> Documents:
+    pinned = address.pinned()
+    rows = ({_COLUMN: _cell(row, pinned)} for row in pinned.stream())
+    return _read_items(rows, str(address), seed, tokens, pinned.described())
+
+
+def _cell(row: dict[str, Any], address: Address) -> Any:
+    return row.get(_text_column(row, str(address), address.column))
+
+
+def _read_items(
+    items: Iterable[Any],
+    described: str,
+    seed: int,
+    tokens: int | None,
+    dataset: dict[str, str],
+) -> Documents:
+    documents: Iterable[Document] = _from_items(items, described, seed)
+    streamed = not hasattr(items, "__len__")
+    if streamed:
+        documents = _as_needed(documents, described, tokens)
+    return _gathered(
+        Documents(
+            items=tuple(documents),
+            source=described,
+            datasets=(dataset,) if dataset else (),
+            streamed=streamed,
+        )
+    )
+
+
+def _gathered(read: Documents) -> Documents:
+    """Return the distinct documents, cut where they are few."""
+    unique = distinct_documents(read.items)
     if not unique:
-        raise TextError(f"{described} holds no text. Give files or strings with text in them.")
-    return Documents(items=distinct_documents(cut_sections(unique)), source=described)
+        raise TextError(f"{read.source} holds no text. Give files or strings with text in them.")
+    return replace(read, items=distinct_documents(cut_sections(unique)))
+
+
+def _as_needed(
+    documents: Iterable[Document], described: str, tokens: int | None
+) -> Iterator[Document]:
+    """Yield a stream's documents until there are far more than are going to be drawn."""
+    needed = MAX_CHARACTERS if tokens is None else STREAMED_CHARACTERS * tokens
+    characters = 0
+    for count, document in enumerate(documents, 1):
+        yield document
+        characters += len(document.text)
+        if characters > MAX_CHARACTERS:
+            logger.warning("%s: only the first %d documents were read.", described, count)
+            return
+        if characters >= needed and count >= STREAMED_DOCUMENTS:
+            return
 
 
 def _matching_files(source: TextSource) -> list[Path] | None:
@@ -198,6 +265,11 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _iterate(source: TextSource, described: str) -> Iterable[Any]:
+    if isinstance(source, dict) and hasattr(source, "column_names"):  # a DatasetDict
+        splits = ", ".join(map(repr, source))
+        raise TextError(
+            f"{described} is a dataset's splits: {splits}. Give one, as dataset['train']."
+        )
     if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
         raise TextError(
             f"{described} is no text source. Give strings, files, globs, folders, or a dataset."
@@ -289,7 +361,11 @@ def _is_file(text: str) -> bool:
     return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and os.path.isfile(text)
 
 
-def _text_column(row: dict[str, Any], origin: str) -> str:
+def _text_column(row: dict[str, Any], origin: str, chosen: str | None = None) -> str:
+    if chosen is not None and chosen not in row:
+        raise TextError(f"{origin} has no column {chosen!r}; its columns are {', '.join(row)}.")
+    if chosen is not None:
+        return chosen
     strings = [name for name, value in row.items() if isinstance(value, str)]
     for name in ("text", "content"):
         if name in strings or (name in row and _is_missing(row[name])):
@@ -297,8 +373,9 @@ def _text_column(row: dict[str, Any], origin: str) -> str:
     if len(strings) == 1:
         return strings[0]
     raise TextError(
-        f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Rename "
-        "the one that holds the documents, or pass a list of its strings."
+        f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Choose "
+        "the one that holds the documents: dataset.select_columns(['NAME']), or :SPLIT:NAME behind "
+        "a dataset's address; of other rows pass a list of its strings."
     )
 
 

@@ -164,7 +164,7 @@ def _draw(
     """Draw every domain's windows from documents that no set was calibrated on."""
     drawn = []
     for domain, source in texts.items():
-        documents = read_documents(source, seed=settings.seed)
+        documents = read_documents(source, seed=settings.seed, tokens=settings.max_tokens)
         documents, excluded = _held_out(sets, domain, documents, settings.seen)
         drawn.append(
             ScoredText.draw(
