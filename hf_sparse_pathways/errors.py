@@ -1,6 +1,7 @@
 """Errors a user can act on; every message says what was given, what fits, and what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -55,3 +56,25 @@ def named(argument: str, value: object) -> str:
 def option(argument: str) -> str:
     """Return an argument as Python and as the command line call it: ``tokens (--tokens)``."""
     return f"{argument} (--{argument.replace('_', '-')})"
+
+
+_TRANSPORT = ("huggingface_hub", "httpx", "httpx2")
+"""Packages whose errors come from the way to the Hub."""
+
+
+@contextmanager
+def hub_errors(what: str = "") -> Iterator[None]:
+    """Within the block, what goes wrong on the way to the Hub is one of this package's errors.
+
+    Args:
+        what: What then fails, as the begin of a sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = type(error).__module__.partition(".")[0]
+        if own not in _TRANSPORT and not isinstance(error, OSError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " ".join(lines) or type(error).__name__
+        raise HubError(f"{what}: {told}" if what else told) from error

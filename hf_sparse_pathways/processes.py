@@ -67,11 +67,11 @@ class Processes:
         return items[self.index :: self.count]
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors."""
+        """Return the sum of all processes' tensors; the given one may be overwritten."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """Return the entrywise maximum of all processes' tensors."""
+        """Return the entrywise maximum of all processes' tensors, likewise."""
         return self._reduced(tensor, dist.ReduceOp.MAX)
 
     def gather(self, value: Item) -> list[Item]:

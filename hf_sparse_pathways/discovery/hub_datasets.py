@@ -6,14 +6,13 @@ An address is streamed at the commit that its revision stands for now, and nothi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
-from hf_sparse_pathways.errors import TextError
+from hf_sparse_pathways.errors import PathwaysError, TextError, hub_errors
 
 PREFIX = "hf://datasets/"
 
@@ -63,21 +62,18 @@ class Address:
         """Return the same at the commit that its revision stands for now.
 
         Raises:
-            TextError: The Hub does not have it, or cannot be reached.
+            HubError: The Hub does not have it, or cannot be reached.
         """
-        try:
+        with hub_errors(f"{self} cannot be found"):
             commit = HfApi().dataset_info(self.id, revision=self.revision).sha
-        except (OSError, HfHubHTTPError) as error:
-            raise TextError(
-                f"{self} cannot be found: {str(error).strip().splitlines()[0]}"
-            ) from error
         return replace(self, revision=commit)
 
-    def stream(self) -> Any:
-        """Return the rows, which are read as they are asked for.
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows, which are read as they are asked for.
 
         Raises:
-            TextError: ``datasets`` is not installed, or does not find the configuration or split.
+            TextError: ``datasets`` is not installed, or does not know the configuration or split.
+            HubError: The Hub cannot be reached any more.
         """
         try:
             from datasets import load_dataset
@@ -86,11 +82,13 @@ class Address:
                 f"{self}: this needs datasets. Install it with "
                 "`pip install hf-sparse-pathways[data]`."
             ) from error
+        place = {"split": self.split, "revision": self.revision}
         try:
-            return load_dataset(
-                self.id, self.config, split=self.split, revision=self.revision, streaming=True
-            )
-        except (OSError, ValueError) as error:
+            with hub_errors(f"{self} cannot be read"):
+                yield from load_dataset(self.id, self.config, **place, streaming=True)
+        except ValueError as error:
+            if isinstance(error, PathwaysError):
+                raise
             raise TextError(f"{self} cannot be read: {error}") from error
 
     def described(self) -> dict[str, str]:

@@ -3,50 +3,33 @@
 The decoder runs over random windows of the text. Hooks on every FFN block drop padding and add up,
 per neuron, the moments of ``statistics.py``, and per block the Gram matrix of ``grams.py``. Gram
 matrices are large, so the blocks are taken in groups that fit into memory, one pass over the text
-per group; a pass ends at its group's last block.
+per group (``collection.py``); a pass ends at its group's last block.
 
 Source: A. Young 2026, "Sparse Pathways", profiles E[|a|] per domain; the other statistics serve
 other methods (``scores.py``, ``obs.py``).
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
+from hf_sparse_pathways.discovery.collection import Collection, Sample
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
-from hf_sparse_pathways.discovery.grams import GramSource
-from hf_sparse_pathways.discovery.passes import (
-    Finished,
-    calibration_precision,
-    evaluation_mode,
-    run_decoder,
-)
-from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
-from hf_sparse_pathways.discovery.resumption import Resumption
-from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
+from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
-from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import (
-    Batch,
     Window,
     count_tokens,
     draw_windows,
     list_digests,
-    make_batches,
     resolve_length,
 )
 from hf_sparse_pathways.errors import PathwaysError, TextError, named, option
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.processes import Processes
@@ -58,15 +41,6 @@ FEW_TOKENS = 1024
 """Of fewer it is said that they are few."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What was drawn of one domain's text."""
-
-    windows: tuple[Window, ...]
-    validation: tuple[Window, ...]
-    provenance: dict[str, Any]
 
 
 def profile(  # noqa: PLR0913
@@ -146,7 +120,7 @@ def profile(  # noqa: PLR0913
     if grams:
         kept = 0 if work_folder is not None else len(samples)
         groups = group_blocks(blocks, parse_memory(max_memory), kept, inputs=inputs)
-    run = _Run(model, tuple(groups), batch_size, grams, inputs, precision, processes)
+    run = Collection(model, tuple(groups), batch_size, grams, inputs, precision, processes)
     with calibration_precision(model, precision):
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
@@ -191,155 +165,6 @@ def group_blocks(
     return [tuple(group) for group in groups]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Everything that the passes over all domains' text have in common."""
-
-    model: nn.Module
-    groups: tuple[tuple[FfnBlock, ...], ...]
-    batch_size: int
-    grams: bool
-    inputs: bool
-    precision: str
-    processes: Processes
-
-    def collect(
-        self, domain: str, sample: _Sample, work_folder: "str | os.PathLike[str] | None"
-    ) -> DomainProfile:
-        """Run a domain's windows through the decoder, once per group of blocks."""
-        plan, others = self._plan(sample), self.processes
-        others.check_same(plan, f"Domain {domain!r}: model, text or settings")
-        resumption = Resumption(work_folder, plan)
-        if others.count > 1:
-            plan = {**plan, "process": others.index, "processes": others.count}
-        own = Resumption(work_folder, plan)
-        batches = list(make_batches(sample.windows, self.batch_size))
-        statistics: list[BlockStatistics] = []
-        matrices: list[GramSource] = []
-        total = _count(others.share(batches)) * len(self.groups)
-        silent = None if others.is_first else True
-        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=silent) as bar:
-            for number, group in enumerate(self.groups):
-                name = f"{number:04d}"
-                collectors = self._collectors(group)
-                if not self._is_there(resumption, name, collectors, len(batches)):
-                    self._collect_group(collectors, others.share(batches), own, name, bar)
-                    self._combine(collectors, own, resumption, name, len(batches))
-                for index, collector in enumerate(collectors):
-                    check_statistics(domain, collector.block.name, collector.statistics)
-                    statistics.append(collector.statistics)
-                    if collector.accumulator is not None:
-                        stored = resumption.stored_gram(name, index, collector.block.d_ff)
-                        matrices.append(stored or collector.accumulator.gram())
-        return DomainProfile(
-            blocks=tuple(statistics),
-            provenance=sample.provenance,
-            grams=tuple(matrices),
-            windows=sample.windows,
-            validation=sample.validation,
-        )
-
-    def _collectors(self, group: tuple[FfnBlock, ...]) -> list[BlockCollector]:
-        spaces = Workspaces()
-        return [
-            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
-        ]
-
-    def _collect_group(
-        self,
-        collectors: list[BlockCollector],
-        batches: Sequence[Batch],
-        resumption: Resumption,
-        name: str,
-        bar: Any,
-    ) -> None:
-        """Run batches through the decoder as far as one group's last block."""
-        done = began = resumption.resume(name, collectors)
-        bar.update(_count(batches[:done]))
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(all_dense())
-            stack.enter_context(evaluation_mode(self.model))
-            for collector in collectors:
-                for handle in collector.attach():
-                    stack.callback(handle.remove)
-            if collectors[-1].block is not self.groups[-1][-1]:
-                for handle in _stop_after(collectors):
-                    stack.callback(handle.remove)
-            for batch in batches[done:]:
-                for collector in collectors:
-                    collector.begin(batch)
-                run_decoder(self.model, batch)
-                bar.update(_count([batch]))
-                done += 1
-                resumption.store_sometimes(name, collectors, done)
-        if done > began:
-            resumption.store(name, collectors, done)
-
-    def _is_there(
-        self, together: Resumption, name: str, collectors: list[BlockCollector], batches: int
-    ) -> bool:
-        """Restore a group's sums of all processes, if every process finds them finished."""
-        if self.processes.count == 1:  # what it resumes itself is all there is
-            return False
-        finished = together.stored(name, len(collectors)) == batches
-        if not all(self.processes.gather(finished)):
-            return False
-        together.resume(name, collectors)
-        return True
-
-    def _combine(
-        self,
-        collectors: list[BlockCollector],
-        own: Resumption,
-        together: Resumption,
-        name: str,
-        batches: int,
-    ) -> None:
-        """Put the sums of all processes together, and store them once."""
-        if self.processes.count == 1:
-            return
-        for collector in collectors:
-            collector.combine(self.processes)
-        if self.processes.is_first:
-            together.store(name, collectors, batches)
-        self.processes.gather(name)  # from here on the others find them, too
-        own.delete(name, len(collectors))
-
-    def _plan(self, sample: _Sample) -> dict[str, Any]:
-        """Return everything that decides the sums, for ``Resumption``."""
-        tokens = hashlib.sha256(str([window.ids for window in sample.windows]).encode())
-        return {
-            "tokens": tokens.hexdigest(),
-            "weights": weight_digest(self.model),
-            "groups": [len(group) for group in self.groups],
-            "batch_size": self.batch_size,
-            "grams": self.grams,
-            "inputs": self.inputs,
-            "precision": self.precision,
-        }
-
-
-def _count(batches: Sequence[Batch]) -> int:
-    """Return the number of tokens, padding excluded."""
-    return sum(int(batch.mask.sum()) for batch in batches)
-
-
-def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:
-    """Hook the blocks so that a forward pass ends when the last of them has been seen."""
-    seen = [collector.batches for collector in collectors]
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
-        if all(
-            collector.batches > before for collector, before in zip(collectors, seen, strict=True)
-        ):
-            seen[:] = [collector.batches for collector in collectors]
-            raise Finished
-
-    for collector in collectors:
-        yield collector.block.outgoing.register_forward_pre_hook(stop)
-
-
 def _draw(  # noqa: PLR0913
     domain: str,
     documents: Documents,
@@ -349,7 +174,7 @@ def _draw(  # noqa: PLR0913
     validation: tuple[float, int],
     max_length: int,
     seed: int,
-) -> _Sample:
+) -> Sample:
     """Draw calibration windows, then validation windows from the documents that are left."""
     share, validation_tokens = validation
     calibration = documents
@@ -396,4 +221,4 @@ def _draw(  # noqa: PLR0913
         "validation_digests": kept_digests,
         "validation_cut_digests": kept_cut,
     }
-    return _Sample(tuple(windows), tuple(kept), provenance)
+    return Sample(tuple(windows), tuple(kept), provenance)

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from hf_sparse_pathways.errors import ArtefactError, PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import ArtefactError, PathwaysError, UnknownNameError, hub_errors
 from hf_sparse_pathways.files import as_json, read_json
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
 from hf_sparse_pathways.pathways.pathway import Pathways, check_domain_name
@@ -26,7 +26,7 @@ from hf_sparse_pathways.pathways.storage import (
     write_pathways,
 )
 from hf_sparse_pathways.share.card import CARD_NAME, change_rows
-from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
+from hf_sparse_pathways.share.hub import Push, read_text
 
 _ATTEMPTS = 8
 """How often a change is made anew because somebody else has pushed in the meantime."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.errors import ArtefactError, hub_errors
 from hf_sparse_pathways.pathways.apart import PARENT
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
-from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
+from hf_sparse_pathways.share.hub import Push, read_text
 
 
 def push_folder(

@@ -9,7 +9,7 @@ import pytest
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.hub_datasets import Address, describe_dataset
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.errors import TextError
+from hf_sparse_pathways.errors import HubError, TextError
 from tests.architectures import build
 from tests.cli.commands import assert_error, run
 from tests.texts import documents, tiny_tokenizer
@@ -100,8 +100,15 @@ def test_the_provenance_of_a_pathway_names_its_datasets(asked, tmp_path):
 )
 @pytest.mark.usefixtures("asked")
 def test_what_is_not_there_is_told(address, told):
-    with pytest.raises(TextError, match=told):
+    with pytest.raises(sp.PathwaysError, match=told):
         read_documents(address)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"^hf://datasets/me/law:train cannot be found: "):
+        read_documents("hf://datasets/me/law")
 
 
 @pytest.mark.usefixtures("asked")

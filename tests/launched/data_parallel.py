@@ -54,7 +54,7 @@ def check_profile_in_groups_goes_on(state, folder):
     before = content(folder)
     assert sum(name.endswith(".safetensors") for name in before) == 2 * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_sparse_pathways.discovery.profiling.run_decoder", None)  # not needed
+        patch.setattr("hf_sparse_pathways.discovery.collection.run_decoder", None)  # not needed
         assert_same_profile(profile(model, inputs=True, accelerator=state, **work), first)
     assert content(folder) == before
 
