@@ -13,6 +13,8 @@ import typer
 
 from hf_sparse_pathways.errors import PathwaysError
 
+logger = logging.getLogger(__name__)
+
 SHARING = ("profile", "build", "evaluate")
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -52,6 +54,11 @@ def join_launch() -> Any:
     Commands compute on the CPU, and so the processes talk through gloo.
     """
     if count_processes() == 1:
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+            logger.warning(
+                "accelerate launch was asked for several processes, but has started one: on the "
+                "CPU it needs --multi_gpu (without a GPU) for more, or use torchrun."
+            )
         return None
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging

@@ -6,7 +6,7 @@ An address is streamed at the commit that its revision stands for now, and nothi
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ _ADDRESS = re.compile(
 )
 
 _FILE = re.compile(rf"{PREFIX}(?P<id>[^/@]+/[^/@]+)@(?P<revision>[^/]+)/")
-"""The name under which ``datasets`` keeps the checksum of a downloaded file."""
+"""How ``datasets`` calls a file of a repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,12 @@ class Address:
 def describe_dataset(source: Any) -> dict[str, str]:
     """Return what a ``datasets`` object knows of its origin; nothing of anything else.
 
-    ``id`` and ``revision`` are there only if it was downloaded from the Hub; a stream does not tell
-    more than the dataset's ``name``.
+    ``id`` and ``revision`` are there only if its files tell that they are from the Hub.
     """
     info: Any = getattr(source, "info", None)
     if not getattr(info, "dataset_name", None):
         return {}
-    checksums = getattr(info, "download_checksums", None)
-    files = checksums if isinstance(checksums, Mapping) else ()
-    found = next(filter(None, map(_FILE.match, map(str, files))), None)
+    found = next(filter(None, map(_FILE.match, map(str, _files(source)))), None)
     known = {
         "name": info.dataset_name,
         "config": getattr(info, "config_name", None),
@@ -121,3 +118,17 @@ def describe_dataset(source: Any) -> dict[str, str]:
         **(found.groupdict() if found else {}),
     }
     return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _files(source: Any) -> Iterable[Any]:
+    """Return the files of a ``datasets`` object: those that were downloaded, or are streamed.
+
+    Of a stream only ``datasets``' own attributes tell; without them nothing is known.
+    """
+    checksums = getattr(source.info, "download_checksums", None)
+    if isinstance(checksums, Mapping):
+        return checksums
+    rows: Any = getattr(source, "_ex_iterable", None)
+    while hasattr(rows, "ex_iterable"):  # shuffled, mapped, ...
+        rows = rows.ex_iterable
+    return getattr(rows, "kwargs", {}).get("base_files") or ()

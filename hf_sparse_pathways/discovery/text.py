@@ -24,6 +24,7 @@ from hf_sparse_pathways.discovery.documents import (
     distinct_documents,
 )
 from hf_sparse_pathways.discovery.hub_datasets import PREFIX, Address, describe_dataset
+from hf_sparse_pathways.discovery.streams import read_as_needed
 from hf_sparse_pathways.errors import TextError
 
 logger = logging.getLogger(__name__)
@@ -40,18 +41,9 @@ FOLDER_SUFFIXES = frozenset(
 )
 """What is read of a folder; a file that is named itself, or by a glob, may end in anything."""
 
-_COLUMN = "text"
-
 MAX_ROWS = 200_000
 MAX_CHARACTERS = 200_000_000
 """Most that is kept of one source; files and rows beyond are left out at random, which is said."""
-
-STREAMED_CHARACTERS = 32
-"""Of a stream, per token that is going to be drawn. A token has three to five characters: windows
-then come from many documents, and enough documents are left to be held out."""
-
-STREAMED_DOCUMENTS = 256
-"""Fewest documents that are read of a stream that has as many."""
 
 
 def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = None) -> Documents:
@@ -90,12 +82,7 @@ def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = No
 
 def _read_address(address: Address, seed: int, tokens: int | None) -> Documents:
     pinned = address.pinned()
-    rows = ({_COLUMN: _cell(row, pinned)} for row in pinned.stream())
-    return _read_items(rows, str(address), seed, tokens, pinned.described())
-
-
-def _cell(row: dict[str, Any], address: Address) -> Any:
-    return row.get(_text_column(row, str(address), address.column))
+    return _read_items(pinned.stream(), str(address), seed, tokens, pinned.described())
 
 
 def _read_items(
@@ -105,10 +92,11 @@ def _read_items(
     tokens: int | None,
     dataset: dict[str, str],
 ) -> Documents:
-    documents: Iterable[Document] = _from_items(items, described, seed)
+    column = dataset.get("column")
+    documents: Iterable[Document] = _from_items(items, described, seed, column)
     streamed = not hasattr(items, "__len__")
     if streamed:
-        documents = _as_needed(documents, described, tokens)
+        documents = read_as_needed(documents, described, tokens=tokens, most=MAX_CHARACTERS)
     return _gathered(
         Documents(
             items=tuple(documents),
@@ -125,22 +113,6 @@ def _gathered(read: Documents) -> Documents:
     if not unique:
         raise TextError(f"{read.source} holds no text. Give files or strings with text in them.")
     return replace(read, items=distinct_documents(cut_sections(unique)))
-
-
-def _as_needed(
-    documents: Iterable[Document], described: str, tokens: int | None
-) -> Iterator[Document]:
-    """Yield a stream's documents until there are far more than are going to be drawn."""
-    needed = MAX_CHARACTERS if tokens is None else STREAMED_CHARACTERS * tokens
-    characters = 0
-    for count, document in enumerate(documents, 1):
-        yield document
-        characters += len(document.text)
-        if characters > MAX_CHARACTERS:
-            logger.warning("%s: only the first %d documents were read.", described, count)
-            return
-        if characters >= needed and count >= STREAMED_DOCUMENTS:
-            return
 
 
 def _matching_files(source: TextSource) -> list[Path] | None:
@@ -277,14 +249,16 @@ def _iterate(source: TextSource, described: str) -> Iterable[Any]:
     return source
 
 
-def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Document]:
+def _from_items(
+    items: Iterable[Any], origin: str, seed: int, chosen: str | None = None
+) -> Iterator[Document]:
     """Turn texts, paths and rows into documents; at most ``MAX_ROWS`` of them."""
     items = _at_most(items, origin, seed)
     column: str | None = None
     for index, item in enumerate(items):
         place = f"{origin}[{index}]"
         if isinstance(item, dict):
-            column = column or _text_column(item, origin)
+            column = column or _text_column(item, origin, chosen)
             text = item.get(column)
             if isinstance(text, str):
                 yield Document(text, place)
@@ -361,7 +335,7 @@ def _is_file(text: str) -> bool:
     return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and os.path.isfile(text)
 
 
-def _text_column(row: dict[str, Any], origin: str, chosen: str | None = None) -> str:
+def _text_column(row: dict[str, Any], origin: str, chosen: str | None) -> str:
     if chosen is not None and chosen not in row:
         raise TextError(f"{origin} has no column {chosen!r}; its columns are {', '.join(row)}.")
     if chosen is not None:

@@ -75,7 +75,9 @@ class AttachedBlock:
         if outside:
             self._hook = seen[-1].register_forward_pre_hook(_MaskInput(self.state))
         self.state.masked_outside = outside
-        self.state.set_shard(find_shard(leaves[:-1], leaves[-1]))
+        shard = find_shard(leaves[:-1], leaves[-1])
+        if shard != self.state.shard:
+            self.state.set_shard(shard)
         self.state.masked_only = bool(
             _differ(seen, leaves) or self.block.entangled or not all(map(_is_plain, leaves))
         )

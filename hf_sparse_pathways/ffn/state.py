@@ -72,18 +72,15 @@ class IncomingAddition:
     delta: Tensor | LowRank
     width: int
 
-    @classmethod
-    def of(
-        cls, rows: Tensor, delta: Tensor | LowRank, held: Run, like: Tensor
-    ) -> "IncomingAddition":
-        """Take the change of some rows over to a leaf that holds a run of all rows."""
-        first, last = torch.searchsorted(rows, torch.tensor(held)).tolist()
-        if isinstance(delta, LowRank):
-            delta = LowRank(delta.outer[first:last], delta.inner)
+    def cut(self, held: Run) -> "IncomingAddition":
+        """Return the part for a leaf that holds a run of all rows. Pure."""
+        limits = torch.tensor(held, device=self.rows.device)
+        part = slice(*torch.searchsorted(self.rows, limits).tolist())
+        if isinstance(self.delta, LowRank):
+            delta: Tensor | LowRank = LowRank(self.delta.outer[part], self.delta.inner)
         else:
-            delta = delta[first:last]
-        own = (rows[first:last] - held[0]).to(like.device)
-        return cls(own, delta.to(like), held[1] - held[0])
+            delta = self.delta[part]
+        return IncomingAddition(self.rows[part] - held[0], delta, held[1] - held[0])
 
     def __call__(self, x: Tensor, _: Tensor | None = None) -> Tensor:
         """Return what is added to the leaf's output, ``(..., width)``."""
@@ -240,11 +237,10 @@ class BlockState:
         found = self._incoming.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                held = (0, self.d_ff * rows_per_neuron)
+                rows = self.kept_rows(pathway, rows_per_neuron).to(like.device)
+                found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
                 if self.shard is not None:
-                    held = self.shard.rows[position]
-                rows = self.kept_rows(pathway, rows_per_neuron)
-                found = IncomingAddition.of(rows, delta, held, like)
+                    found = found.cut(self.shard.rows[position])
             if not torch.compiler.is_compiling():
                 self._incoming[key] = found
         return found

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery.hub_datasets import Address, describe_dataset
+from hf_sparse_pathways.discovery.hub_datasets import Address, _files, describe_dataset
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import HubError, TextError
 from tests.architectures import build
@@ -137,4 +137,20 @@ def test_a_downloaded_dataset_knows_its_repository():
         "id": "me/law",
         "revision": COMMIT,
     }
+    streamed = SimpleNamespace(
+        info=datasets.DatasetInfo(dataset_name="law", config_name="en"),
+        split=datasets.Split.TEST,
+        _ex_iterable=SimpleNamespace(
+            ex_iterable=SimpleNamespace(kwargs={"base_files": list(files)})
+        ),
+    )
+    assert describe_dataset(streamed) == described
     assert describe_dataset(["a text"]) == {}
+
+
+def test_a_stream_tells_its_files(tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    datasets.Dataset.from_list([{"text": "a"}]).to_json(path)
+    stream = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
+    for source in (stream, stream.map(lambda row: row).shuffle(seed=0)):
+        assert list(_files(source)) == [path]

@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery import streams
 from hf_sparse_pathways.discovery import text as text_module
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import TextError
@@ -40,12 +41,12 @@ def test_a_stream_is_read_as_far_as_is_needed():
     stream = Endless()
     read = read_documents(stream, tokens=1000)
     characters = sum(len(document.text) for document in read.items)
-    assert characters >= text_module.STREAMED_CHARACTERS * 1000 > characters - 100
+    assert characters >= streams.CHARACTERS_PER_TOKEN * 1000 > characters - 100
     assert stream.read == len(read.items)
 
 
 def test_of_long_documents_there_are_many(monkeypatch):
-    monkeypatch.setattr(text_module, "STREAMED_DOCUMENTS", 40)
+    monkeypatch.setattr(streams, "LEAST_DOCUMENTS", 40)
     stream = Endless()
     assert len(read_documents(stream, tokens=1).items) == 40 == stream.read
 
@@ -105,7 +106,7 @@ def test_datasets_that_stream_are_read(kind, tmp_path):
     read = read_documents(source, tokens=1)
     assert read.streamed
     assert {document.text for document in read.items} <= set(documents("code", count=300))
-    assert len(read.items) >= text_module.STREAMED_DOCUMENTS / 2  # interleaved ones are twins
+    assert len(read.items) >= streams.LEAST_DOCUMENTS / 2  # interleaved ones are twins
 
 
 def test_a_profile_of_a_stream_is_that_of_its_rows(tmp_path):
