@@ -106,7 +106,7 @@ class Processes:
         Raises:
             UnsupportedModelError: Its weights are sharded over the processes.
         """
-        if self.count > 1 and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        if self.count > 1 and is_spread(model):
             raise UnsupportedModelError(
                 f"The model's weights are sharded over {self.count} processes, so that all of them "
                 "have to run the same text. Leave accelerator= out, or load the model whole."
@@ -118,6 +118,11 @@ class Processes:
         moved = tensor.to(self.device)
         dist.all_reduce(moved, operation)
         return moved.to(tensor.device)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes hold a part of a model's weights each."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 ALONE = Processes()

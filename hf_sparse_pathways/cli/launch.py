@@ -7,6 +7,7 @@ processes but the first are. Other commands refuse.
 import logging
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import typer
@@ -16,6 +17,9 @@ from hf_sparse_pathways.errors import PathwaysError
 logger = logging.getLogger(__name__)
 
 SHARING = ("profile", "build", "evaluate")
+
+WAIT = timedelta(days=1)
+"""For a slower process of a long pass; one that has failed is noticed by the launcher at once."""
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """What accelerate and torchrun set, all of them."""
@@ -63,7 +67,7 @@ def join_launch() -> Any:
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
 
-    state = PartialState(cpu=True)
+    state = PartialState(cpu=True, timeout=WAIT)
     if not state.is_main_process:
         logging.getLogger("hf_sparse_pathways").setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()

@@ -92,7 +92,7 @@ def check_gathered(leaf: Any, x: Tensor) -> None:
 def _dims(weight: DTensor) -> list[int | None]:
     """Return which dimension each placement cuts, None for none."""
     return [
-        placement.dim % weight.dim() if isinstance(placement, Shard) else None
+        placement.dim % weight.dim() if type(placement) is Shard else None  # not a strided one
         for placement in weight.placements
     ]
 

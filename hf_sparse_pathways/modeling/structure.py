@@ -4,11 +4,11 @@ import copy
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+from hf_sparse_pathways.processes import is_spread
 
 
 def copy_structure(model: nn.Module, replaced: dict[int, Any]) -> Any:
@@ -80,7 +80,7 @@ def check_whole(model: nn.Module, why: str) -> None:
     Raises:
         UnsupportedModelError: It has not.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_spread(model):
         raise UnsupportedModelError(
             f"The model's weights are sharded over several processes, {why}"
         )

@@ -119,7 +119,7 @@ def check_what_cannot_work_is_refused(state, folder):
 
 
 def check_a_plan_of_ones_own(state, folder):
-    """The activation is gathered, and split again in front of the outgoing leaf."""
+    """A gathered activation is split again; of gate and up in stripes the rows are not known."""
     expected, place = _saved(state, folder)
     whole = {
         "layers.*.mlp.gate_proj": "colwise_gather_output",
@@ -128,6 +128,17 @@ def check_a_plan_of_ones_own(state, folder):
     }
     names = {f"model.{name}": style for name, style in whole.items()}
     assert_same_model(load(place, tp_plan=names), expected)
+    fused, place = _saved(state, folder, "phi3")
+    packed = {
+        "model.layers.*.mlp.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+    }
+    striped = load(place, tp_plan=packed)
+    with torch.no_grad():
+        dense = [model(IDS, domain=None).logits for model in (striped, fused)]
+        assert torch.allclose(*dense, atol=1e-4)
+        with pytest.raises(sp.PathwaysError, match="sharded in a way"):
+            striped(IDS, domain="code")
 
 
 @torch.no_grad()
