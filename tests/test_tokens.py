@@ -8,8 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import HubError, PathwaysError
-from hf_sparse_pathways.share.hub import Push, hub_errors
+from hf_sparse_pathways.share.hub import Push
 from hf_sparse_pathways.tokens import check_token, hide_tokens
+from hf_sparse_pathways.transport import hub_errors
 from tests.architectures import build, compensate, random_masks
 
 SECRET = "sEcReT1234"

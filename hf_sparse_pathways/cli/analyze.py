@@ -172,7 +172,7 @@ class Job:
     eval_tokens: int
     sampling: Sampling
 
-    def carry_out(self, texts: dict[str, Path]) -> "Analysis":
+    def carry_out(self, texts: opt.Sources) -> "Analysis":
         """Profile the model, analyse it, and measure."""
         from hf_sparse_pathways.discovery.percentile import POOLS, check_percentile
         from hf_sparse_pathways.measure.analysis import analyse
@@ -190,14 +190,13 @@ class Job:
                 return self._measure(analysis, dense, tokenizer, taken, split)
         return analysis
 
-    def _split(self, texts: dict[str, Path]) -> dict[str, tuple[Any, Any]]:
+    def _split(self, texts: opt.Sources) -> dict[str, tuple[Any, Any]]:
         """Return each domain's calibration and held-out documents."""
+        seed, tokens = self.sampling.seed, self.sampling.max_tokens + self.eval_tokens
         if self.profile is not None:  # all of the text that it was not taken on is held out
-            return {
-                name: (whole, whole)
-                for name, (whole, _) in split_texts(texts, 0.0, self.sampling.seed).items()
-            }
-        split = split_texts(texts, self.sampling.held_out, self.sampling.seed)
+            whole = split_texts(texts, 0.0, seed, tokens)
+            return {name: (documents, documents) for name, (documents, _) in whole.items()}
+        split = split_texts(texts, self.sampling.held_out, seed, tokens)
         if self.experiments and self.sampling.held_out == 0:
             raise TextError(
                 "Experiments need held-out text: raise --held-out, or --no-experiments."

@@ -15,6 +15,7 @@ from hf_sparse_pathways.cli.budgets import (
     timed,
 )
 from hf_sparse_pathways.cli.info import print_summary
+from hf_sparse_pathways.cli.launch import is_first, join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import (
@@ -154,8 +155,12 @@ def run(  # noqa: PLR0913
         inputs=needs_inputs(compensation),
         validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
     )
-    job = _Job(model, dtype, output, default_domain, profile, layout)
-    job.carry_out(split_texts(texts, held_out, seed), sampling, limits, rule)
+    launch = join_launch()
+    if profile is not None:  # of which nothing is left to share
+        leave_unless_first(launch)
+    job = _Job(model, dtype, output, default_domain, profile, layout, launch)
+    split = split_texts(texts, held_out, seed, sampling.max_tokens)
+    job.carry_out(split, sampling, limits, rule)
     print_summary(output)
 
 
@@ -169,6 +174,7 @@ class _Job:
     default_domain: str | None
     profile: Path | None
     layout: str
+    launch: Any
 
     @property
     def _key(self) -> tuple[str, str, str]:
@@ -186,11 +192,13 @@ class _Job:
         known = None if self.profile is None else self._saved_profile(self.profile)
         dense, tokenizer = load_dense(self.model, self.dtype)
         _check_model(dense, limits, rule)
-        limits = timed(dense, limits, rule)
+        if is_first(self.launch):
+            limits = timed(dense, limits, rule)
         held_out = {name: split[1] for name, split in texts.items() if split[1] is not None}
         sources = {name: split[0].source for name, split in texts.items()}
         with unfinished_work(self._key, sources, sampling) as work:
             taken = known or self._profile(dense, tokenizer, texts, sampling, work)
+            leave_unless_first(self.launch)
             settled = _settle_method(rule, taken, limits)
             pathways = choose_pathways(dense, tokenizer, taken, limits, settled, held_out)
             self._write(dense, tokenizer, pathways)
@@ -218,7 +226,9 @@ class _Job:
         work: Path,
     ) -> "Profile":
         calibration = {name: split[0] for name, split in texts.items()}
-        return take_profile(dense, tokenizer, calibration, sampling, work, grams=True)
+        return take_profile(
+            dense, tokenizer, calibration, sampling, work, grams=True, launch=self.launch
+        )
 
     def _saved_profile(self, folder: Path) -> "Profile":
         from hf_sparse_pathways.discovery.profiles import Profile

@@ -83,7 +83,7 @@ def run(  # noqa: PLR0913
         max_memory=max_memory,
         inputs=needs_inputs(compensation),
     )
-    texts = split_texts(parse_texts(domain), held_out, seed)
+    texts = split_texts(parse_texts(domain), held_out, seed, max_tokens + scored_tokens)
     dense, tokenizer = load_dense(model, dtype)
     calibration = {name: split[0] for name, split in texts.items()}
     steps = output / "steps"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.launch import join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import load_sparse
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.report_folder import load_plots_if_possible, write_report
@@ -60,6 +61,7 @@ def run(  # noqa: PLR0913
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.pathways.pathway import Pathways
 
+    launch = join_launch()
     also = {name: Pathways.from_pretrained(source) for name, source in others.items()}
     model, tokenizer = load_sparse(folder, dtype)
     report = evaluate(
@@ -74,7 +76,9 @@ def run(  # noqa: PLR0913
         batch_size=batch_size,
         seed=seed,
         seen=seen,
+        accelerator=launch,
     )
+    leave_unless_first(launch)
     if report_folder is not None:
         _write(report_folder, report, plots)
     if as_json:

@@ -7,6 +7,7 @@ import typer
 
 from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_sparse, unfinished_work
+from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, calibration_texts, take_profile
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.memory import MAX_MEMORY
@@ -31,7 +32,7 @@ def run(  # noqa: PLR0913
         ),
     ] = "pad",
     text: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="PATH", help="The domain's text, to select from: as for build."),
     ] = None,
     profile: Annotated[
@@ -88,7 +89,8 @@ def run(  # noqa: PLR0913
         precision="fastest",
         max_memory=max_memory,
     )
-    sources = calibration_texts({} if text is None else {domain: text}, held_out, seed)
+    texts = {} if text is None else parse_texts([f"{domain}={text}"])
+    sources = calibration_texts(texts, held_out, seed, max_tokens)
     with unfinished_work("export", folder, dtype, output.absolute(), text, sampling) as work:
         taken = None if profile is None else Profile.from_pretrained(profile)
         if sources:
@@ -112,7 +114,7 @@ def run(  # noqa: PLR0913
     _print(done)
 
 
-def _check_widths(widths: str, text: Path | None, profile: Path | None) -> None:
+def _check_widths(widths: str, text: str | None, profile: Path | None) -> None:
     """Check that there is something to select from if neurons are selected anew, and only then.
 
     Raises:

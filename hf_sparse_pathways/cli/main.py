@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from hf_sparse_pathways.cli.launch import check_sharing, name_process
 from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.tokens import hide_tokens
 from hf_sparse_pathways.version import __version__
@@ -63,6 +64,7 @@ def root(
 def main() -> None:
     """Run a command."""
     try:
+        check_sharing(sys.argv[1:])
         app()
     except SystemExit as stopped:
         if stopped.code == 130:  # Typer turns KeyboardInterrupt into this, without a word
@@ -76,7 +78,8 @@ def main() -> None:
         notes = _notes(error)
         if notes and not told.endswith("."):
             told += "."
-        sys.stderr.write(f"error: {plain(hide_tokens(' '.join([told, *notes])))}\n")
+        told = plain(hide_tokens(" ".join([told, *notes])))
+        sys.stderr.write(f"error{name_process()}: {told}\n")
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """Arguments and options that several commands share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,9 @@ CALIBRATION_TOKENS = 16384
 PROFILING = ("max_tokens", "held_out", "max_memory")
 """Parameters that only say how a profile is taken, and nothing beside a saved one."""
 
+Sources = Mapping[str, Path | str]
+"""Domain -> a path, which may be a glob, or the address of a dataset on the Hub."""
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of a dense model.")]
 Folder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="Folder or Hub id of a model with pathways.")
@@ -22,7 +25,8 @@ Texts = Annotated[
     typer.Option(
         "--domain",
         metavar="NAME=PATH",
-        help="A domain and its text: a file, folder or glob. Repeat for more domains.",
+        help="A domain and its text: a file, folder or glob, or on the Hub "
+        "hf://datasets/OWNER/NAME:SPLIT:COLUMN. Repeat for more domains.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write.")]
@@ -72,14 +76,14 @@ def refuse_beside(ctx: typer.Context, option: str, names: Sequence[str]) -> None
         raise PathwaysError(f"With {option} these do nothing: {', '.join(given)}. Leave them out.")
 
 
-def parse_texts(pairs: list[str]) -> dict[str, Path]:
-    """Turn ``NAME=PATH`` options into a dictionary; a path may be a glob.
+def parse_texts(pairs: list[str]) -> Sources:
+    """Turn ``NAME=PATH`` options into a dictionary.
 
     Raises:
         PathwaysError: One has no ``=``, or a name stands twice.
     """
     found = parse_pairs(pairs, "--domain", "glob or folder")
-    return {name: Path(path) for name, path in found.items()}
+    return {name: path if path.startswith("hf://") else Path(path) for name, path in found.items()}
 
 
 def parse_pairs(pairs: list[str], option: str, place: str) -> dict[str, str]:

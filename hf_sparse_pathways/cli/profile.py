@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
+from hf_sparse_pathways.cli.launch import join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
@@ -86,16 +87,20 @@ def run(  # noqa: PLR0913
         max_memory=max_memory,
         inputs=inputs,
     )
-    calibration = calibration_texts(texts, held_out, seed)
+    launch = join_launch()
+    calibration = calibration_texts(texts, held_out, seed, max_tokens)
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
-        taken = take_profile(dense, tokenizer, calibration, sampling, work, grams=grams)
+        taken = take_profile(
+            dense, tokenizer, calibration, sampling, work, grams=grams, launch=launch
+        )
+        leave_unless_first(launch)
         with written_whole(output) as folder:
             taken.save_pretrained(folder)
     typer.echo(f"{taken} -> {output}")
 
 
-def take_profile(
+def take_profile(  # noqa: PLR0913
     dense: Any,
     tokenizer: Any,
     texts: dict[str, Any],
@@ -103,8 +108,9 @@ def take_profile(
     work: Path,
     *,
     grams: bool,
+    launch: Any = None,
 ) -> "Profile":
-    """Take a profile, with unfinished sums in a work folder."""
+    """Take a profile, with unfinished sums in a work folder; see ``join_launch`` for the last."""
     from hf_sparse_pathways.discovery.profiling import profile
 
     return profile(
@@ -121,24 +127,36 @@ def take_profile(
         precision=sampling.precision,
         max_memory=sampling.max_memory,
         work_folder=work,
+        accelerator=launch,
     )
 
 
-def calibration_texts(texts: dict[str, Path], held_out: float, seed: int) -> dict[str, Any]:
+def calibration_texts(
+    texts: opt.Sources, held_out: float, seed: int, tokens: int
+) -> dict[str, Any]:
     """Read each domain's documents and set some aside, which ``evaluate`` will find again."""
-    return {name: split[0] for name, split in split_texts(texts, held_out, seed).items()}
+    return {name: split[0] for name, split in split_texts(texts, held_out, seed, tokens).items()}
 
 
 def split_texts(
-    texts: dict[str, Path], held_out: float, seed: int
+    texts: opt.Sources, held_out: float, seed: int, tokens: int
 ) -> dict[str, tuple[Any, Any | None]]:
-    """Return each domain's calibration and held-out documents; None if none are held out."""
+    """Return each domain's calibration and held-out documents; None if none are held out.
+
+    Args:
+        texts: Where to read.
+        held_out: Fraction of the documents.
+        seed: Of the split.
+        tokens: How many are going to be drawn per domain, which says how far a stream is read.
+    """
     from hf_sparse_pathways.discovery.text import read_documents
     from hf_sparse_pathways.pathways.pathway import check_domain_name
 
     for name in texts:
         check_domain_name(name)
-    documents = {name: read_documents(path, seed=seed) for name, path in texts.items()}
+    documents = {
+        name: read_documents(path, seed=seed, tokens=tokens) for name, path in texts.items()
+    }
     if held_out == 0:
         return {name: (read, None) for name, read in documents.items()}
     return {name: read.split(held_out, seed) for name, read in documents.items()}

@@ -10,6 +10,7 @@ from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.blocks import FfnBlock
+from hf_sparse_pathways.processes import Processes
 
 _CHUNK_VALUES = 2**18
 """Activations that are summed at a time: one megabyte, which stays in a core's cache."""
@@ -121,6 +122,19 @@ class BlockCollector:
         self.batches = batches
         if self.accumulator is not None:
             self.accumulator.upper.copy_(state["upper"])
+
+    def combine(self, processes: Processes) -> None:
+        """Add the sums of all processes, in place; each then has those of all."""
+        own = self.statistics
+        sums = {name: getattr(own, name) for name in TENSORS if name != "abs_max"}
+        added = processes.add_up(torch.stack(list(sums.values())))
+        self.statistics = BlockStatistics(
+            tokens=int(processes.add_up(torch.tensor(own.tokens))),
+            abs_max=processes.largest(own.abs_max),
+            **dict(zip(sums, added.unbind(), strict=True)),
+        )
+        if self.accumulator is not None:
+            self.accumulator.upper = processes.add_up(self.accumulator.upper)
 
 
 def _statistics(activation: Tensor, space: Tensor) -> BlockStatistics:

@@ -7,7 +7,7 @@ too few documents to split, long ones are cut into sections, and each section is
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,10 +48,14 @@ class Documents:
     Attributes:
         items: Documents, each text once, in the source's order.
         source: What they were read from, in words that may be saved.
+        datasets: The datasets among that, as ``describe_dataset`` knows them.
+        streamed: Whether they are the first of a stream, of which another time more may be read.
     """
 
     items: tuple[Document, ...]
     source: str
+    datasets: tuple[Mapping[str, str], ...] = ()
+    streamed: bool = False
 
     def without(self, digests: Iterable[str], cut: Iterable[str] = ()) -> "Documents":
         """Return the documents that share no text with others. Pure.
@@ -68,7 +72,7 @@ class Documents:
             and document.whole not in seen
             and not (document.whole is None and document.digest in parts)
         )
-        return Documents(items=kept, source=self.source)
+        return replace(self, items=kept)
 
     def unseen(self, provenances: Iterable[Mapping[str, Any]]) -> "tuple[Documents, int]":
         """Return the documents that were neither calibrated nor validated on. Pure.
@@ -96,7 +100,8 @@ class Documents:
         """Return ``(calibration, held-out)`` documents, disjoint. Pure.
 
         The order by a seeded hash of each text decides, so that the split does not depend on the
-        order of the files, and a text that occurs twice is on one side.
+        order of the files, and a text that occurs twice is on one side. Of a stream the hash alone
+        decides: however much of it is read, a document is on the same side.
 
         Args:
             held_out: Fraction of the documents that is held out, in (0, 1).
@@ -104,7 +109,7 @@ class Documents:
 
         Raises:
             PathwaysError: The fraction is outside (0, 1).
-            TextError: There are fewer than two documents.
+            TextError: There are fewer than two documents, or too few of a stream for both sides.
         """
         if not 0.0 < held_out < 1.0:
             raise PathwaysError(f"{option('held_out')} has to be in (0, 1), got {held_out!r}.")
@@ -113,13 +118,25 @@ class Documents:
                 f"{self.source} has {len(self.items)} document(s), too few to hold any out. Give "
                 "more files, or a longer one."
             )
-        ranked = sorted(
-            self.items, key=lambda d: hashlib.sha256(f"{seed}{d.digest}".encode()).digest()
-        )
-        count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
-        chosen = {document.digest for document in ranked[:count]}
+        ranks = {document.digest: _rank(seed, document.digest) for document in self.items}
+        if self.streamed:
+            chosen = {digest for digest, rank in ranks.items() if rank < held_out}
+        else:
+            count = min(max(1, round(held_out * len(ranks))), len(ranks) - 1)
+            chosen = set(sorted(ranks, key=ranks.__getitem__)[:count])
         held = tuple(document for document in self.items if document.digest in chosen)
-        return self.without(chosen), Documents(items=held, source=self.source)
+        if not 0 < len(held) < len(self.items):
+            raise TextError(
+                f"{self.source}: of {len(self.items)} documents {len(held)} are held out, so that "
+                f"one side is empty. Give more of them, or {option('held_out')} nearer to 0.5."
+            )
+        return self.without(chosen), replace(self, items=held)
+
+
+def _rank(seed: int, digest: str) -> float:
+    """Return a number in [0, 1) that is drawn by a seeded hash."""
+    drawn = hashlib.sha256(f"{seed}{digest}".encode()).digest()
+    return int.from_bytes(drawn[:7], "big") / 2.0**56
 
 
 def distinct_documents(documents: Iterable[Document]) -> tuple[Document, ...]:

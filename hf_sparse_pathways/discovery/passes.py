@@ -23,6 +23,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Return where a model's inputs go: to its first weights that are not offloaded.
+
+    Where all are, accelerate moves inputs from the CPU to where it computes.
+    """
+    places = (weight.device for weight in model.parameters() if not weight.is_meta)
+    return next(places, torch.device("cpu"))
+
+
 PRECISIONS = ("model", "bfloat16", "fastest")
 
 
@@ -38,8 +47,8 @@ def calibration_precision(model: nn.Module, precision: str) -> Iterator[None]:
     Raises:
         UnknownNameError: None of these.
     """
-    device, reduced = next(model.parameters()).device.type, _reduces(model, precision)
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=reduced):
+    device, reduced = find_device(model), _reduces(model, precision)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
         yield
 
 
@@ -52,7 +61,7 @@ def product_dtype(model: nn.Module, precision: str) -> str:
 def _reduces(model: nn.Module, precision: str) -> bool:
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
-    device = next(model.parameters()).device.type
+    device = find_device(model).type
     return precision == "bfloat16" or (precision == "fastest" and has_fast_bfloat16(device))
 
 
@@ -109,7 +118,7 @@ class Finished(Exception):
 def run_decoder(model: nn.Module, batch: Batch) -> None:
     """Run a batch through the decoder, without the head, until the end or ``Finished``."""
     decoder: Any = getattr(model, "base_model", model)
-    device = next(model.parameters()).device
+    device = find_device(model)
     try:
         decoder(
             input_ids=batch.ids.to(device),

@@ -176,7 +176,13 @@ def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> di
     return {
         **mine,
         "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
+        "datasets": [*mine.get("datasets", ()), *_without(theirs, mine)],
         "documents": len(both["digests"]),
         "tokens": mine["tokens"] + theirs["tokens"],
         **both,
     }
+
+
+def _without(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[Any]:
+    """Return their datasets that are not mine as well."""
+    return [found for found in theirs.get("datasets", ()) if found not in mine.get("datasets", ())]

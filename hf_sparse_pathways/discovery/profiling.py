@@ -3,51 +3,36 @@
 The decoder runs over random windows of the text. Hooks on every FFN block drop padding and add up,
 per neuron, the moments of ``statistics.py``, and per block the Gram matrix of ``grams.py``. Gram
 matrices are large, so the blocks are taken in groups that fit into memory, one pass over the text
-per group; a pass ends at its group's last block.
+per group (``collection.py``); a pass ends at its group's last block.
 
 Source: A. Young 2026, "Sparse Pathways", profiles E[|a|] per domain; the other statistics serve
 other methods (``scores.py``, ``obs.py``).
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
+from hf_sparse_pathways.discovery.collection import Collection, Sample
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
-from hf_sparse_pathways.discovery.grams import GramSource
-from hf_sparse_pathways.discovery.passes import (
-    Finished,
-    calibration_precision,
-    evaluation_mode,
-    run_decoder,
-)
-from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
-from hf_sparse_pathways.discovery.resumption import Resumption
-from hf_sparse_pathways.discovery.statistics import BlockStatistics, check_statistics
+from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
-from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import (
     Window,
     count_tokens,
     draw_windows,
     list_digests,
-    make_batches,
     resolve_length,
 )
 from hf_sparse_pathways.errors import PathwaysError, TextError, named, option
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.memory import MAX_MEMORY, format_memory, parse_memory
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.processes import Processes
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
@@ -56,15 +41,6 @@ FEW_TOKENS = 1024
 """Of fewer it is said that they are few."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What was drawn of one domain's text."""
-
-    windows: tuple[Window, ...]
-    validation: tuple[Window, ...]
-    provenance: dict[str, Any]
 
 
 def profile(  # noqa: PLR0913
@@ -83,6 +59,7 @@ def profile(  # noqa: PLR0913
     precision: str = "model",
     max_memory: int | str = MAX_MEMORY,
     work_folder: "str | os.PathLike[str] | None" = None,
+    accelerator: Any = None,
 ) -> Profile:
     """Take the activation profile of each domain's text. The model is left as it was.
 
@@ -109,19 +86,26 @@ def profile(  # noqa: PLR0913
         work_folder: Where unfinished sums, and the Gram matrices of finished groups, are stored. A
             run that was interrupted goes on from there when it is called again with the same
             settings. Keep the folder while the profile is in use; ``save_pretrained`` copies.
+            Several processes need one that all of them see.
+        accelerator: An ``Accelerator`` or ``PartialState`` whose processes share the windows. Each
+            has to call this with the same arguments, and gets the profile of all windows: that
+            of one process, but for the order in which numbers are added.
 
     Raises:
         UnsupportedModelError: The model has no FFN blocks.
         TextError: A source cannot be read, or has fewer than ``MIN_TOKENS`` tokens.
-        PathwaysError: An activation is NaN or infinite, or the memory does not suffice.
+        PathwaysError: An activation is NaN or infinite, the memory does not suffice, or processes
+            were given something else each.
     """
+    processes = Processes.of(accelerator)
+    processes.check_whole(model)
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
     max_length = resolve_length(model, max_length)
     samples = {}
     for domain, source in texts.items():
-        documents = read_documents(source, seed=seed)
+        documents = read_documents(source, seed=seed, tokens=max_tokens)
         samples[domain] = _draw(
             domain,
             documents,
@@ -136,7 +120,7 @@ def profile(  # noqa: PLR0913
     if grams:
         kept = 0 if work_folder is not None else len(samples)
         groups = group_blocks(blocks, parse_memory(max_memory), kept, inputs=inputs)
-    run = _Run(model, tuple(groups), batch_size, grams, inputs, precision)
+    run = Collection(model, tuple(groups), batch_size, grams, inputs, precision, processes)
     with calibration_precision(model, precision):
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
@@ -181,109 +165,6 @@ def group_blocks(
     return [tuple(group) for group in groups]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Everything that the passes over all domains' text have in common."""
-
-    model: nn.Module
-    groups: tuple[tuple[FfnBlock, ...], ...]
-    batch_size: int
-    grams: bool
-    inputs: bool
-    precision: str
-
-    def collect(
-        self, domain: str, sample: _Sample, work_folder: "str | os.PathLike[str] | None"
-    ) -> DomainProfile:
-        """Run a domain's windows through the decoder, once per group of blocks."""
-        resumption = Resumption(work_folder, self._plan(sample))
-        statistics: list[BlockStatistics] = []
-        matrices: list[GramSource] = []
-        total = count_tokens(sample.windows) * len(self.groups)
-        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=None) as bar:
-            for number, group in enumerate(self.groups):
-                name = f"{number:04d}"
-                collectors = self._collect_group(group, sample, resumption, name, bar)
-                for index, collector in enumerate(collectors):
-                    check_statistics(domain, collector.block.name, collector.statistics)
-                    statistics.append(collector.statistics)
-                    if collector.accumulator is not None:
-                        stored = resumption.stored_gram(name, index, collector.block.d_ff)
-                        matrices.append(stored or collector.accumulator.gram())
-        return DomainProfile(
-            blocks=tuple(statistics),
-            provenance=sample.provenance,
-            grams=tuple(matrices),
-            windows=sample.windows,
-            validation=sample.validation,
-        )
-
-    def _collect_group(
-        self,
-        group: tuple[FfnBlock, ...],
-        sample: _Sample,
-        resumption: Resumption,
-        name: str,
-        bar: Any,
-    ) -> list[BlockCollector]:
-        """Run the windows through the decoder as far as one group's last block."""
-        spaces = Workspaces()
-        collectors = [
-            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
-        ]
-        batches = list(make_batches(sample.windows, self.batch_size))
-        done = began = resumption.resume(name, collectors)
-        bar.update(sum(int(batch.mask.sum()) for batch in batches[:done]))
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(all_dense())
-            stack.enter_context(evaluation_mode(self.model))
-            for collector in collectors:
-                for handle in collector.attach():
-                    stack.callback(handle.remove)
-            if group is not self.groups[-1]:
-                for handle in _stop_after(collectors):
-                    stack.callback(handle.remove)
-            for batch in batches[done:]:
-                for collector in collectors:
-                    collector.begin(batch)
-                run_decoder(self.model, batch)
-                bar.update(int(batch.mask.sum()))
-                done += 1
-                resumption.store_sometimes(name, collectors, done)
-        if done > began:
-            resumption.store(name, collectors, done)
-        return collectors
-
-    def _plan(self, sample: _Sample) -> dict[str, Any]:
-        """Return everything that decides the sums, for ``Resumption``."""
-        tokens = hashlib.sha256(str([window.ids for window in sample.windows]).encode())
-        return {
-            "tokens": tokens.hexdigest(),
-            "weights": weight_digest(self.model),
-            "groups": [len(group) for group in self.groups],
-            "batch_size": self.batch_size,
-            "grams": self.grams,
-            "inputs": self.inputs,
-            "precision": self.precision,
-        }
-
-
-def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:
-    """Hook the blocks so that a forward pass ends when the last of them has been seen."""
-    seen = [collector.batches for collector in collectors]
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
-        if all(
-            collector.batches > before for collector, before in zip(collectors, seen, strict=True)
-        ):
-            seen[:] = [collector.batches for collector in collectors]
-            raise Finished
-
-    for collector in collectors:
-        yield collector.block.outgoing.register_forward_pre_hook(stop)
-
-
 def _draw(  # noqa: PLR0913
     domain: str,
     documents: Documents,
@@ -293,7 +174,7 @@ def _draw(  # noqa: PLR0913
     validation: tuple[float, int],
     max_length: int,
     seed: int,
-) -> _Sample:
+) -> Sample:
     """Draw calibration windows, then validation windows from the documents that are left."""
     share, validation_tokens = validation
     calibration = documents
@@ -330,6 +211,7 @@ def _draw(  # noqa: PLR0913
     kept_digests, kept_cut = list_digests(kept)
     provenance = {
         "source": documents.source,
+        "datasets": [dict(dataset) for dataset in documents.datasets],
         "documents": len(digests),
         "tokens": tokens,
         "max_length": max_length,
@@ -339,4 +221,4 @@ def _draw(  # noqa: PLR0913
         "validation_digests": kept_digests,
         "validation_cut_digests": kept_cut,
     }
-    return _Sample(tuple(windows), tuple(kept), provenance)
+    return Sample(tuple(windows), tuple(kept), provenance)

@@ -79,17 +79,30 @@ class Resumption:
         Raises:
             ArtefactError: What is stored is damaged, or of other blocks.
         """
-        paths = [self._path(name, index) for index in range(len(collectors))]
-        pairs = list(zip(paths, collectors, strict=True))
-        found = {_batches(path, collector) for path, collector in pairs}
-        if len(found) != 1 or None in found:
-            return 0
-        done = found.pop() or 0
-        for path, collector in pairs:
+        done = self.stored(name, collectors)
+        for index, collector in enumerate(collectors if done else ()):
+            path = self._path(name, index)
             if path is not None:
                 with open_tensors(path) as file:
                     collector.restore(file.read(file.header), done)
         return done
+
+    def stored(self, name: str, collectors: Sequence[BlockCollector]) -> int:
+        """Return how many batches of a pass are in the sums that are stored.
+
+        Raises:
+            ArtefactError: What is stored is damaged, or of other blocks.
+        """
+        pairs = ((self._path(name, index), one) for index, one in enumerate(collectors))
+        found = {_batches(path, collector) for path, collector in pairs}
+        return 0 if len(found) != 1 else found.pop() or 0
+
+    def delete(self, name: str, blocks: int) -> None:
+        """Delete the stored sums of a pass."""
+        for index in range(blocks):
+            path = self._path(name, index)
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
         """Store the sums of a pass, block by block, each whole or not at all."""

@@ -25,6 +25,7 @@ from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
 from hf_sparse_pathways.discovery.sequential import Arm, prune_sequentially
+from hf_sparse_pathways.discovery.weights import check_in_memory
 from hf_sparse_pathways.discovery.windows import Batch, make_batches
 from hf_sparse_pathways.errors import (
     PathwaysError,
@@ -108,7 +109,8 @@ def select(  # noqa: PLR0913
             method needs, or the blocks' widths and bypasses are together above the budget.
         UnknownNameError: An unknown method, allocation, order, precision or pool, or a domain in
             ``made`` that the profile does not have.
-        UnsupportedModelError: ``order="sequential"``, but the layers cannot be run one at a time.
+        UnsupportedModelError: ``order="sequential"``, but the layers cannot be run one at a time;
+            or weights are offloaded.
     """
     if method is not None and score is not None:
         raise PathwaysError("Give a method or a score, not both: a score is a method.")
@@ -128,6 +130,7 @@ def select(  # noqa: PLR0913
         sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks)
     )
     profile.base.check_same(BaseModel.of(model))
+    check_in_memory(model)
     dense = _dense(model)
     pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
     goals[POOLED] = mean_goal(list(goals.values()))

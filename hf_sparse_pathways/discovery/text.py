@@ -1,7 +1,8 @@
 """Documents out of whatever a user has: strings, files, globs, folders, datasets.
 
-A source that is too large is read in part, at random over its files and rows, and says so; only of
-a stream, which may have no end, the first rows are taken.
+A source that is too large is read in part, at random over its files and rows, and says so. Only of
+a stream, which may have no end, the first rows are taken: as many as give far more text than is
+going to be drawn from them.
 """
 
 import heapq
@@ -10,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,8 @@ from hf_sparse_pathways.discovery.documents import (
     cut_sections,
     distinct_documents,
 )
+from hf_sparse_pathways.discovery.hub_datasets import PREFIX, Address, describe_dataset
+from hf_sparse_pathways.discovery.streams import read_as_needed
 from hf_sparse_pathways.errors import TextError
 
 logger = logging.getLogger(__name__)
@@ -42,17 +46,20 @@ MAX_CHARACTERS = 200_000_000
 """Most that is kept of one source; files and rows beyond are left out at random, which is said."""
 
 
-def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
+def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = None) -> Documents:
     """Read a text source.
 
     Args:
         source: One of
-            - a string: a file, folder or glob if there is one of that name, else a text;
+            - a string: a file, folder or glob if there is one of that name, a dataset on the Hub
+              (``hf://datasets/OWNER/NAME:SPLIT:COLUMN``, see ``hub_datasets``), else a text;
             - a ``Path``;
             - a list of texts, or of paths; what has white space in it and is no file is a text;
             - a ``datasets`` Dataset or IterableDataset, or any iterable of texts or of rows with
               a text column (``text``, ``content``, or the only one that holds strings).
         seed: Decides what is read of a source that is larger than ``MAX_CHARACTERS``.
+        tokens: How many are going to be drawn; a stream is read as far as that needs, and without
+            it as far as ``MAX_ROWS`` or ``MAX_CHARACTERS``.
 
     Returns:
         Each distinct document that is not blank.
@@ -62,18 +69,50 @@ def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
     """
     if isinstance(source, Documents):
         return source
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return _read_address(Address.parse(source), seed, tokens)
     files = _matching_files(source)
     if files is not None:
-        documents: Iterable[Document] = _read_files(files, seed)
         described = str(source).encode(errors="replace").decode()  # any bytes may be in a name
-    else:
-        described = _describe(source)
-        items = [source] if isinstance(source, str) else _iterate(source, described)
-        documents = _from_items(items, described, seed)
-    unique = distinct_documents(documents)
+        return _gathered(Documents(items=tuple(_read_files(files, seed)), source=described))
+    described = _describe(source)
+    items = [source] if isinstance(source, str) else _iterate(source, described)
+    return _read_items(items, described, seed, tokens, describe_dataset(source))
+
+
+def _read_address(address: Address, seed: int, tokens: int | None) -> Documents:
+    pinned = address.pinned()
+    return _read_items(pinned.stream(), str(address), seed, tokens, pinned.described())
+
+
+def _read_items(
+    items: Iterable[Any],
+    described: str,
+    seed: int,
+    tokens: int | None,
+    dataset: dict[str, str],
+) -> Documents:
+    column = dataset.get("column")
+    documents: Iterable[Document] = _from_items(items, described, seed, column)
+    streamed = not hasattr(items, "__len__")
+    if streamed:
+        documents = read_as_needed(documents, described, tokens=tokens, most=MAX_CHARACTERS)
+    return _gathered(
+        Documents(
+            items=tuple(documents),
+            source=described,
+            datasets=(dataset,) if dataset else (),
+            streamed=streamed,
+        )
+    )
+
+
+def _gathered(read: Documents) -> Documents:
+    """Return the distinct documents, cut where they are few."""
+    unique = distinct_documents(read.items)
     if not unique:
-        raise TextError(f"{described} holds no text. Give files or strings with text in them.")
-    return Documents(items=distinct_documents(cut_sections(unique)), source=described)
+        raise TextError(f"{read.source} holds no text. Give files or strings with text in them.")
+    return replace(read, items=distinct_documents(cut_sections(unique)))
 
 
 def _matching_files(source: TextSource) -> list[Path] | None:
@@ -198,6 +237,11 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _iterate(source: TextSource, described: str) -> Iterable[Any]:
+    if isinstance(source, dict) and hasattr(source, "column_names"):  # a DatasetDict
+        splits = ", ".join(map(repr, source))
+        raise TextError(
+            f"{described} is a dataset's splits: {splits}. Give one, as dataset['train']."
+        )
     if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
         raise TextError(
             f"{described} is no text source. Give strings, files, globs, folders, or a dataset."
@@ -205,14 +249,16 @@ def _iterate(source: TextSource, described: str) -> Iterable[Any]:
     return source
 
 
-def _from_items(items: Iterable[Any], origin: str, seed: int) -> Iterator[Document]:
+def _from_items(
+    items: Iterable[Any], origin: str, seed: int, chosen: str | None = None
+) -> Iterator[Document]:
     """Turn texts, paths and rows into documents; at most ``MAX_ROWS`` of them."""
     items = _at_most(items, origin, seed)
     column: str | None = None
     for index, item in enumerate(items):
         place = f"{origin}[{index}]"
         if isinstance(item, dict):
-            column = column or _text_column(item, origin)
+            column = column or _text_column(item, origin, chosen)
             text = item.get(column)
             if isinstance(text, str):
                 yield Document(text, place)
@@ -289,7 +335,11 @@ def _is_file(text: str) -> bool:
     return short and Path(text).suffix.lower() in FOLDER_SUFFIXES and os.path.isfile(text)
 
 
-def _text_column(row: dict[str, Any], origin: str) -> str:
+def _text_column(row: dict[str, Any], origin: str, chosen: str | None) -> str:
+    if chosen is not None and chosen not in row:
+        raise TextError(f"{origin} has no column {chosen!r}; its columns are {', '.join(row)}.")
+    if chosen is not None:
+        return chosen
     strings = [name for name, value in row.items() if isinstance(value, str)]
     for name in ("text", "content"):
         if name in strings or (name in row and _is_missing(row[name])):
@@ -297,8 +347,9 @@ def _text_column(row: dict[str, Any], origin: str) -> str:
     if len(strings) == 1:
         return strings[0]
     raise TextError(
-        f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Rename "
-        "the one that holds the documents, or pass a list of its strings."
+        f"{origin} has no column 'text' or 'content'; its columns are {', '.join(row)}. Choose "
+        "the one that holds the documents: dataset.select_columns(['NAME']), or :SPLIT:NAME behind "
+        "a dataset's address; of other rows pass a list of its strings."
     )
 
 

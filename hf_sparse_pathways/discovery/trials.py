@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device
 from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
@@ -56,7 +56,7 @@ def mean_loss(
 
 def run_model(model: Any, batch: Batch, **kwargs: Any) -> Tensor:
     """Return a batch's logits ``(batch, tokens, vocabulary)``."""
-    device = next(model.parameters()).device
+    device = find_device(model)
     logits: Tensor = model(
         input_ids=batch.ids.to(device),
         attention_mask=batch.mask.long().to(device),

@@ -17,10 +17,12 @@ from hf_sparse_pathways.ffn.leaves import (
     OutgoingLeaf,
     PathwayLeaf,
     computes_linear,
+    is_offloaded,
     restore_leaf,
     swap_leaf,
 )
 from hf_sparse_pathways.ffn.residents import Residents
+from hf_sparse_pathways.ffn.sharding import find_shard
 from hf_sparse_pathways.ffn.state import BlockState
 from hf_sparse_pathways.ffn.stored import lies_in_memory
 
@@ -39,7 +41,7 @@ class AttachedBlock:
         self.leaves: dict[str, Any] = {name: block.parent.get_submodule(name) for name in names}
         self._places = [_place(block.parent, name) for name in names]
         self._seen: list[nn.Module] = []
-        self._kinds: list[tuple[dict[str, Any], type]] = []
+        self._kinds: list[tuple[dict[str, Any], tuple[type, bool]]] = []
         self._hook: Any = None
 
     def drop_copies(self) -> None:
@@ -52,7 +54,7 @@ class AttachedBlock:
         for (children, key), seen, (parameters, kind) in zip(
             self._places, self._seen, self._kinds, strict=False
         ):
-            if children[key] is not seen or type(parameters.get("weight")) is not kind:
+            if children[key] is not seen or _kind(parameters) != kind:
                 break
         else:
             if self._seen:
@@ -73,12 +75,15 @@ class AttachedBlock:
         if outside:
             self._hook = seen[-1].register_forward_pre_hook(_MaskInput(self.state))
         self.state.masked_outside = outside
+        shard = find_shard(leaves[:-1], leaves[-1])
+        if shard != self.state.shard:
+            self.state.set_shard(shard)
         self.state.masked_only = bool(
             _differ(seen, leaves) or self.block.entangled or not all(map(_is_plain, leaves))
         )
         self.drop_copies()
         parameters = [leaf._parameters for leaf in leaves]
-        self._kinds = [(own, type(own.get("weight"))) for own in parameters]
+        self._kinds = [(own, _kind(own)) for own in parameters]
         self._seen = seen  # last: another thread takes it as a sign that the rest is done
 
     @property
@@ -141,6 +146,12 @@ def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:
     return any(module is not leaf for module, leaf in zip(modules, leaves, strict=True))
 
 
+def _kind(parameters: dict[str, Any]) -> tuple[type, bool]:
+    """Return of which class a leaf's weight is, and whether it lies elsewhere."""
+    weight = parameters.get("weight")
+    return type(weight), getattr(weight, "is_meta", False)
+
+
 def _is_swapped(leaf: nn.Module) -> bool:
     """Whether a leaf's class is still the one made here; a parametrisation changes it again."""
     return len(type(leaf).__bases__) == 2
@@ -150,7 +161,6 @@ def _is_plain(leaf: PathwayLeaf) -> bool:
     """Whether a leaf computes what ``linear`` does with weights that lie in memory as they are."""
     if not _is_swapped(leaf):
         return False
-    hook = getattr(leaf, "_hf_hook", None)
-    if getattr(hook, "offload", False) or not lies_in_memory(leaf.weight):
+    if is_offloaded(leaf) or not lies_in_memory(leaf.weight):
         return False
     return computes_linear(leaf, type(leaf).__bases__[1])

@@ -83,7 +83,8 @@ class Attachment:
         if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
             return Execution(name if name in ("masked", "sliced") else "compact", "as traced")
         weight = self.copies.ffn_leaves[0].weight
-        now = (name, weight.dtype, weight.device, self.residents.limit, torch.get_num_threads())
+        threads, possible = torch.get_num_threads(), self.copies.are_possible()
+        now = (name, weight.dtype, weight.device, self.residents.limit, threads, possible)
         if self._execution is None or self._execution[0] != now:
             chosen = choose_execution(name, self.copies)
             self._execution = (now, chosen)

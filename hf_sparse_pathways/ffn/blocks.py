@@ -14,6 +14,7 @@ from torch import nn
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
+from hf_sparse_pathways.ffn.sharding import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     if not survey.routed:
         hint = (
             "Supported are dense FFNs whose linear leaves are named as in "
-            "hf_sparse_pathways/ffn/layouts.py; quantised or adapter-wrapped leaves do not fit: "
-            "load the plain weights, or merge the adapter first."
+            "hf_sparse_pathways/ffn/layouts.py; quantised, adapter-wrapped or sharded leaves do "
+            "not fit: load the plain weights, or merge the adapter first."
         )
     raise UnsupportedModelError(
         f"{type(model).__name__} has no FFN block whose neurons can be skipped ({reasons}). {hint}"
@@ -190,6 +191,12 @@ def _describe(name: str, layer: nn.Module, parent: nn.Module, layout: Layout) ->
     outgoing = linear_widths(find_child(parent, layout.outgoing))
     if incoming is None or outgoing is None:
         raise UnsupportedModelError(f"{name} changed while it was looked at.")
+    if is_sharded(find_child(parent, layout.outgoing)):
+        raise UnsupportedModelError(
+            f"{name} is sharded over several processes (tp_plan), so its neurons cannot be looked "
+            "at or chosen. Do that on the whole model; one with pathways is then loaded with "
+            "from_pretrained(folder, tp_plan='auto')."
+        )
     if getattr(parent, "slow_but_exact", False) and getattr(parent, "pretraining_tp", 1) > 1:
         raise UnsupportedModelError(
             f"{name} reads slices of its weights itself (slow_but_exact with pretraining_tp > 1). "

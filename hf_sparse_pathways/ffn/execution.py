@@ -24,6 +24,12 @@ _WORTH_MEMORY = 1.25
 """How many times as fast packed weights have to be for their memory, beside reading in place."""
 
 
+NO_COPIES = (
+    "no block can be computed with copies: its weights are wrapped, offloaded, sharded or of an "
+    "unknown kind"
+)
+
+
 @dataclass(frozen=True)
 class Execution:
     """What computes a model's kept neurons.
@@ -60,6 +66,8 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     pathway fits beside them, so that none has to give way to them. Where not even plain copies
     fit, it takes views if the neurons are in order for them.
 
+    Where no block can be computed with copies, what is left is ``"masked"``.
+
     A model that was loaded with one domain's neurons has whole leaves only. ``"packed"`` is
     ``"packed-all"`` there, and ``"auto"`` never packs, which would take the memory that was saved.
 
@@ -69,12 +77,16 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     """
     if not copies.blocks:
         return _choose_for_reduced(name, copies)
+    possible = copies.are_possible()
+    if not possible and not has_own_dense(name) and name != "masked":
+        return Execution("masked", NO_COPIES)
     if name == "auto":
         return _choose_any(copies)
     if not has_own_dense(name):
         return Execution(name, "as asked for")
     verdict = _judge(copies, EXECUTORS[name].form)
-    return Execution(name if verdict.usable else "compact", verdict.reason)
+    fallback = "compact" if possible else "masked"
+    return Execution(name if verdict.usable else fallback, verdict.reason)
 
 
 def _choose_any(copies: ModelCopies) -> Execution:
@@ -134,7 +146,7 @@ def _judge(copies: ModelCopies, form: Form) -> Verdict:
     """Judge a form by a block of middling width, in the first pathway."""
     blocks = [block for block in copies.blocks if block.compact_leaves]
     if not blocks:
-        return Verdict(False, "no block can be computed with copies")
+        return Verdict(False, NO_COPIES)
 
     def kept(block: "AttachedBlock") -> int:
         pathways = block.state.pathways

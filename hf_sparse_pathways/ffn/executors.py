@@ -32,6 +32,7 @@ from hf_sparse_pathways.ffn.copies import Columns, KeptWeights, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.sharding import check_gathered
 from hf_sparse_pathways.ffn.slices import Sliced
 from hf_sparse_pathways.ffn.state import needed_input, spread
 
@@ -73,6 +74,8 @@ class Masked:
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute every neuron, the kept ones with their change."""
+        if leaf.state.shard is not None:
+            check_gathered(leaf, x)
         place = (leaf.position, leaf.rows_per_neuron)
         return leaf.state.add_incoming(leaf.dense(x), x, place, pathway)
 
@@ -81,6 +84,8 @@ class Masked:
     ) -> Tensor:
         """Zero the removed neurons, and add the compensation."""
         state = leaf.state
+        if state.shard is not None:
+            check_gathered(leaf, x)
         masked = x if state.masked_outside else state.mask(x, pathway)
         return state.add(leaf.dense(masked), masked, block_input, pathway)
 
@@ -96,7 +101,7 @@ class Compact:
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
         if isinstance(pathway, Mixture):
-            return self._incoming_mixed(leaf, x, pathway)
+            return self._incoming_mixed(leaf, x, pathway.on(x.device))
         return kept_weights(leaf, pathway, self.form)(x)
 
     def outgoing(
@@ -106,6 +111,7 @@ class Compact:
         if not isinstance(pathway, Mixture):
             kept = kept_weights(leaf, pathway, self.form)
             return _with_bypass(kept, x, block_input)
+        pathway = pathway.on(x.device)
         if leaf.state.apart(pathway.key):
             return self._outgoing_apart(leaf, x, pathway, block_input)
         union = leaf.state.union(pathway.key, x.device)

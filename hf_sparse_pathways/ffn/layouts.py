@@ -53,12 +53,15 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def linear_widths(leaf: nn.Module | None) -> tuple[int, int] | None:
-    """Return ``(input width, output width)`` of a linear leaf, or None for any other module."""
+    """Return ``(input width, output width)`` of a linear leaf, or None for any other module.
+
+    None, too, while a wrapper has put the weight away in a shape of its own.
+    """
+    if not isinstance(leaf, (Conv1D, nn.Linear)) or leaf.weight.dim() != 2:
+        return None
     if isinstance(leaf, Conv1D):
         return int(leaf.weight.shape[0]), int(leaf.weight.shape[1])
-    if isinstance(leaf, nn.Linear):
-        return int(leaf.weight.shape[1]), int(leaf.weight.shape[0])
-    return None
+    return int(leaf.weight.shape[1]), int(leaf.weight.shape[0])
 
 
 def linear_weight(leaf: Any) -> Tensor:

@@ -122,7 +122,7 @@ class RestLeaf(PathwayLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """Compute as its own class does, or with the copy."""
         choice = find_choice(self.state.key)
-        if choice is None or not choice.rest:
+        if choice is None or not choice.rest or is_offloaded(self):
             return self.dense(x)
         return kept_weights(self, WHOLE, EXECUTORS[choice.executor].form)(x)
 
@@ -148,6 +148,13 @@ def restore_leaf(leaf: PathwayLeaf) -> None:
     leaf.__class__ = type(leaf).__bases__[1]
     for name in ("state", "copies", "rows_per_neuron", "position"):
         delattr(leaf, name)
+
+
+def is_offloaded(leaf: Any) -> bool:
+    """Whether accelerate brings a leaf's weights to it for each call, and takes them away again."""
+    hook = getattr(leaf, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return leaf.weight.is_meta or any(getattr(one, "offload", False) for one in hooks)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class Mixture:
         rows: For each entry of ``key`` its rows, int64.
         removed: For each block, by its union, which of the neurons a row does not keep, bool
             ``(batch, width)``; filled as blocks ask.
+        elsewhere: The same for blocks on other devices.
     """
 
     pathways: Tensor
@@ -32,6 +33,7 @@ class Mixture:
     slots: Tensor
     rows: tuple[Tensor, ...]
     removed: "dict[Union, Tensor]" = field(default_factory=dict)
+    elsewhere: "dict[torch.device, Mixture]" = field(default_factory=dict)
 
     @classmethod
     def of(cls, pathways: Tensor) -> "Mixture":
@@ -39,6 +41,14 @@ class Mixture:
         found, slots = torch.unique(pathways, return_inverse=True)
         rows = tuple((slots == slot).nonzero().flatten() for slot in range(len(found)))
         return cls(pathways, tuple(found.tolist()), slots, rows)
+
+    def on(self, device: torch.device) -> "Mixture":
+        """Return the same for a block on some device."""
+        if device == self.pathways.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = Mixture.of(self.pathways.to(device))
+        return self.elsewhere[device]
 
     def removed_from(self, union: "Union") -> Tensor:
         """Return which of a block's neurons each row does not keep, bool ``(batch, width)``."""

@@ -83,6 +83,10 @@ class ModelCopies:
             for own in copy_keys(leaf, _of_leaf(key)):
                 kept_weights(leaf, own, form)
 
+    def are_possible(self) -> bool:
+        """Whether any block can be computed with copies, as of the last ``settle``."""
+        return any(attached.compact_leaves for attached in self.blocks)
+
     def are_traceable(self, pathway: int) -> bool:
         """Whether all copies of a pathway are there, in a form that a graph can hold."""
         return all(
@@ -111,7 +115,9 @@ class ModelCopies:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        leaves = [*self.compact_leaves, *self.rest.leaves]
+        leaves = [
+            leaf for leaf in (*self.compact_leaves, *self.rest.leaves) if not leaf.weight.is_meta
+        ]
         if torch.compiler.is_compiling() or not leaves:
             return
         samples = torch.stack([_sample(leaf) for leaf in leaves])

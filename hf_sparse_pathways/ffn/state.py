@@ -13,6 +13,7 @@ from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
+from hf_sparse_pathways.ffn.sharding import BlockShard
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,22 @@ class IncomingAddition:
     Attributes:
         rows: The rows, int64.
         delta: The change of their weights, ``(rows, d_in)``.
-        width: Rows of the whole leaf.
+        width: Rows of the leaf, as far as this process holds it.
     """
 
     rows: Tensor
     delta: Tensor | LowRank
     width: int
+
+    def cut(self, held: Run) -> "IncomingAddition":
+        """Return the part for a leaf that holds a run of all rows. Pure."""
+        limits = torch.tensor(held, device=self.rows.device)
+        part = slice(*torch.searchsorted(self.rows, limits).tolist())
+        if isinstance(self.delta, LowRank):
+            delta: Tensor | LowRank = LowRank(self.delta.outer[part], self.delta.inner)
+        else:
+            delta = self.delta[part]
+        return IncomingAddition(self.rows[part] - held[0], delta, held[1] - held[0])
 
     def __call__(self, x: Tensor, _: Tensor | None = None) -> Tensor:
         """Return what is added to the leaf's output, ``(..., width)``."""
@@ -115,6 +126,7 @@ class BlockState:
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
         residents: Which of the model's pathways have copies; None if nobody counts them.
+        shard: What this process holds of the block, if it is cut among several.
     """
 
     def __init__(self, key: ModelKey, d_ff: int, residents: Residents | None = None) -> None:
@@ -126,6 +138,8 @@ class BlockState:
         self.masked_only = False
         self.masked_outside = False
         self.residents = residents
+        self.shard: BlockShard | None = None
+        self._own: tuple[BlockPathway, ...] = ()
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
@@ -141,7 +155,14 @@ class BlockState:
         self.pathways = pathways
         self.runs = tuple(few_runs(pathway.keep) for pathway in pathways)
         self.bypassed = any(pathway.bypass is not None for pathway in pathways)
-        self._tables, self._additions, self._incoming, self._unions = {}, {}, {}, {}
+        self.set_shard(self.shard)
+        self._unions = {}
+
+    def set_shard(self, shard: BlockShard | None) -> None:
+        """Say what this process holds of the block, in place."""
+        self.shard = shard
+        self._own = self.pathways if shard is None else tuple(map(shard.cut, self.pathways))
+        self._tables, self._additions, self._incoming = {}, {}, {}
 
     def addition(self, pathway: int, like: Tensor) -> "Addition":
         """Return what a pathway adds to its kept neurons' sum, in a tensor's dtype and device."""
@@ -149,7 +170,7 @@ class BlockState:
         addition = self._additions.get(key)
         if addition is None:
             with torch.inference_mode(False), torch.no_grad():
-                addition = Addition.of(self.pathways[pathway], like)
+                addition = Addition.of(self._own[pathway], like)
             if not torch.compiler.is_compiling():
                 self._additions[key] = addition
         return addition
@@ -170,10 +191,11 @@ class BlockState:
             pathway: As in ``mask``.
         """
         if not isinstance(pathway, Tensor):
-            if self.pathways[pathway].compensated:
+            if self._own[pathway].compensated:
                 output = output + self.addition(pathway, output)(activation, block_input)
             return output
-        for index, candidate in enumerate(self.pathways):
+        pathway = pathway.to(output.device)
+        for index, candidate in enumerate(self._own):
             if candidate.compensated:
                 rows = spread((pathway == index).unsqueeze(1), output)
                 addition = self.addition(index, output)
@@ -195,6 +217,7 @@ class BlockState:
         if not isinstance(pathway, Tensor):
             change = self.change(pathway, position, rows_per_neuron, output)
             return output if change is None else output + change(x)
+        pathway = pathway.to(output.device)
         for index in range(len(self.pathways)):
             change = self.change(index, position, rows_per_neuron, output)
             if change is not None:
@@ -216,6 +239,8 @@ class BlockState:
             with torch.inference_mode(False), torch.no_grad():
                 rows = self.kept_rows(pathway, rows_per_neuron).to(like.device)
                 found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
+                if self.shard is not None:
+                    found = found.cut(self.shard.rows[position])
             if not torch.compiler.is_compiling():
                 self._incoming[key] = found
         return found
@@ -256,31 +281,34 @@ class BlockState:
 
         Args:
             activation: ``(batch, tokens, d_ff)``, or ``(batch * tokens, d_ff)`` inside blocks
-                that flatten their input.
+                that flatten their input; of a block that is cut, this process's neurons.
             pathway: One pathway, or one per row of the batch as int64 ``(batch,)``, -1 for dense.
 
         Raises:
-            PathwaysError: The activation is not d_ff wide, or not a multiple of the rows.
+            UnsupportedModelError: The activation has another width.
+            PathwaysError: It is not a multiple of the rows.
         """
-        if activation.shape[-1] != self.d_ff:
-            raise PathwaysError(
-                f"An FFN block has {self.d_ff} neurons, but its activation is "
-                f"{activation.shape[-1]} wide. Tensor parallelism is not supported here: load "
-                "the model without tp_plan."
+        start, stop = (0, self.d_ff) if self.shard is None else self.shard.neurons
+        if activation.shape[-1] != stop - start:
+            raise UnsupportedModelError(
+                f"An FFN block has {stop - start} neurons in this process, but its activation is "
+                f"{activation.shape[-1]} wide: its weights are sharded in a way that is not known "
+                "here. Load the model without tp_plan, or with tp_plan='auto'."
             )
+        if isinstance(pathway, Tensor):
+            pathway = pathway.to(activation.device)
         removed = self._removed(activation.device)[pathway]
         if removed.dim() == 2:
             removed = spread(removed, activation)
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
 
     def _removed(self, device: torch.device) -> Tensor:
-        """Return the masks inverted, bool ``(pathways + 1, d_ff)``; the last removes nothing."""
+        """Return the masks inverted, bool ``(pathways + 1, width)``; the last removes nothing."""
         table = self._tables.get(device)
         if table is None:
             with torch.inference_mode(False), torch.no_grad():
-                everything = torch.ones(self.d_ff, dtype=torch.bool)
-                kept = [pathway.keep for pathway in self.pathways]
-                table = ~torch.stack([*kept, everything]).to(device)
+                kept = [pathway.keep for pathway in self._own]
+                table = ~torch.stack([*kept, torch.ones_like(kept[0])]).to(device)
             if not torch.compiler.is_compiling():
                 self._tables[device] = table
         return table

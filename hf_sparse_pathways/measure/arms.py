@@ -16,7 +16,6 @@ from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import (
     Batch,
     Window,
-    count_tokens,
     draw_windows,
     make_batches,
 )
@@ -31,6 +30,7 @@ from hf_sparse_pathways.measure.fidelity import (
 )
 from hf_sparse_pathways.measure.quality_report import QualityRow
 from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.processes import ALONE, Processes
 
 Forward = Callable[[Any, Batch], Tensor]
 """From a model and a batch to logits ``(batch, tokens, vocabulary)``."""
@@ -135,19 +135,56 @@ def pathway_arm(
 
 
 def measure_arms(
-    model: Any, text: ScoredText, arms: Sequence[MeasuredArm], *, batch_size: int, seed: int
+    model: Any,
+    text: ScoredText,
+    arms: Sequence[MeasuredArm],
+    *,
+    batch_size: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> list[QualityRow]:
     """Return one row per arm; the first arm has to be the dense one.
+
+    Args:
+        model: What the arms compute.
+        text: What is scored.
+        arms: What is compared.
+        batch_size: Windows per forward pass.
+        seed: Of the resampling.
+        processes: Those that share the batches; each gets all rows.
 
     Raises:
         PathwaysError: A loss is NaN.
     """
+    own = _score(model, text, arms, batch_size, processes)
+    scores: list[dict[int, WindowScore]] = [{} for _ in arms]
+    for part in processes.gather(own):
+        for whole, more in zip(scores, part, strict=True):
+            whole.update(more)
+    ordered = [[found[index] for index in sorted(found)] for found in scores]
+    size = text.bytes()
+    return [
+        _row(text, arm, found, ordered[0], size, seed)
+        for arm, found in zip(arms, ordered, strict=True)
+    ]
+
+
+def _score(
+    model: Any,
+    text: ScoredText,
+    arms: Sequence[MeasuredArm],
+    batch_size: int,
+    processes: Processes,
+) -> list[dict[int, WindowScore]]:
+    """Return each arm's scores of this process's windows, by their places in the text."""
     scores: list[dict[int, WindowScore]] = [{} for _ in arms]
     places = {id(window): index for index, window in enumerate(text.windows)}
-    total = count_tokens(text.windows) * len(arms)
-    bar = tqdm(total=total, desc=f"evaluate {text.domain}", unit="tok", disable=None)
+    batches = processes.share(list(make_batches(text.windows, batch_size)))
+    total = sum(int(batch.mask.sum()) for batch in batches) * len(arms)
+    silent = None if processes.is_first else True
+    bar = tqdm(total=total, desc=f"evaluate {text.domain}", unit="tok", disable=silent)
     with bar, torch.no_grad(), watching(model) as watch:
-        for batch in make_batches(text.windows, batch_size):
+        for batch in batches:
             dense: Passed | None = None
             for arm, own in zip(arms, scores, strict=True):
                 passed = watch(partial(arm.forward, model, batch))
@@ -158,11 +195,7 @@ def measure_arms(
                     _check_number(text.domain, arm, score.loss)
                     own[places[id(window)]] = score
                 bar.update(int(batch.mask.sum()))
-    ordered = [[own[index] for index in sorted(own)] for own in scores]
-    size = text.bytes()
-    return [
-        _row(text, arm, own, ordered[0], size, seed) for arm, own in zip(arms, ordered, strict=True)
-    ]
+    return scores
 
 
 def _check_number(domain: str, arm: MeasuredArm, loss: float) -> None:

@@ -119,7 +119,9 @@ def run_experiments(  # noqa: PLR0913
     length = resolve_length(model, max_length)
     scored = {}
     for domain, source in texts.items():
-        fresh, excluded = unseen(profile, domain, read_documents(source, seed=seed))
+        fresh, excluded = unseen(
+            profile, domain, read_documents(source, seed=seed, tokens=max_tokens)
+        )
         scored[domain] = ScoredText.draw(
             domain,
             fresh,

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
+from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import Batch, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named
 from hf_sparse_pathways.measure.adapters import active_adapters, without_adapters
@@ -29,6 +30,7 @@ from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow,
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.base import BlockShape
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+from hf_sparse_pathways.processes import Processes
 from hf_sparse_pathways.version import __version__
 
 SEEN = ("exclude", "include", "refuse")
@@ -47,6 +49,7 @@ def evaluate(  # noqa: PLR0913
     batch_size: int = 4,
     seed: int = 0,
     seen: str = "exclude",
+    accelerator: Any = None,
 ) -> QualityReport:
     """Measure every arm on each domain's text. The model is left as it was.
 
@@ -67,17 +70,22 @@ def evaluate(  # noqa: PLR0913
         seen: What to do with documents that any of the pathways were calibrated on:
             ``"exclude"`` them (the report says how many there were), ``"include"`` them, or
             ``"refuse"`` to measure.
+        accelerator: An ``Accelerator`` or ``PartialState`` whose processes share the batches. Each
+            has to call this with the same arguments, and gets the report of one process.
 
     Raises:
         UnknownNameError: A domain that the model does not have.
         MismatchError: Other pathways were made for another base.
-        PathwaysError: Two sets of pathways have one label, or one lacks a domain.
+        PathwaysError: Two sets of pathways have one label, or one lacks a domain; or processes
+            were given something else each.
         UnsupportedModelError: An adapter is merged, or came with biases, so that the dense model
             is not there any more.
         TextError: A source cannot be read, no document is left that was not calibrated on, or
             there is one and ``seen="refuse"``.
     """
+    processes = Processes.of(accelerator)
     _check(model, texts, seen)
+    processes.check_whole(model)
     settings = QualitySettings(
         max_tokens=max_tokens,
         max_length=resolve_length(model, max_length),
@@ -97,12 +105,19 @@ def evaluate(  # noqa: PLR0913
             for given in sets
         ]
     drawn = _draw(sets, tokenizer, texts, settings)
+    if processes.count > 1:
+        what = (weight_digest(model), settings, _what_is_measured(sets, drawn))
+        processes.check_same(what, "Model, pathways, texts or settings")
     rows: list[QualityRow] = []
     with _prepared(model, sets):
         for text in drawn:
             arms = [_dense_arm(settings)]
             arms += [arm for given in sets for arm in given.arms(text.domain, controls)]
-            rows.extend(measure_arms(model, text, arms, batch_size=batch_size, seed=seed))
+            rows.extend(
+                measure_arms(
+                    model, text, arms, batch_size=batch_size, seed=seed, processes=processes
+                )
+            )
     return QualityReport(base=pathways.base.name, rows=tuple(rows), settings=settings)
 
 
@@ -119,6 +134,16 @@ def _check(model: Any, texts: Mapping[str, TextSource], seen: str) -> None:
     for domain in texts:
         if domain not in model.domains:
             raise UnknownNameError("domain", domain, model.domains)
+
+
+def _what_is_measured(sets: Sequence[PathwaySet], drawn: Sequence[ScoredText]) -> list[Any]:
+    """Return what processes that share the batches have to score alike."""
+    kept = [
+        (given.label, name, [block.kept for block in pathway.blocks])
+        for given in sets
+        for name, pathway in given.pathways.by_domain.items()
+    ]
+    return [kept, [(text.domain, [window.ids for window in text.windows]) for text in drawn]]
 
 
 def _versions() -> dict[str, str]:
@@ -139,7 +164,7 @@ def _draw(
     """Draw every domain's windows from documents that no set was calibrated on."""
     drawn = []
     for domain, source in texts.items():
-        documents = read_documents(source, seed=settings.seed)
+        documents = read_documents(source, seed=settings.seed, tokens=settings.max_tokens)
         documents, excluded = _held_out(sets, domain, documents, settings.seen)
         drawn.append(
             ScoredText.draw(

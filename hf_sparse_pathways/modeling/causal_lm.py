@@ -70,8 +70,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             UnknownNameError: Unknown executor or default domain.
         """
         check_executor(executor)
-        pathways.check_fits(model, allow_transfer=allow_transfer)
         check_convertible(model)
+        pathways.check_fits(model, allow_transfer=allow_transfer)
         config = SparsePathwaysConfig.from_base(
             model.config,
             domains=pathways.domains,

@@ -32,6 +32,7 @@ from hf_sparse_pathways.modeling.partial import (
     Partial,
 )
 from hf_sparse_pathways.modeling.saving import Saving
+from hf_sparse_pathways.modeling.structure import check_whole
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
 
@@ -192,7 +193,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         chosen, expand = self._chosen(domain)
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, batch_size(args, kwargs), expand=expand)
-        if isinstance(chosen, Tensor):
+        if isinstance(chosen, Tensor) and self.device.type != "meta":  # where all is offloaded
             chosen = chosen.to(self.device)
         # generate has looked at the weights, for all its steps
         return self._attachment.begin(chosen, self.config.executor, looked=expand)
@@ -210,7 +211,16 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the base's class, since the derived one is made at run time."""
+        """Pickle and copy by the base's class, since the derived one is made at run time.
+
+        Raises:
+            UnsupportedModelError: The weights are sharded.
+        """
+        check_whole(
+            self,
+            "and a copy would compute with this model's leaves. Save it with save_pretrained, and "
+            "load it again.",
+        )
         own = type(self.config).__bases__[1]
         return _new_model, (type(self).__bases__[1], own), self.__dict__
 

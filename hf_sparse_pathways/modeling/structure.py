@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+from hf_sparse_pathways.processes import is_spread
 
 
 def copy_structure(model: nn.Module, replaced: dict[int, Any]) -> Any:
@@ -35,7 +36,8 @@ def check_convertible(model: nn.Module) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"{base.__name__} has a {type(config).__name__}, from which AutoModelForCausalLM could "
-            "not load a saved model again. Only models that it loads by themselves fit."
+            "not load a saved model again. Only models that it loads by themselves fit; of a "
+            "wrapped one pass accelerator.unwrap_model(model)."
         )
     known = first_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     if base is not known:
@@ -48,17 +50,39 @@ def check_convertible(model: nn.Module) -> None:
 
 
 def check_undispatched(model: nn.Module) -> None:
-    """Check that no hooks of accelerate hold on to the modules' forward.
+    """Check that no hooks of accelerate or of tensor parallelism hold on to the modules' forward.
 
     Raises:
         UnsupportedModelError: There are some.
     """
+    check_whole(
+        model,
+        "and its hooks would bypass the pathways. Load it with SparsePathwaysForCausalLM."
+        "from_pretrained(base, pathways=..., tp_plan='auto'), which attaches them before the "
+        "weights are sharded.",
+    )
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(
             f"The model is already dispatched to {', '.join(devices) or 'devices'}, and its hooks "
             "would bypass the pathways. Load it with SparsePathwaysForCausalLM.from_pretrained("
             "base, pathways=..., device_map=...), which attaches them before dispatch."
+        )
+
+
+def check_whole(model: nn.Module, why: str) -> None:
+    """Check that this process has all of a model's weights.
+
+    Args:
+        model: Any model.
+        why: Why it has to, and what to do, as the end of the message.
+
+    Raises:
+        UnsupportedModelError: It has not.
+    """
+    if is_spread(model):
+        raise UnsupportedModelError(
+            f"The model's weights are sharded over several processes, {why}"
         )
 
 

@@ -25,7 +25,8 @@ from hf_sparse_pathways.pathways.storage import (
     write_pathways,
 )
 from hf_sparse_pathways.share.card import CARD_NAME, change_rows
-from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
+from hf_sparse_pathways.share.hub import Push, read_text
+from hf_sparse_pathways.transport import hub_errors
 
 _ATTEMPTS = 8
 """How often a change is made anew because somebody else has pushed in the meantime."""

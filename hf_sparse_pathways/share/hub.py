@@ -1,7 +1,5 @@
 """The way to the Hub: who pushes what how, and what goes wrong on it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,28 +7,9 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hf_sparse_pathways.errors import HubError
 from hf_sparse_pathways.limits import MOST_TEXT_BYTES
 from hf_sparse_pathways.reading import read_bytes
-from hf_sparse_pathways.tokens import check_token, hide_tokens
-
-_TRANSPORT = ("huggingface_hub", "httpx", "httpx2")
-"""Packages whose errors come from the way to the Hub."""
-
-
-@contextmanager
-def hub_errors() -> Iterator[None]:
-    """Within the block, what goes wrong on the way to the Hub is one of this package's errors."""
-    try:
-        yield
-    except Exception as error:
-        own = type(error).__module__.partition(".")[0]
-        if own not in _TRANSPORT and not isinstance(error, OSError):
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = " ".join(lines) or type(error).__name__
-        hidden = hide_tokens(told)
-        raise HubError(hidden) from (error if hidden == told else None)
+from hf_sparse_pathways.tokens import check_token
 
 
 @dataclass(frozen=True, kw_only=True)

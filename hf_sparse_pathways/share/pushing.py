@@ -19,7 +19,8 @@ from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.reading import read_bytes
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
-from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
+from hf_sparse_pathways.share.hub import Push, read_text
+from hf_sparse_pathways.transport import hub_errors
 
 
 def push_folder(

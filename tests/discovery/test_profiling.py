@@ -202,6 +202,7 @@ def test_the_provenance_says_what_was_read(tmp_path):
     provenance = _take(tiny_llama(), {"code": path}, seed=5)["code"].provenance
     assert provenance == {
         "source": str(path),
+        "datasets": [],
         "documents": 1,
         "tokens": len(TOKENIZER(path.read_text())["input_ids"]),
         "max_length": MAX_LENGTH,

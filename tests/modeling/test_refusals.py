@@ -195,3 +195,26 @@ def test_bloom_with_sliced_weights():
         layer.mlp.slow_but_exact, layer.mlp.pretraining_tp = True, 2
     with pytest.raises(sp.PathwaysError, match="slow_but_exact"):
         _paths(model)
+
+
+class Wrapped(torch.nn.Module):
+    """As what trains in several processes wraps a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_a_wrapped_model():
+    dense = build("llama")
+    paths = _paths(dense)
+    with pytest.raises(sp.PathwaysError, match="unwrap_model"):
+        sp.SparsePathwaysForCausalLM.from_dense(Wrapped(dense), paths)
+
+
+def test_weights_that_were_put_away_in_another_shape():
+    dense = build("llama")
+    for layer in dense.model.layers:
+        layer.mlp.down_proj.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(sp.PathwaysError, match=r"no FFN block.*sharded"):
+        _paths(dense)
