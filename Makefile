@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -23,19 +23,22 @@ results: install
 	$(BIN)/python demo/run.py --cache "$(CACHE)" --sparsity "$(SPARSITY)" --readme README.md
 
 benchmark: install
-	$(BIN)/python benchmarks/quality.py --cache "$(CACHE)" --readme README.md
+	$(BIN)/python benchmarks/quality.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-healing: install
-	$(BIN)/python benchmarks/healing.py --cache "$(CACHE)" --readme README.md
+	$(BIN)/python benchmarks/healing.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py
 
 benchmark-speed: install
-	$(BIN)/python benchmarks/speed.py --cache "$(CACHE)" --readme README.md
+	$(BIN)/python benchmarks/speed.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-int8: install
-	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --readme README.md
+	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-engines: install
+	$(BIN)/python benchmarks/engines.py --cache "$(CACHE)" --page docs/measured.md
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -48,6 +51,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 format: install
 	$(BIN)/ruff check --fix .

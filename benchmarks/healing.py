@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="cut", help="dense, tuned or cut")
     parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
     parser.add_argument("--learning-rate", type=float, help="as heal's")
-    parser.add_argument("--readme", type=Path, help="a Markdown file to write the table into")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the table into")
     parser.add_argument(
         "--measured", action="store_true", help="heal nothing: write what was measured before"
     )
@@ -59,9 +59,9 @@ def main() -> None:
     if not rows:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
     table = Table.of(arguments.model, benchmark.settings, rows)
-    if arguments.readme is not None:
-        table = table.beside(arguments.readme.read_text())
-        write_between(arguments.readme, START, END, str(table))
+    if arguments.page is not None:
+        table = table.beside(arguments.page.read_text())
+        write_between(arguments.page, START, END, str(table))
     print(table)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--scored-tokens", type=int, default=4096, help="held out, per domain")
     parser.add_argument("--shape", default="16x2048x8192", help="of a larger, random model")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
     arguments = parser.parse_args()
     folder = arguments.cache / "demo" / "model"
     if not folder.is_dir():
@@ -54,8 +54,8 @@ def main() -> None:
     ]
     text = "\n\n".join(parts)
     print(text)
-    if arguments.readme is not None:
-        write_between(arguments.readme, START, END, text)
+    if arguments.page is not None:
+        write_between(arguments.page, START, END, text)
 
 
 def _load(folder: Path, **options: Any) -> Any:

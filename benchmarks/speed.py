@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--readme", type=Path, help="a Markdown file to write the tables into")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
     parser.add_argument(
         "--measured", action="store_true", help="time nothing: write what was measured before"
     )
@@ -64,8 +64,8 @@ def main() -> None:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
     text = to_markdown(found)
     print(text)
-    if arguments.readme is not None:
-        write_between(arguments.readme, START, END, text)
+    if arguments.page is not None:
+        write_between(arguments.page, START, END, text)
 
 
 def measure(arguments: Any, name: str, dtype: str) -> dict[str, Any]:

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
     from hf_sparse_pathways.share.card import CardSettings
     from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
+    from hf_sparse_pathways.share.exporting import Export, export
     from hf_sparse_pathways.share.pushing import push_folder
 
 __all__ = [
     "BlockPathway",
     "CardSettings",
+    "Export",
     "Healed",
     "HealingSettings",
     "LowRank",
@@ -47,6 +49,7 @@ __all__ = [
     "add_domains",
     "benchmark",
     "evaluate",
+    "export",
     "heal",
     "permute",
     "profile",
@@ -74,7 +77,9 @@ _HOMES = {
     "profile": "discovery.profiling",
     "select": "discovery.selection",
     "CardSettings": "share.card",
+    "Export": "share.exporting",
     "add_domains": "share.domains",
+    "export": "share.exporting",
     "push_folder": "share.pushing",
     "remove_domains": "share.domains",
     "rename_domain": "share.domains",

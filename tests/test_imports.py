@@ -21,6 +21,7 @@ ORDER = (
         "tensor_files",
         "files",
         "memory",
+        "outputs",
         "shares",
         "tokens",
     ),
@@ -32,6 +33,7 @@ ORDER = (
     ("healing",),
     ("measure",),
     ("share",),
+    ("serving",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -82,6 +84,10 @@ LAZY = {
     ("cli.compare", "measure.comparison"),
     ("cli.evaluate", "measure.quality"),
     ("cli.evaluate", "pathways.pathway"),
+    ("cli.export", "discovery.profiles"),
+    ("cli.export", "modeling.baking"),
+    ("cli.export", "share.exporting"),
+    ("cli.export", "share.plain_card"),
     ("cli.heal", "healing.healing"),
     ("cli.heal", "pathways.pathway"),
     ("cli.info", "ffn.block_pathway"),
@@ -105,6 +111,8 @@ LAZY = {
     ("cli.remove_domain", "share.domains"),
     ("cli.rename_domain", "share.domains"),
     ("cli.report_folder", "measure.plots"),
+    ("cli.serve", "serving.app"),
+    ("cli.serve", "serving.service"),
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
@@ -113,8 +121,11 @@ LAZY_OUTSIDE = {
     ("cli.loading", "huggingface_hub"),
     ("cli.loading", "torch"),
     ("cli.loading", "transformers"),
+    ("cli.serve", "fastapi"),
+    ("cli.serve", "uvicorn"),
     ("discovery.text", "pyarrow"),
     ("healing.adapters", "peft"),
+    ("modeling.adapting", "peft"),
 }
 
 

@@ -96,3 +96,14 @@ def test_reloaded_model_is_exact(folder):
         assert (compact - dense).abs().max() > 0.1
     adapter = sp.SparsePathwaysForCausalLM.from_pretrained(MODEL, pathways=folder)
     assert torch.equal(adapter(**inputs, domain="law").logits, model(**inputs, domain="law").logits)
+
+
+def test_an_exported_domain_generates_what_its_pathway_does(folder, tmp_path):
+    _command("export", folder, "--domain", "code", "--output", tmp_path / "code")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "code")
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "code")("def main():", return_tensors="pt")
+    length = {"max_new_tokens": 12, "do_sample": False}
+    own = model.generate(**inputs, domain="code", **length)
+    assert torch.equal(plain.generate(**inputs, **length), own)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work
+from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import HELD_OUT, Sampling, split_texts, take_profile
 from hf_sparse_pathways.cli.report_folder import load_plots, write_report
@@ -16,6 +16,7 @@ from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.measure.paper import PERCENTILE
 from hf_sparse_pathways.memory import MAX_MEMORY
+from hf_sparse_pathways.outputs import check_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_model, parse_dtype
+from hf_sparse_pathways.cli.loading import load_model, parse_dtype
 from hf_sparse_pathways.cli.options import parse_sparsities
 from hf_sparse_pathways.cli.report_folder import load_plots_if_possible, write_report
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.outputs import check_output
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.measure.speed.report import BenchmarkReport

@@ -15,7 +15,7 @@ from hf_sparse_pathways.cli.budgets import (
     timed,
 )
 from hf_sparse_pathways.cli.info import print_summary
-from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
+from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts, refuse_beside
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
@@ -26,6 +26,7 @@ from hf_sparse_pathways.cli.profile import (
 )
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.memory import MAX_MEMORY
+from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_dense
+from hf_sparse_pathways.cli.loading import load_dense
 from hf_sparse_pathways.cli.options import parse_sparsities, parse_texts
 from hf_sparse_pathways.cli.profile import (
     HELD_OUT,
@@ -19,6 +19,7 @@ from hf_sparse_pathways.cli.profile import (
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.memory import MAX_MEMORY
+from hf_sparse_pathways.outputs import check_output
 
 
 def run(  # noqa: PLR0913

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_sparse
+from hf_sparse_pathways.cli.loading import load_sparse
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.report_folder import load_plots_if_possible, write_report
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.outputs import check_output
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.measure.quality_report import QualityReport

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_sparse, unfinished_work, written_whole
+from hf_sparse_pathways.cli.loading import load_sparse, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, calibration_texts
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.healing.settings import LEARNING_RATES, HealingSettings
+from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed

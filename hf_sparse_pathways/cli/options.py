@@ -78,15 +78,30 @@ def parse_texts(pairs: list[str]) -> dict[str, Path]:
     Raises:
         PathwaysError: One has no ``=``, or a name stands twice.
     """
-    texts: dict[str, Path] = {}
+    found = parse_pairs(pairs, "--domain", "glob or folder")
+    return {name: Path(path) for name, path in found.items()}
+
+
+def parse_pairs(pairs: list[str], option: str, place: str) -> dict[str, str]:
+    """Turn ``NAME=PATH`` options into a dictionary.
+
+    Args:
+        pairs: What was given.
+        option: The option, for messages.
+        place: What a path is, for messages.
+
+    Raises:
+        PathwaysError: One has no ``=``, or a name stands twice.
+    """
+    parsed: dict[str, str] = {}
     for pair in pairs:
         name, separator, path = pair.partition("=")
         if not separator or not name or not path:
-            raise PathwaysError(f"--domain {pair!r} does not fit; write --domain NAME=PATH.")
-        if name in texts:
-            raise PathwaysError(f"--domain {name!r} was given twice; use one glob or folder.")
-        texts[name] = Path(path)
-    return texts
+            raise PathwaysError(f"{option} {pair!r} does not fit; write {option} NAME=PATH.")
+        if name in parsed:
+            raise PathwaysError(f"{option} {name!r} was given twice; use one {place}.")
+        parsed[name] = path
+    return parsed
 
 
 def parse_fraction(text: str) -> float:

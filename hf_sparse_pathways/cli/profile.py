@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.loading import check_output, load_dense, unfinished_work, written_whole
+from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
+from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.profiles import Profile

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_sparse_pathways.cli.loading import written_whole
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.outputs import written_whole
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -3,7 +3,8 @@
 The block's leaves become linear leaves of their own class with the kept rows and columns; refit,
 bias and changes of incoming leaves are added into them once. A bypass has its two thin matrices in
 the outgoing leaf and hooks that hand it the block's input. An entangled block keeps its width: the
-removed neurons' columns are zeroed, which is what a pathway means there.
+removed neurons' columns are zeroed, which is what a pathway means there. Where blocks have to have
+one width, narrow ones are filled up with neurons that are zero.
 """
 
 import threading
@@ -70,6 +71,29 @@ class ReducedBlock:
             for leaf in self.block.leaves:
                 _set_widths(leaf)
         self._add_compensation()
+
+    @torch.no_grad()
+    def widen(self, width: int) -> None:
+        """Give a finished block neurons that are zero, up to a width, in place.
+
+        Their rows, biases and columns are zeros: whatever the activation makes of a zero, they add
+        nothing.
+        """
+        missing = width - self.part.kept
+        for leaf in self.block.incoming:
+            _set_weight(leaf, self._with_zeros(linear_weight(leaf).detach().contiguous(), missing))
+            if (bias := leaf._parameters.get("bias")) is not None:
+                _replace(leaf, "bias", self._with_zeros(bias.detach(), missing))
+        columns = linear_weight(self.block.outgoing).detach()
+        _set_weight(self.block.outgoing, functional.pad(columns, (0, missing)))
+        for leaf in self.block.leaves:
+            _set_widths(leaf)
+
+    def _with_zeros(self, rows: Tensor, missing: int) -> Tensor:
+        """Return rows with zeros after those of each of a fused leaf's parts."""
+        parts = rows.view(-1, self.part.kept, *rows.shape[1:])
+        zeros = parts.new_zeros(len(parts), missing, *parts.shape[2:])
+        return torch.cat([parts, zeros], dim=1).flatten(0, 1)
 
     def _add_compensation(self) -> None:
         part, outgoing = self.part, self.block.outgoing

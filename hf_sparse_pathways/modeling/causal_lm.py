@@ -95,6 +95,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         check_undispatched(self)
         if self._partial is not None:
             raise self._partial.refuse("there is no dense form of it")
+        self.check_no_adapters("a plain model has no domains that they could follow")
         base_config = self.config.base_config
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()

@@ -7,15 +7,20 @@ weight conversions, tokenisers), and every field of the base is where it was.
 """
 
 import copy
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.execution import check_executor
+from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
 
-MODEL_TYPE = "sparse_pathways"
+if TYPE_CHECKING:
+    from os import PathLike
+
 FORMAT_VERSION = 1
 """Version of the saved artefact; a newer one is refused."""
 
@@ -42,6 +47,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
     default_domain: str | None = None
     executor: str = "auto"
     pathways_format: int = FORMAT_VERSION
+    weights_of = None
+    """Name and revision of the base's repository where the pathways lie without weights."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG004
         """Refuse an instance without a base; ``from_base`` makes one with it."""
@@ -82,10 +89,13 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """Build from a saved dictionary; the entry class makes the base's derived class."""
         if cls is not SparsePathwaysConfig:
             return super().from_dict(config_dict, **kwargs)
-        base_type = _check_saved(config_dict)
-        own = ("model_type", "base_model_type")
-        fields = {name: value for name, value in config_dict.items() if name not in own}
-        return config_class_for(CONFIG_MAPPING[base_type]).from_dict(fields, **kwargs)
+        weights_of = base_of(config_dict)
+        fields = dict(config_dict) if weights_of is None else _base_fields(*weights_of)
+        base_type = _check_saved(fields)
+        for name in ("model_type", "base_model_type", "auto_map"):
+            fields.pop(name, None)
+        made = config_class_for(CONFIG_MAPPING[base_type])
+        return made.from_dict(fields, weights_of=weights_of, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +103,17 @@ class SparsePathwaysConfig(PreTrainedConfig):
         if cls is SparsePathwaysConfig:
             return AutoConfig.from_pretrained(*args, **kwargs)
         return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: a saved configuration brings a module that imports this one."""
+
+    def save_pretrained(
+        self, save_directory: "str | PathLike[str]", push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as the base does, with the module by which Transformers finds the package."""
+        write_atomically(Path(save_directory, MODULE_NAME), MODULE)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,10 +126,12 @@ class SparsePathwaysConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is saved: the entry's model type, and the base's beside it."""
         fields = super().to_diff_dict()
+        fields.pop("weights_of", None)
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
         return {
             **fields,
             **own,
+            "auto_map": AUTO_MAP,
             "model_type": MODEL_TYPE,
             "base_model_type": type(self).model_type,
         }
@@ -118,7 +141,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """A plain base configuration with the same values."""
         config = copy.deepcopy(self)
         config.__class__ = type(self).__bases__[1]
-        for name in _OWN_FIELDS:
+        for name in (*_OWN_FIELDS, "weights_of"):
             config.__dict__.pop(name, None)
         return config
 
@@ -206,6 +229,26 @@ def _base_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
             "model could not be loaded again. Models with custom code are not supported."
         )
     return type(config)
+
+
+def _base_fields(name: str, revision: str | None) -> dict[str, Any]:
+    """Read the configuration of the base that pathways without weights name.
+
+    Raises:
+        ArtefactError: It cannot be found, or has no weights either.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise ArtefactError(
+            f"These pathways were made for {name!r}, which cannot be loaded: "
+            f"{str(error).strip().splitlines()[0]} If it lies elsewhere, pass that as the model "
+            "and this as pathways=."
+        ) from error
+    if not fields or base_of(fields) is not None:
+        raise ArtefactError(f"These pathways were made for {name!r}, which has no weights.")
+    base_type = fields.get("model_type")
+    return {"base_model_type": base_type, "pathways_format": FORMAT_VERSION, **fields}
 
 
 def _new_config(base: type[PreTrainedConfig]) -> SparsePathwaysConfig:

@@ -23,6 +23,7 @@ from hf_sparse_pathways.ffn.choices import (
     find_choice,
 )
 from hf_sparse_pathways.ffn.executors import has_own_dense
+from hf_sparse_pathways.modeling.adapting import Adapting
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
 from hf_sparse_pathways.modeling.executing import Executing
@@ -42,7 +43,7 @@ else:
 Domain = str | Sequence[str | None] | Tensor | None
 
 
-class SparsePathwaysModel(Executing, Saving, _Base):
+class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
     """What every model with pathways can do, whatever its head."""
 
     config: Any
@@ -82,16 +83,20 @@ class SparsePathwaysModel(Executing, Saving, _Base):
         Raises:
             MismatchError: They were made for a model of another shape.
             UnknownNameError: The default domain is not among them.
+            UnsupportedModelError: An adapter is attached to a domain that they do not have.
             PathwaysError: One domain's neurons were loaded alone.
         """
         if self._partial is not None:
             raise self._partial.refuse("other pathways need other neurons")
+        self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
         self._attachment.load([pathway.blocks for pathway in named])
         self._pathways = pathways
         self.config.domains = pathways.domains
+        if self._adapters is not None:
+            self._adapters.follow(pathways.domains)
         self._limit_copies()
 
     def become_partial(self, partial: Partial) -> None:

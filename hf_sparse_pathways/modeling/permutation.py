@@ -50,6 +50,7 @@ def permute(model: Any) -> Any:
             f"permute orders neurons by the domains that keep them, and {type(model).__name__} has "
             "none. Give it a model of SparsePathwaysForCausalLM with pathways."
         )
+    model.check_no_adapters("their matrices stand in the neurons' old order")
     blocks = _plain_blocks(model)
     pathways = model.pathways
     orders = tuple(_order(block, index, pathways) for index, block in enumerate(blocks))

@@ -42,7 +42,11 @@ HUB_ARGUMENTS = (
 class Saving(_Base):
     """The part of ``SparsePathwaysModel`` that is about folders and the Hub."""
 
+    config: Any
     pathways: Any
+    set_executor: Any
+    max_resident_bytes: Any
+    check_no_adapters: Any
 
     def save_pretrained(
         self,
@@ -55,9 +59,11 @@ class Saving(_Base):
         """Save weights, configuration and pathways; see the base for the other arguments.
 
         Raises:
+            UnsupportedModelError: Adapters are attached to domains.
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
         pathways = self.pathways
+        self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -126,7 +132,8 @@ class Saving(_Base):
         """Load weights, configuration and pathways.
 
         Args:
-            pretrained_model_name_or_path: A folder or Hub id that holds the weights.
+            pretrained_model_name_or_path: A folder or Hub id that holds the weights, or pathways
+                alone: then their base is loaded.
             args: As the base's.
             pathways: Pathways, or the folder or Hub id that holds them; by default they are
                 beside the weights.
@@ -144,8 +151,11 @@ class Saving(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
-        beside = pathways is None
+        weights_of = getattr(kwargs.get("config"), "weights_of", None)
+        beside = pathways is None and weights_of is None
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
+        if weights_of is not None:
+            pretrained_model_name_or_path, kwargs = _from_base(weights_of, kwargs)
         loading = None if domain is None else Loading(pathways, domain)
         if loading is not None and default_domain not in (None, domain):
             raise Partial(loading.domain).refuse(f"default_domain={default_domain!r} is another")
@@ -154,11 +164,11 @@ class Saving(_Base):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         note_revision(model, pretrained_model_name_or_path, **hub)
+        model.config.weights_of = None
         model._shape = replace(model._shape, revision=find_revision(model.config))
         if not beside:
             pathways.base.check_origin(model._shape, allow_transfer=allow_transfer)
-        if default_domain is not None:
-            model.config.default_domain = default_domain
+        model._settle_options(default_domain, executor, max_resident_bytes)
         if loading is None:
             model.set_pathways(pathways)
         elif model._partial is None:
@@ -166,11 +176,18 @@ class Saving(_Base):
                 "This version of transformers loads models in a way in which they cannot be loaded "
                 f"in part. {HOW_TO_LOAD_ALL}instead."
             )
-        if executor is not None:
-            model.set_executor(executor)
-        if max_resident_bytes is not None:
-            model.max_resident_bytes = max_resident_bytes
         return loaded
+
+    def _settle_options(
+        self, default_domain: str | None, executor: str | None, max_resident_bytes: int | str | None
+    ) -> None:
+        """Set what is given, in place of what was saved."""
+        if default_domain is not None:
+            self.config.default_domain = default_domain
+        if executor is not None:
+            self.set_executor(executor)
+        if max_resident_bytes is not None:
+            self.max_resident_bytes = max_resident_bytes
 
     @staticmethod
     def _load_pretrained_model(
@@ -191,6 +208,16 @@ class Saving(_Base):
         if loading is not None:
             loading.finish(model)
         return info
+
+
+def _from_base(of: tuple[str, str | None], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return what is loaded where pathways lie without weights: their base, at its revision."""
+    name, revision = of
+    places = ("revision", "subfolder")  # those of the pathways' repository
+    others = {key: value for key, value in kwargs.items() if key not in places}
+    adapter = others.get("adapter_kwargs") or {}
+    others["adapter_kwargs"] = {key: adapter[key] for key in adapter if key not in places}
+    return name, {**others, "revision": revision} if revision else others
 
 
 def _read_pathways(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+from hf_sparse_pathways.pathways.entry import write_adapter_files
 from hf_sparse_pathways.shares import format_share
 
 if TYPE_CHECKING:
@@ -124,11 +125,13 @@ class Pathways:
     def save_pretrained(self, folder: "str | PathLike[str]") -> None:
         """Write ``pathways.json`` and ``pathways.safetensors``; the base is named, not copied.
 
-        Each file is written beside its place and then renamed.
+        Each file is written beside its place and then renamed. Where no weights are, a small
+        configuration makes the folder load as a model, with the base's weights.
         """
         from hf_sparse_pathways.pathways.storage import write_pathways
 
         write_pathways(self, Path(folder))
+        write_adapter_files(self.base, Path(folder))
 
     def push_to_hub(self, repo_id: str, **push: Any) -> str:
         """Upload the pathways, without weights, in place of those in a Hub repository.

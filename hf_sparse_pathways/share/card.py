@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -55,7 +56,7 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
     """
     evaluation = settings.evaluation
     base = pathways.base
-    base_id = base.name if _is_hub_id(base.name) else None
+    base_id = base.name if is_hub_id(base.name) else None
     title = repo_id.rpartition("/")[2]
     quality = evaluation.to_markdown() if evaluation is not None else None
     results = None if evaluation is None else _results(evaluation)
@@ -69,21 +70,30 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
         model_name=title if results else None,
         eval_results=results,
     )
-    template = files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8")
-    # It is Markdown, not HTML, and what is put in is the artefact's own.
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template).render(
-        metadata=f"---\n{metadata.to_yaml()}\n---",
-        own_mark=f"{_MARK} {__version__} -->",
+    return render(
+        "card.md.jinja",
+        metadata=metadata,
         title=title,
         repo=repo_id,
         weights=weights,
-        base=_linked(base, base_id),
+        base=link_base(base, base_id),
         base_id=base_id or "BASE",
         summary=base.summary,
         domains=_domain_table(pathways),
         quality=quality,
         example=next(iter(pathways.domains), "code"),
+    )
+
+
+def render(template: str, *, metadata: ModelCardData, **values: Any) -> str:
+    """Return a template of this folder with values, metadata and the package's mark put in."""
+    text = files(__package__).joinpath(template).read_text(encoding="utf-8")
+    # It is Markdown, not HTML, and what is put in is the artefact's own.
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(text).render(
+        metadata=f"---\n{metadata.to_yaml()}\n---",
+        own_mark=f"{_MARK} {__version__} -->",
+        **values,
     )
 
 
@@ -190,12 +200,13 @@ def _results(evaluation: QualityReport) -> list[EvalResult]:
     ]
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name is that of a repository, and not of a folder."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not os.path.exists(name)
 
 
-def _linked(base: BaseModel, base_id: str | None) -> str:
+def link_base(base: BaseModel, base_id: str | None) -> str:
+    """Return a base as a card names it: a link, or no name if it has none that others know."""
     if base_id is None:
         return "a local base model"
     at = f" at revision `{base.revision}`" if base.revision else ""

@@ -1,4 +1,4 @@
-"""Pushing pathways to a Hub repository, with the weights or alone, and with a card.
+"""Pushing to a Hub repository: pathways, with the weights or alone, and plain checkpoints.
 
 In a repository every domain lies in a folder of its own (``pathways/apart``).
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.limits import MOST_TEXT_BYTES
 from hf_sparse_pathways.pathways.apart import PARENT
+from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.reading import read_bytes
@@ -79,6 +80,46 @@ def push_pathways(
     return _push(pathways, {}, repo_id, card or CardSettings(), Push(**push))
 
 
+def push_checkpoint(folder: str | PathLike[str], repo_id: str, push: Push) -> str:
+    """Upload a plain checkpoint; weights that the repository has beside it are deleted.
+
+    Args:
+        folder: As written by ``sp.export``.
+        repo_id: Such as ``"me/smollm2-code"``; it is created if needed.
+        push: How.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        PathwaysError: The repository has pathways, whose base's weights these are not.
+        HubError: The Hub refuses.
+    """
+    files = _list_files(Path(folder))
+    with hub_errors():
+        repo_id, present = _open_repo(repo_id, push)
+        if any(_is_of_pathways(path) for path in present):
+            raise PathwaysError(
+                f"{repo_id} has pathways, and this checkpoint is not their base. Push it to a "
+                "repository of its own."
+            )
+        if CARD_NAME in present and not _is_own(repo_id, push):
+            del files[CARD_NAME]
+        gone = [path for path in present if _is_weights(path) and path not in files]
+        operations = [CommitOperationAdd(path, file) for path, file in files.items()]
+        title = "Upload model"
+        return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
+
+
+def _open_repo(repo_id: str, push: Push) -> tuple[str, list[str]]:
+    """Create a repository and a branch where they are not there; return its full name and files."""
+    api = HfApi(token=push.token)
+    repo_id = api.create_repo(repo_id, private=push.private, exist_ok=True).repo_id
+    if push.revision is not None and not push.revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+    return repo_id, list(api.list_repo_files(repo_id, revision=push.revision))
+
+
 def _push(
     pathways: Pathways,
     others: Mapping[str, Path],
@@ -86,15 +127,13 @@ def _push(
     card: CardSettings,
     push: Push,
 ) -> str:
-    api = HfApi(token=push.token)
     with tempfile.TemporaryDirectory() as name:
         write_pathways(pathways, Path(name), apart=True)
         with hub_errors():
-            repo_id = api.create_repo(repo_id, private=push.private, exist_ok=True).repo_id
-            if push.revision is not None and not push.revision.startswith("refs/pr"):
-                api.create_branch(repo_id, branch=push.revision, exist_ok=True)
-            present = api.list_repo_files(repo_id, revision=push.revision)
+            repo_id, present = _open_repo(repo_id, push)
             files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            if CONFIG_NAME not in others and _may_write_config(repo_id, present, push):
+                files |= adapter_files(pathways.base)
             if _may_write_card(repo_id, present, others, push):
                 weights = any(_is_weights(path) for path in (*others, *present))
                 files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
@@ -104,6 +143,14 @@ def _push(
             return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
 
 
+def _may_write_config(repo_id: str, present: list[str], push: Push) -> bool:
+    """Whether no configuration of a model with weights is there."""
+    if CONFIG_NAME not in present:
+        return True
+    config = read_text(repo_id, CONFIG_NAME, push.revision, push.token) or ""
+    return is_adapter(config.encode())
+
+
 def _may_write_card(
     repo_id: str, present: list[str], others: Mapping[str, Path], push: Push
 ) -> bool:
@@ -111,8 +158,11 @@ def _may_write_card(
     if CARD_NAME in others:
         text = read_bytes(others[CARD_NAME], MOST_TEXT_BYTES)
         return is_own_card(text.decode(errors="replace"))
-    if CARD_NAME not in present:
-        return True
+    return CARD_NAME not in present or _is_own(repo_id, push)
+
+
+def _is_own(repo_id: str, push: Push) -> bool:
+    """Whether the card in a repository is one that this package wrote."""
     return is_own_card(read_text(repo_id, CARD_NAME, push.revision, push.token) or "")
 
 

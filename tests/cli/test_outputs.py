@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse_pathways.cli import loading
-from hf_sparse_pathways.cli.loading import check_output, written_whole
+from hf_sparse_pathways import outputs
+from hf_sparse_pathways.outputs import check_output, written_whole
 from tests.cli.commands import assert_error, content, run, run_well
 
 
@@ -27,7 +27,7 @@ def _broken_rename(monkeypatch, call):
             raise OSError(5, "Input/output error")
         return own(self, target)
 
-    monkeypatch.setattr(loading.Path, "rename", rename)
+    monkeypatch.setattr(outputs.Path, "rename", rename)
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -74,7 +74,7 @@ def test_an_output_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
     """As a volume that is mounted into a container."""
     (tmp_path / "out" / "old").mkdir(parents=True)
     (tmp_path / "out" / "old.txt").write_text("old")
-    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
+    monkeypatch.setattr(outputs.Path, "is_mount", lambda path: path.name == "out")
     _write(tmp_path / "out", "new.txt", "new")
     assert content(tmp_path) == {"out": None, "out/new.txt": b"new"}
 
@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch):
 def test_a_mounted_output_is_as_it_was_after_an_error(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    monkeypatch.setattr(loading.Path, "is_mount", lambda path: path.name == "out")
+    monkeypatch.setattr(outputs.Path, "is_mount", lambda path: path.name == "out")
     with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "out") as folder:
         (folder / "new.txt").write_text(str(1 / 0))
     assert content(tmp_path) == {"out": None, "out/old.txt": b"old"}
@@ -115,6 +115,6 @@ def test_looking_whether_an_output_can_be_made_leaves_nothing(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     places, tmp_path, monkeypatch, deep
 ):
-    monkeypatch.setattr(loading.os, "access", lambda *_: False)
+    monkeypatch.setattr(outputs.os, "access", lambda *_: False)
     ran = run("build", tmp_path / "no model", *places.texts, "--output", tmp_path / deep)
     assert_error(ran, "cannot be written", "--output")

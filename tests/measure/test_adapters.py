@@ -134,3 +134,18 @@ def test_where_the_base_is_gone_nothing_is_called_dense(prepare, options, hint):
     with pytest.raises(UnsupportedModelError, match=hint):
         _evaluate(adapted.get_base_model())
     assert _state(adapted) == before
+
+
+def test_domains_with_adapters_of_their_own_are_measured_with_them(tmp_path):
+    masks, adapted = _adapted("attention")
+    adapted.save_pretrained(tmp_path)
+    model = adapted.unload()
+    model.attach_adapters({"code": tmp_path})
+    report = _evaluate(model)
+    dense, pathway = report.rows
+    assert dense.perplexity == pytest.approx(_naive(build("llama"), TEXTS["code"])[0], rel=1e-5)
+    model.detach_adapters()
+    merged = peft.PeftModel.from_pretrained(model, tmp_path).merge_and_unload().to_dense()
+    expected, _ = _naive(zeroed(merged, masks["code"]), TEXTS["code"])
+    assert pathway.perplexity == pytest.approx(expected, rel=1e-4)
+    assert "'pathway-code'" in report.caption("code")

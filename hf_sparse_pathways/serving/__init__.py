@@ -1,0 +1,1 @@
+"""Serving a model with pathways over HTTP, as OpenAI's clients speak it."""
