@@ -123,6 +123,21 @@ def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    write_pair(path, META, TENSORS)
+    tensors = path.with_suffix(".safetensors")
+
+    def choose(_, header):
+        other = tmp_path / "other"
+        other.write_bytes(tensors.read_bytes())
+        other.rename(tensors)
+        return header
+
+    with pytest.raises(ArtefactError, match="changed while it was read"):
+        read_pair(path, tensors, 1, choose)
+
+
 @pytest.mark.parametrize(("newest", "fits"), [(1, False), (2, False), (3, True), (4, True)])
 def test_formats_up_to_the_newest_are_read(tmp_path, newest, fits):
     path = tmp_path / "x.json"

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 CHOICES = ("method", "allocation", "ridge", "order", "compensation")
 """What the provenance of a pathway that ``select`` made says of how, one column each."""
 
+MOST_TESTED = 2**28
+"""Weights of the largest matrix that is made to test a form: a 70B model's. The description says
+how large a block is, and nothing else of it has been seen."""
+
 
 def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
     """Show the domains, their sparsity per layer, their text, the base and the size."""
@@ -75,6 +79,8 @@ def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> di
     first = next(iter(pathways.by_domain.values()), None)
     kept = block.d_ff if first is None else first.blocks[len(first.blocks) // 2].kept
     shapes = {(kept, block.d_in), (block.d_out, kept)}
+    if max(rows * columns for rows, columns in shapes) > MOST_TESTED:
+        return dict.fromkeys(("indexed", "packed"), "not tested, since a block is so large")
     described = {}
     for name, form in (("indexed", NATIVE), ("packed", PACKED)):
         verdict = judge_all(form, shapes, dtype, torch.device("cpu"))

@@ -174,14 +174,17 @@ def _row(pathways: Pathways, name: str) -> list[str]:
         format_share(pathways.sparsity(name)),
         f"{format_share(min(shares))} to {format_share(max(shares))}",
         format_share(pathways.flops(name)),
-        _cell(how),
-        _cell(counted),
+        words(", ".join(how)) or "unknown",
+        words(", ".join(counted)) or "unknown",
     ]
 
 
-def _cell(parts: Sequence[str]) -> str:
-    """Join what an artefact says of itself, as words: no markup, no address."""
-    return _NOT_WORDS.sub(" ", ", ".join(parts)).strip()[:80] or "unknown"
+def words(text: str) -> str:
+    """Return what an artefact says of itself as words, cut at 80 characters: no markup, no address.
+
+    Whoever made it may have written anything there.
+    """
+    return _NOT_WORDS.sub(" ", text).strip()[:80]
 
 
 def _results(evaluation: QualityReport) -> list[EvalResult]:

@@ -53,7 +53,7 @@ def add_domains(
     """
 
     def change(repo: _Repo) -> None:
-        base = base_from_json(repo.meta["base"])
+        base = base_from_json(repo.meta.get("base", {}))
         base.check_origin(pathways.base, allow_transfer=allow_transfer)
         for name in pathways.domains:
             repo.add(replace(pathways.subset([name]), base=base, controls={}), name)
@@ -176,6 +176,7 @@ class _Repo:
         if old in self._places:
             path = f"{self._places[old]}/{JSON_NAME}"
             own = self._read(path)
+            check_entries(own.get("domains"))
             _rename(own, old, new)
             self.changed[path] = as_json(own)
             self._places = {new if n == old else n: place for n, place in self._places.items()}

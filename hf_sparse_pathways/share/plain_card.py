@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from hf_sparse_pathways.measure.figures import format_figure
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
-from hf_sparse_pathways.share.card import CARD_NAME, is_hub_id, link_base, render
+from hf_sparse_pathways.share.card import CARD_NAME, is_hub_id, link_base, render, words
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.version import __version__
 
@@ -129,10 +129,10 @@ def _counts(made: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(made: Mapping[str, Any]) -> str:
     """Return of a pathway's provenance what one sentence says."""
-    counted = " of ".join(f"{number} {name}" for name, number in _counts(made).items())
-    parts = [f"by `{made['method']}`"] if made.get("method") else []
+    counted = words(" of ".join(f"{number} {name}" for name, number in _counts(made).items()))
+    parts = [f"by `{words(str(made['method']))}`"] if made.get("method") else []
     if made.get("compensation") not in (None, "none"):
-        parts.append(f"what stayed was repaired (`{made['compensation']}`)")
+        parts.append(f"what stayed was repaired (`{words(str(made['compensation']))}`)")
     if counted:
         parts.append(f"on {counted}")
     if "healing" in made:

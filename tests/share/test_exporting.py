@@ -18,6 +18,7 @@ from hf_sparse_pathways.errors import (
     UnsupportedModelError,
 )
 from hf_sparse_pathways.share import exporting, verification
+from hf_sparse_pathways.share.plain_card import _describe
 from tests.architectures import (
     ARCHITECTURES,
     build,
@@ -410,3 +411,12 @@ def test_ctranslate2_decodes_the_same_tokens(tmp_path):
             include_prompt_in_result=False,
         )
         assert found.sequences_ids[0] == expected[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("text", ["`<img src=x>`", "x\n# Owned", "![x](http://evil/x.png)"])
+def test_a_provenance_is_words_in_a_card(text):
+    made = {"method": text, "compensation": text, "text": {"tokens": text}, "healing": []}
+    told = _describe(made)
+    assert text not in told
+    assert told.count("`") == 4
+    assert "\n" not in told
