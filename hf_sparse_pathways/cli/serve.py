@@ -9,6 +9,9 @@ from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_sparse
 from hf_sparse_pathways.cli.options import parse_pairs
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.serving.limits import Limits
+
+_USUAL = Limits()
 
 
 def run(  # noqa: PLR0913
@@ -25,11 +28,15 @@ def run(  # noqa: PLR0913
             help="A domain and its LoRA: a PEFT adapter's folder or Hub id. Repeat for more.",
         ),
     ] = [],  # noqa: B006
-    workers: Annotated[int, typer.Option(min=1, help="Requests generated at a time.")] = 4,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Requests generated at a time.")
+    ] = _USUAL.workers,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests generated or waiting; more are told to come back.")
-    ] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a request.")] = 4096,
+    ] = _USUAL.requests,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most new tokens of a request.")
+    ] = _USUAL.tokens,
     executor: Annotated[
         str | None,
         typer.Option(help="auto, or a name in the README's table of executors."),
@@ -39,7 +46,7 @@ def run(  # noqa: PLR0913
     """Serve chats and completions; requests choose a domain as model="NAME@DOMAIN"."""
     uvicorn = _import_uvicorn()
     from hf_sparse_pathways.serving.app import make_app
-    from hf_sparse_pathways.serving.service import Limits, Service
+    from hf_sparse_pathways.serving.service import Service
 
     adapters = parse_pairs(adapter, "--adapter", "folder or Hub id")
     model, tokenizer = load_sparse(folder, dtype, executor)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,11 @@ class Choice:
     ended: bool = False
     held: int | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> list[int] | None:
+        """The index of each row, taken off the device once; None if all rows have the same."""
+        return self.pathway.tolist() if isinstance(self.pathway, Tensor) else None
 
 
 class _Local(threading.local):

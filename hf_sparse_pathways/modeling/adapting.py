@@ -155,10 +155,10 @@ class _NameAdapters:
     def _of_rows(self, rows: int) -> list[str]:
         """Return one name per row of a layer's input, whose rows may be tokens."""
         choice = find_choice(self.key)
-        chosen = None if choice is None else choice.pathway
-        if chosen is None or isinstance(chosen, int):
+        if choice is None or choice.rows is None:
+            chosen: Any = None if choice is None else choice.pathway
             return [self._of(chosen)] * rows
-        names = [self._of(index) for index in chosen.tolist()]
+        names = [self._of(index) for index in choice.rows]
         return [name for name in names for _ in range(rows // len(names))]
 
     def _of(self, index: int | None) -> str:

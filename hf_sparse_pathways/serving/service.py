@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.speed.workloads import most_tokens
 from hf_sparse_pathways.modeling.domains import UNSET, Unset
 from hf_sparse_pathways.serving.generation import Generation
+from hf_sparse_pathways.serving.limits import Limits
 from hf_sparse_pathways.serving.requests import (
     ChatRequest,
     CompletionRequest,
@@ -31,21 +31,6 @@ COMPLETION_TOKENS = 16
 """New tokens of a completion that does not say how many: OpenAI's default."""
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a server does at most.
-
-    Attributes:
-        workers: Requests that are generated at a time.
-        requests: Requests that are generated or wait.
-        tokens: New tokens of one request.
-    """
-
-    workers: int = 4
-    requests: int = 64
-    tokens: int = 4096
 
 
 class Service:

@@ -11,7 +11,8 @@ import uvicorn
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.serving.app import make_app
-from hf_sparse_pathways.serving.service import Limits, Service
+from hf_sparse_pathways.serving.limits import Limits
+from hf_sparse_pathways.serving.service import Service
 from tests.architectures import build, random_masks
 from tests.texts import tiny_tokenizer
 
