@@ -218,7 +218,7 @@ def _why_not_narrower(field: str, widest: int, width: int, d_ff: int) -> str:
 def _add_missing_biases(model: Any) -> None:
     """Give a model the biases that its configuration says it has, in place; zeros."""
     shapes = Outline.of(model.config).shapes
-    for name in shapes.keys() - model.state_dict().keys():
+    for name in shapes.keys() - {name for name, _ in model.named_parameters()}:
         leaf = model.get_submodule(name.removesuffix(".bias"))
         zeros = torch.zeros(shapes[name]).to(leaf.get_parameter("weight"))
         leaf._parameters["bias"] = nn.Parameter(zeros)

@@ -37,7 +37,7 @@ class Outline:
     """The shapes of a model that was not given memory.
 
     Attributes:
-        shapes: Tensor -> its shape.
+        shapes: Parameter -> its shape; those that are tied once.
         widths: FFN block -> d_ff.
         leaves: FFN block -> names of its leaves' tensors.
         outgoing: FFN block -> name of its outgoing leaf.
@@ -54,7 +54,7 @@ class Outline:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         blocks = survey_model(model).blocks
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         layouts = {b.name: (*b.layout.incoming, b.layout.outgoing) for b in blocks}
         return cls(
             shapes=shapes,
@@ -82,7 +82,7 @@ class Outline:
             return None
 
     def differing(self, other: Self) -> set[str]:
-        """Return the tensors that both have, in different shapes."""
+        """Return the parameters that both have, in different shapes."""
         both = self.shapes.keys() & other.shapes.keys()
         return {name for name in both if self.shapes[name] != other.shapes[name]}
 
