@@ -2,9 +2,12 @@
 
 import functools
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from hf_sparse_pathways.ffn import verdicts
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
@@ -36,7 +39,9 @@ def every_form_pays():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """An empty Hub, and the token of an account that is called ``me``."""
+    """An empty Hub, nothing of it in the cache, and the token of an account called ``me``."""
+    for path in Path(constants.HF_HUB_CACHE).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     monkeypatch.setenv("HF_TOKEN", "hf_of_me")
     SERVER.hub = Hub()
     return SERVER.hub

@@ -82,7 +82,7 @@ def test_a_domain_without_held_out_text_costs_no_work(places, tmp_path):
     """One domain's folder holds the other's: what is held out of it was calibrated on."""
     part = tmp_path / "part"
     part.mkdir()
-    taken = {item.digest for item in split_texts({"law": places.law}, 0.2, 0)["law"][0].items}
+    taken = {item.digest for item in split_texts({"law": places.law}, 0.2, 0, 200)["law"][0].items}
     for path in places.law.iterdir():
         if read_documents(path).items[0].digest in taken:
             shutil.copy(path, part)
