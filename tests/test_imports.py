@@ -12,7 +12,7 @@ import hf_sparse_pathways
 ROOT = Path(hf_sparse_pathways.__file__).parent
 PACKAGE = "hf_sparse_pathways"
 ORDER = (
-    ("errors", "version", "files", "memory", "shares"),
+    ("errors", "version", "files", "memory", "shares", "tables"),
     ("native",),
     ("ffn",),
     ("pathways",),
@@ -32,6 +32,7 @@ LAZY = {
     ("modeling.saving", "share.card"),
     ("modeling.saving", "share.pushing"),
     ("discovery.profiles", "discovery.profile_storage"),
+    ("measure.analysis", "measure.analysis_report"),
     ("modeling.configuration", "modeling.classes"),
     ("modeling.model", "modeling.classes"),
     # No command imports torch before it runs.

@@ -13,6 +13,7 @@ from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.tables import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -75,7 +76,7 @@ class DomainProfile:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Profile:
+class Profile(ShownAsTables):
     """Activation profiles of one base model.
 
     Attributes:
@@ -154,6 +155,28 @@ class Profile:
         from hf_sparse_pathways.discovery.profile_storage import read_profile
 
         return read_profile(cls, Path(folder))
+
+    def sections(self) -> list[Table]:
+        """Return the tables that a notebook shows."""
+        rows = [
+            [
+                name,
+                str(taken.tokens),
+                str(taken.provenance.get("documents", "-")),
+                str(sum(len(window.ids) for window in taken.validation)),
+                "yes" if taken.grams else "no",
+                str(taken.provenance.get("source", "-")),
+            ]
+            for name, taken in self.by_domain.items()
+        ]
+        return [
+            Table(
+                title=f"Activation profile of {self.base.title}",
+                note=f"{self.base.summary}.",
+                header=["domain", "tokens", "documents", "for validation", "Gram matrices", "text"],
+                rows=rows,
+            )
+        ]
 
     def __repr__(self) -> str:
         tokens = ", ".join(f"{name} {p.tokens} tokens" for name, p in self.by_domain.items())

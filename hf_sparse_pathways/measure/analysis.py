@@ -7,9 +7,9 @@ be measured on the model stands beside it: see ``experiments.py``.
 Source: A. Young 2026, "Sparse Pathways".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.measure.experiments import Experiments
@@ -30,6 +30,10 @@ from hf_sparse_pathways.measure.specialisation import (
     Specialisation,
     measure_specialisation,
 )
+from hf_sparse_pathways.tables import ShownAsTables
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.measure.figures import Section
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -62,7 +66,7 @@ class LayerRole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysis:
+class Analysis(ShownAsTables):
     """What is known of one model's neurons and domains.
 
     Attributes:
@@ -105,6 +109,12 @@ class Analysis:
     def skippable_by(self, pool: str) -> SkippableFraction:
         """Return the skippable fractions under one pool."""
         return next(fractions for fractions in self.skippable if fractions.pool == pool)
+
+    def sections(self) -> "Iterable[Section]":
+        """Return the report's tables."""
+        from hf_sparse_pathways.measure.analysis_report import sections
+
+        return sections(self)
 
     def with_measurements(
         self, *, experiments: Experiments | None, shuffled: Specialisation | None

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.figures import Section, format_figure, markdown_table
+from hf_sparse_pathways.tables import ShownAsTables
 
 FEW = 5
 """Documents below which an interval over resampled documents is hardly one."""
@@ -129,7 +130,7 @@ class QualitySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityReport:
+class QualityReport(ShownAsTables):
     """What ``evaluate`` measured.
 
     Attributes:
@@ -244,19 +245,27 @@ class QualityReport:
             raise ArtefactError(f"This is no report of an evaluation: {error!r}.") from error
         return report
 
-    def to_markdown(self) -> str:
-        """Render one Markdown table per domain, and with several the matrix of all."""
-        parts = [
-            f"**{self.caption(domain)}**\n\n{markdown_table(*self.table(domain))}"
-            for domain in self.domains
-        ]
+    def sections(self) -> list[Section]:
+        """Return one table per domain, and with several the matrix of all."""
+        found = []
+        for domain in self.domains:
+            header, rows = self.table(domain)
+            found.append(Section(title=self.caption(domain), note="", header=header, rows=rows))
         labels: list[str | None] = [*self.sets]
         for label in labels or [None]:
             header, rows = self.matrix(label)
             if len(rows) > 1 and len(header) > 2:
                 title = "Perplexity ratio to dense: text (rows) by pathway (columns)"
                 title = title if label is None else f"{self.describe(label)}. {title}"
-                parts.append(f"**{title}**\n\n{markdown_table(header, rows)}")
+                found.append(Section(title=title, note="", header=header, rows=rows))
+        return found
+
+    def to_markdown(self) -> str:
+        """Render the tables as Markdown, and how was measured."""
+        parts = [
+            f"**{section.title}**\n\n{markdown_table(section.header, section.rows)}"
+            for section in self.sections()
+        ]
         if self.settings is not None:
             parts.append(str(self.settings))
         return "\n\n".join(parts)

@@ -6,14 +6,16 @@ from typing import Any
 
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.execution import Execution
+from hf_sparse_pathways.measure.figures import Section
 from hf_sparse_pathways.measure.speed import tables
 from hf_sparse_pathways.measure.speed.arms import Arm, ResidentCopies
 from hf_sparse_pathways.measure.speed.results import Timing
 from hf_sparse_pathways.measure.speed.switching import SwitchCost
+from hf_sparse_pathways.tables import ShownAsTables
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkReport:
+class BenchmarkReport(ShownAsTables):
     """Everything that a benchmark measured.
 
     Attributes:
@@ -84,6 +86,10 @@ class BenchmarkReport:
             for arm, shares in timing.shares.items():
                 written["shares"][arm]["rest"] = shares.rest
         return values
+
+    def sections(self) -> list[Section]:
+        """Return the tables."""
+        return tables.sections(self)
 
     def to_markdown(self, pictures: Sequence[str] = ()) -> str:
         """Render everything.
