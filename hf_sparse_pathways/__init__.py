@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "heal",
     "permute",
+    "plot",
     "profile",
     "push_folder",
     "remove_domains",
@@ -69,6 +71,7 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",
     "profile": "discovery.profiling",

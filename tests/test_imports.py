@@ -93,7 +93,7 @@ LAZY = {
     ("cli.push", "share.pushing"),
     ("cli.remove_domain", "share.domains"),
     ("cli.rename_domain", "share.domains"),
-    ("cli.report_folder", "measure.plots"),
+    ("measure.plotting", "measure.plots"),
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),

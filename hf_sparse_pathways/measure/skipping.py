@@ -56,14 +56,14 @@ class PotentialSpeedup:
 
 @dataclass(frozen=True, kw_only=True)
 class PairOverlap:
-    """How alike two domains' skipped neurons are.
+    """How alike two domains' neurons are: those that they skip, or those that they keep.
 
     Attributes:
         first: A domain.
         second: Another.
-        jaccard: Neurons that both skip over those that one of them skips.
+        jaccard: Neurons that both have over those that one of them has.
         chance: The same expected of two random choices of as many neurons of each block.
-        per_block: The Jaccard index of each FFN block; None where nothing is skipped.
+        per_block: The Jaccard index of each FFN block; None where neither has any.
     """
 
     first: str
@@ -155,17 +155,17 @@ def measure_overlap(
     for sparsity in sparsities:
         masks = skip_masks(profile, 100.0 * sparsity, "layer")
         pairs = tuple(
-            compare_skips(first, second, masks[first], masks[second])
+            compare_neurons(first, second, masks[first], masks[second])
             for first, second in combinations(masks, 2)
         )
         found.append(SkipOverlap(sparsity=sparsity, pairs=pairs))
     return tuple(found)
 
 
-def compare_skips(
+def compare_neurons(
     first: str, second: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]
 ) -> PairOverlap:
-    """Compare two domains' skipped neurons, one mask ``(d_ff,)`` per block each. Pure.
+    """Compare two domains' sets of neurons, one mask ``(d_ff,)`` per block each. Pure.
 
     Chance is the ratio of the expected sizes: for k and m of n neurons, k m / n are common.
     """

@@ -123,8 +123,8 @@ def test_every_picture_is_written_as_a_picture(tmp_path, domains, monkeypatch):
 def test_what_was_not_measured_is_not_drawn():
     bare = _analysis().with_measurements(experiments=None, shuffled=None)
     assert set(plots.plot_analysis(bare)) == {"skippable", "specialisation", "overlap"}
-    with pytest.raises(PathwaysError, match="one domain"):
-        plots.plot_specialisation(_analysis(("code",)))
+    with pytest.raises(PathwaysError, match="two of them"):
+        plots.draw(_analysis(("code",)), "specialisation")
 
 
 def test_axes_are_labelled_with_units():
@@ -140,7 +140,7 @@ def test_axes_are_labelled_with_units():
 
 def test_specialisation_is_drawn_as_it_was_found():
     analysis = _analysis()
-    left, right = plots.plot_specialisation(analysis).axes
+    left, right = plots.plot_analysis(analysis)["specialisation"].axes
     drawn = _lines(right)
     expected = analysis.specialisation.of(PAPER).per_domain_and_block
     assert set(drawn) == set(expected)
@@ -154,14 +154,14 @@ def test_specialisation_is_drawn_as_it_was_found():
 
 def test_skippable_neurons_are_drawn_by_block():
     analysis = _analysis()
-    drawn = _lines(plots.plot_skippable(analysis).axes[0])
+    drawn = _lines(plots.plot_analysis(analysis)["skippable"].axes[0])
     for domain, values in analysis.skippable_by("model").per_block.items():
         assert numpy.array_equal(drawn[domain], values)
 
 
 def test_overlap_is_a_symmetric_map_per_sparsity():
     analysis = _analysis()
-    panels = _panels(plots.plot_overlap(analysis))
+    panels = _panels(plots.plot_analysis(analysis)["overlap"])
     assert len(panels) == len(analysis.overlaps)
     for axes, overlap in zip(panels, analysis.overlaps, strict=True):
         values = numpy.ma.filled(axes.images[0].get_array(), numpy.nan)
@@ -322,7 +322,7 @@ def test_scale_is_drawn_beside_the_papers(tmp_path, count):
 def test_many_domains_still_have_their_own_lines():
     domains = tuple(f"domain{index}" for index in range(11))
     found = analyse(random_profile(build("llama"), domains), SIZE)
-    lines = plots.plot_skippable(found).axes[0].get_lines()[:11]
+    lines = plots.plot_analysis(found)["skippable"].axes[0].get_lines()[:11]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 11
 
 
