@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from hf_sparse_pathways.measure.figures import Section, format_figure, markdown_table
 from hf_sparse_pathways.measure.quality_report import QualityRow
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import ShownAsTables
 
@@ -28,8 +29,7 @@ class ComparisonRow:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return a row from JSON values."""
-        quality = QualityRow.from_dict(data["quality"])
-        return cls(method=data["method"], sparsity=data["sparsity"], quality=quality)
+        return read_report(cls, data, "a comparison")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.figures import Section, format_figure, markdown_table
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.tables import ShownAsTables
 
 FEW = 5
@@ -56,18 +56,6 @@ class QualityRow:
     excluded: int
     sparsity: float | None = None
     set: str | None = None
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return a row from JSON values."""
-        interval = data["interval"]
-        return cls(
-            **{
-                **data,
-                "interval": None if interval is None else tuple(interval),
-                "cosine_per_layer": tuple(data["cosine_per_layer"]),
-            }
-        )
 
     @property
     def label(self) -> str:
@@ -234,16 +222,7 @@ class QualityReport(ShownAsTables):
         Raises:
             ArtefactError: A value is missing or of the wrong kind.
         """
-        try:
-            settings = data["settings"]
-            if settings is not None:
-                settings = QualitySettings(**{**settings, "adapters": tuple(settings["adapters"])})
-            rows = tuple(QualityRow.from_dict(row) for row in data["rows"])
-            report = cls(base=data["base"], rows=rows, settings=settings)
-            report.to_markdown()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ArtefactError(f"This is no report of an evaluation: {error!r}.") from error
-        return report
+        return read_report(cls, data, "an evaluation")
 
     def sections(self) -> list[Section]:
         """Return one table per domain, and with several the matrix of all."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.execution import Execution
 from hf_sparse_pathways.measure.figures import Section
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.measure.speed import tables
 from hf_sparse_pathways.measure.speed.arms import Arm, ResidentCopies
 from hf_sparse_pathways.measure.speed.results import Timing
@@ -86,6 +87,15 @@ class BenchmarkReport(ShownAsTables):
             for arm, shares in timing.shares.items():
                 written["shares"][arm]["rest"] = shares.rest
         return values
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return a report from JSON values.
+
+        Raises:
+            ArtefactError: A value is missing or of the wrong kind.
+        """
+        return read_report(cls, data, "a benchmark")
 
     def sections(self) -> list[Section]:
         """Return the tables."""
