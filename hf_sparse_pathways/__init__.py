@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
     from hf_sparse_pathways.share.card import CardSettings
     from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
+    from hf_sparse_pathways.share.page import write_html_report
     from hf_sparse_pathways.share.pushing import push_folder
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "remove_domains",
     "rename_domain",
     "select",
+    "write_html_report",
 ]
 
 _HOMES = {
@@ -81,6 +83,7 @@ _HOMES = {
     "push_folder": "share.pushing",
     "remove_domains": "share.domains",
     "rename_domain": "share.domains",
+    "write_html_report": "share.page",
 }
 
 

@@ -92,6 +92,11 @@ LAZY = {
     ("cli.push", "share.domains"),
     ("cli.push", "share.pushing"),
     ("cli.remove_domain", "share.domains"),
+    ("cli.report", "files"),
+    ("cli.report", "measure.analysis"),
+    ("cli.report", "measure.quality_report"),
+    ("cli.report", "measure.speed.report"),
+    ("cli.report", "share.page"),
     ("cli.rename_domain", "share.domains"),
     ("measure.plotting", "measure.plots"),
 }

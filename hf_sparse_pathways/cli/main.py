@@ -33,6 +33,7 @@ for command in (
     "generate",
     "benchmark",
     "info",
+    "report",
     "push",
     "remove-domain",
     "rename-domain",

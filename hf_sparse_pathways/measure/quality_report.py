@@ -189,10 +189,14 @@ class QualityReport(ShownAsTables):
         named = {row.pathway: row.role == "pooled" for row in rows if row.role in _IN_MATRIX}
         return sorted((name for name in named if name is not None), key=lambda name: named[name])
 
+    def removed(self, label: str | None) -> dict[str, float]:
+        """Return what each domain's own pathway of a set removes, where that was noted."""
+        rows = (row for row in self.rows if (row.set, row.role) == (label, "pathway"))
+        return {str(row.pathway): row.sparsity for row in rows if row.sparsity is not None}
+
     def describe(self, label: str) -> str:
         """Say how much a set of pathways removes."""
-        rows = (row for row in self.rows if (row.set, row.role) == (label, "pathway"))
-        removed = {f"{row.sparsity:.0%}": None for row in rows if row.sparsity is not None}
+        removed = dict.fromkeys(f"{share:.0%}" for share in self.removed(label).values())
         return f"{label}, {', '.join(removed)} of the FFN neurons removed"
 
     def caption(self, domain: str) -> str:

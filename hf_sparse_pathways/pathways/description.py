@@ -35,6 +35,21 @@ def describe_pathways(pathways: "Pathways") -> Table:
     )
 
 
+def block_table(pathways: "Pathways") -> Table:
+    """Return a table of what each domain and control removes of every FFN block."""
+    names = [*pathways.domains, *pathways.controls]
+    shares = [pathways.sparsity(name, per_block=True) for name in names]
+    return Table(
+        title="Neurons removed of every FFN block",
+        note="",
+        header=["block", *names],
+        rows=[
+            [block.name, *(format_share(own[index], 1) for own in shares)]
+            for index, block in enumerate(pathways.base.blocks)
+        ],
+    )
+
+
 def _describe_one(pathways: "Pathways", name: str) -> list[str]:
     pathway = pathways[name]
     text = text_of(pathway)

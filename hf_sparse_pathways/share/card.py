@@ -54,7 +54,7 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
     """
     evaluation = settings.evaluation
     base = pathways.base
-    base_id = base.name if _is_hub_id(base.name) else None
+    base_id = base.name if is_hub_id(base.name) else None
     title = repo_id.rpartition("/")[2]
     quality = evaluation.to_markdown() if evaluation is not None else None
     results = None if evaluation is None else _results(evaluation)
@@ -179,7 +179,7 @@ def _results(evaluation: QualityReport) -> list[EvalResult]:
     ]
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name is that of a repository, and not of a folder."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not os.path.exists(name)
 

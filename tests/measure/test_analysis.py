@@ -13,7 +13,8 @@ from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.analysis import analyse, thirds
 from hf_sparse_pathways.measure.analysis_report import to_markdown
 from hf_sparse_pathways.measure.model_size import ModelSize
-from hf_sparse_pathways.measure.skipping import compare_neurons, measure_overlap, measure_skippable
+from hf_sparse_pathways.measure.overlap import compare_neurons
+from hf_sparse_pathways.measure.skipping import measure_overlap, measure_skippable
 from hf_sparse_pathways.measure.specialisation import (
     CRITERIA,
     PAPER,

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from hf_sparse_pathways.measure.overlap import PairOverlap
 from hf_sparse_pathways.measure.plots.drawing import Picture, draw_map, label_map
-from hf_sparse_pathways.measure.skipping import PairOverlap
 
 
 def draw_overlaps(panels: Mapping[str, Sequence[PairOverlap]], *, title: str) -> Figure:

@@ -1,12 +1,12 @@
 """Pictures of pathways: what is removed of every FFN block, and what domains have in common."""
 
 from collections.abc import Sequence
-from itertools import combinations
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.measure.overlap import measure_kept_overlap
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
     GREY,
@@ -16,7 +16,6 @@ from hf_sparse_pathways.measure.plots.drawing import (
     short_name,
 )
 from hf_sparse_pathways.measure.plots.overlaps import draw_overlaps
-from hf_sparse_pathways.measure.skipping import compare_neurons
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
 
 
@@ -61,12 +60,8 @@ def plot_overlap(pathways: Pathways) -> Figure:
     """
     if len(pathways.domains) < 2:
         raise PathwaysError("An overlap is between domains, and there are fewer than two.")
-    pairs = [
-        compare_neurons(first, second, pathways[first].keep, pathways[second].keep)
-        for first, second in combinations(pathways.domains, 2)
-    ]
     title = f"Overlap of kept neurons between domains, {short_name(pathways.base.name)}"
-    return draw_overlaps({"kept neurons": pairs}, title=title)
+    return draw_overlaps({"kept neurons": measure_kept_overlap(pathways)}, title=title)
 
 
 def plot_strip(shares: Sequence[float]) -> Figure:
