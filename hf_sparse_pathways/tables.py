@@ -7,7 +7,7 @@ stay text whatever is in them. Markdown is not used here, since readers of it le
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 _LEFT, _RIGHT = "text-align:left", "text-align:right"
 
@@ -35,7 +35,7 @@ class Table:
             for place, name in enumerate(self.header)
         )
         body = Markup("\n").join(map(_row, self.rows))
-        note = Markup(" {}").format(self.note) if self.note else ""
+        note = Markup("<br>{}").format(as_html(self.note)) if self.note else ""
         return Markup(
             '<figure style="margin:1em 0"><figcaption><strong>{title}</strong>{note}</figcaption>\n'
             '<div role="region" aria-label="{title}" tabindex="0" style="overflow-x:auto">\n'
@@ -53,6 +53,15 @@ class ShownAsTables:
     def _repr_html_(self) -> str:
         """Render the tables, as a notebook asks for it."""
         return Markup("\n").join(table.to_html() for table in self.sections())
+
+
+def as_html(text: str) -> Markup:
+    """Render a sentence: what stands between backticks as code, and all of it as text."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
 
 
 def _row(cells: Sequence[str]) -> Markup:

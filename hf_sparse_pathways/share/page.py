@@ -8,7 +8,7 @@ pathways that were there before, so those that are given have to fit, too.
 import json
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -28,6 +28,7 @@ from hf_sparse_pathways.measure.speed.report import BenchmarkReport
 from hf_sparse_pathways.pathways.description import block_table, describe_pathways, text_of
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.share.card import is_hub_id
+from hf_sparse_pathways.tables import as_html
 from hf_sparse_pathways.version import __version__
 
 if TYPE_CHECKING:
@@ -134,14 +135,18 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
         base_id=base.name if is_hub_id(base.name) else None,
         neurons=sum(block.d_ff for block in base.blocks),
         domains=pathways.domains,
-        summary=describe_pathways(pathways),
+        summary=replace(
+            describe_pathways(pathways),
+            title="What each domain keeps",
+            note="FFN FLOPs: of the dense FFN's, whatever compensation costs included.",
+        ),
         blocks=block_table(pathways),
         overlap=overlap_section(pairs) if pairs else None,
         origins={name: _describe_origin(pathways[name]) for name in pathways.domains},
         evaluation=measured.evaluation,
         benchmark=measured.benchmark,
         headline=tables.headline(measured.benchmark) if measured.benchmark else [],
-        reading=tables.READING,
+        reading=as_html(tables.READING),
         analysis=measured.analysis,
         analysed=analysis_report.describe(measured.analysis) if measured.analysis else "",
         pictures=_draw(pathways, measured) if plots else {},
