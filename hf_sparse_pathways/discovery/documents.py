@@ -7,7 +7,7 @@ too few documents to split, long ones are cut into sections, and each section is
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,10 +48,12 @@ class Documents:
     Attributes:
         items: Documents, each text once, in the source's order.
         source: What they were read from, in words that may be saved.
+        datasets: Ids of the Hub datasets among that; never a path of this machine.
     """
 
     items: tuple[Document, ...]
     source: str
+    datasets: tuple[str, ...] = ()
 
     def without(self, digests: Iterable[str], cut: Iterable[str] = ()) -> "Documents":
         """Return the documents that share no text with others. Pure.
@@ -68,7 +70,7 @@ class Documents:
             and document.whole not in seen
             and not (document.whole is None and document.digest in parts)
         )
-        return Documents(items=kept, source=self.source)
+        return replace(self, items=kept)
 
     def unseen(self, provenances: Iterable[Mapping[str, Any]]) -> "tuple[Documents, int]":
         """Return the documents that were neither calibrated nor validated on. Pure.
@@ -119,7 +121,7 @@ class Documents:
         count = min(max(1, round(held_out * len(ranked))), len(ranked) - 1)
         chosen = {document.digest for document in ranked[:count]}
         held = tuple(document for document in self.items if document.digest in chosen)
-        return self.without(chosen), Documents(items=held, source=self.source)
+        return self.without(chosen), replace(self, items=held)
 
 
 def distinct_documents(documents: Iterable[Document]) -> tuple[Document, ...]:

@@ -198,6 +198,7 @@ def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> di
     both = {name: sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in names}
     return {
         **mine,
+        "datasets": sorted({*mine.get("datasets", ()), *theirs.get("datasets", ())}),
         "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
         "documents": len(both["digests"]),
         "tokens": mine["tokens"] + theirs["tokens"],

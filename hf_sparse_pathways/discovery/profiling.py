@@ -330,6 +330,7 @@ def _draw(  # noqa: PLR0913
     kept_digests, kept_cut = list_digests(kept)
     provenance = {
         "source": documents.source,
+        "datasets": list(documents.datasets),
         "documents": len(digests),
         "tokens": tokens,
         "max_length": max_length,

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from glob import glob, has_magic
 from itertools import islice
@@ -36,6 +37,9 @@ FOLDER_SUFFIXES = frozenset(
     """.split()  # noqa: SIM905
 )
 """What is read of a folder; a file that is named itself, or by a glob, may end in anything."""
+
+_HUB_FILE = re.compile(r"hf://datasets/([\w.-]+(?:/[\w.-]+)?)@")
+"""Where ``datasets`` has downloaded a file from the Hub: a dataset's id and its revision."""
 
 MAX_ROWS = 200_000
 MAX_CHARACTERS = 200_000_000
@@ -68,12 +72,13 @@ def read_documents(source: TextSource, *, seed: int = 0) -> Documents:
         described = str(source).encode(errors="replace").decode()  # any bytes may be in a name
     else:
         described = _describe(source)
-        items = [source] if isinstance(source, str) else _iterate(source, described)
-        documents = _from_items(items, described, seed)
+        read = [source] if isinstance(source, str) else _iterate(source, described)
+        documents = _from_items(read, described, seed)
     unique = distinct_documents(documents)
     if not unique:
         raise TextError(f"{described} holds no text. Give files or strings with text in them.")
-    return Documents(items=distinct_documents(cut_sections(unique)), source=described)
+    items = distinct_documents(cut_sections(unique))
+    return Documents(items=items, source=described, datasets=_hub_datasets(source))
 
 
 def _matching_files(source: TextSource) -> list[Path] | None:
@@ -304,6 +309,16 @@ def _text_column(row: dict[str, Any], origin: str) -> str:
 
 def _is_missing(value: Any) -> bool:
     return value is None or value != value  # NaN, as tables mark what is missing
+
+
+def _hub_datasets(source: TextSource) -> tuple[str, ...]:
+    """Return the Hub ids of a ``datasets`` object, by the files that it was downloaded from.
+
+    A stream keeps no record of them, and what was read from this machine has none.
+    """
+    files = getattr(getattr(source, "info", None), "download_checksums", None) or ()
+    found = (_HUB_FILE.match(str(file)) for file in files)
+    return tuple(sorted({match[1] for match in found if match}))
 
 
 def _describe(source: TextSource) -> str:

@@ -8,7 +8,7 @@ was made are left for validation; if there are none, a tenth of all is.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_sparse_pathways.discovery.documents import Documents
@@ -30,12 +30,14 @@ class TrainingText:
         steps: The windows of each optimiser step.
         validation: Windows of other documents.
         source: What the documents were read from.
+        datasets: Ids of the Hub datasets among that.
         passes: How often the text was drawn anew, the first time included.
     """
 
     steps: Steps
     validation: tuple[Window, ...]
     source: str
+    datasets: tuple[str, ...]
     passes: int
 
     @property
@@ -54,6 +56,7 @@ class TrainingText:
             "validation_digests": validation,
             "validation_cut_digests": validation_cut,
         }
+        added["datasets"] = list(self.datasets)
         both = {name: sorted({*seen.get(name, ()), *more}) for name, more in added.items()}
         return {**seen, **both}
 
@@ -93,7 +96,13 @@ def draw_text(
     kept = tuple(window for window in drawn if len(window.ids) > 1)
     if not kept:
         raise TextError(f"Domain {domain!r} has no validation text of two tokens or more.")
-    return TrainingText(steps=steps, validation=kept, source=documents.source, passes=passes)
+    return TrainingText(
+        steps=steps,
+        validation=kept,
+        source=documents.source,
+        datasets=documents.datasets,
+        passes=passes,
+    )
 
 
 def _set_validation_aside(
@@ -106,7 +115,7 @@ def _set_validation_aside(
         return documents.split(VALIDATION_SHARE, seed)
     cut = seen.get("validation_cut_digests", ())
     training = documents.without(digests, cut)
-    return training, Documents(items=known, source=documents.source)
+    return training, replace(documents, items=known)
 
 
 def _draw_often(

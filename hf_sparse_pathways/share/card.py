@@ -1,14 +1,17 @@
 """The model card of pathways: written from the artefact and, if there is one, its evaluation.
 
 The table of domains stands between two marks, so that adding, renaming or removing a domain changes
-its row alone. A card without the package's mark is somebody's own, and is left as it is.
+its row alone: all that the card says of a domain is in its row, its picture and the datasets that
+the metadata list too. A card without the package's mark is somebody's own, and is left as it is.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -17,14 +20,17 @@ from jinja2 import Environment, StrictUndefined
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.description import text_of
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.version import __version__
 
 CARD_NAME = "README.md"
+PICTURE_TEXT = "neurons removed in each FFN block"
 _MARK = "<!-- written by hf-sparse-pathways"
+_DATASET_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _START, _END = "<!-- domains -->", "<!-- /domains -->"
-_TAGS = re.compile(r"^tags:\n(- .*\n)+", re.MULTILINE)
+_DATASET = re.compile(r"\[[^\]]*\]\(https://huggingface\.co/datasets/([\w./-]+)\)")
 _HEADER = ["domain", "neurons removed", "per block", "FFN FLOPs", "made by", "calibrated on"]
 
 
@@ -43,7 +49,14 @@ class CardSettings:
     tags: Sequence[str] = ()
 
 
-def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, weights: bool) -> str:
+def render_card(
+    pathways: Pathways,
+    repo_id: str,
+    settings: CardSettings,
+    *,
+    weights: bool,
+    pictures: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Return the card of a repository.
 
     Args:
@@ -51,6 +64,7 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
         repo_id: Where it is going to be.
         settings: What else it says.
         weights: Whether the weights are there, too.
+        pictures: Domain -> path in the repository, for those that have one.
     """
     evaluation = settings.evaluation
     base = pathways.base
@@ -58,11 +72,14 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
     title = repo_id.rpartition("/")[2]
     quality = evaluation.to_markdown() if evaluation is not None else None
     results = None if evaluation is None else _results(evaluation)
+    rows = [_row(pathways, name, pictures.get(name)) for name in pathways.domains]
     metadata = ModelCardData(
         library_name="hf-sparse-pathways",
         pipeline_tag="text-generation",
         base_model=base_id,
+        # With the weights or without: they are the base's, and nothing else fits what is added.
         base_model_relation="adapter" if base_id else None,
+        datasets=_datasets(rows) or None,
         license=settings.license,
         tags=["sparse-pathways", "transformers", *settings.tags, *pathways.domains],
         model_name=title if results else None,
@@ -80,7 +97,7 @@ def render_card(pathways: Pathways, repo_id: str, settings: CardSettings, *, wei
         base=_linked(base, base_id),
         base_id=base_id or "BASE",
         summary=base.summary,
-        domains=_domain_table(pathways),
+        domains=_table(rows),
         quality=quality,
         example=next(iter(pathways.domains), "code"),
     )
@@ -97,6 +114,7 @@ def change_rows(
     added: Pathways | None = None,
     gone: str | None = None,
     renamed: tuple[str, str] | None = None,
+    pictures: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return a card with changed rows of domains; what has no such table stays as it is. Pure.
 
@@ -105,6 +123,7 @@ def change_rows(
         added: Pathways whose domains get a row, in place of one of their name.
         gone: A domain whose row goes.
         renamed: Old and new name.
+        pictures: As in ``render_card``, of what is added.
     """
     before, start, rest = text.partition(_START)
     table, end, after = rest.partition(_END)
@@ -112,50 +131,67 @@ def change_rows(
         return text
     lines = [line for line in table.splitlines() if line.startswith("|")][2:]
     rows = {cells[0]: cells for cells in ([c.strip() for c in ln.split("|")[1:-1]] for ln in lines)}
-    known = set(rows)
+    known, listed = set(rows), _datasets(list(rows.values()))
     rows.pop(gone or "", None)
     if renamed is not None:
         old, new = renamed
         rows = {new if n == old else n: [new if n == old else n, *r[1:]] for n, r in rows.items()}
     if added is not None:
-        rows |= {name: _row(added, name) for name in added.domains}
-    return f"{_change_tags(before, known, list(rows))}{_table(list(rows.values()))}{after}"
+        rows |= {name: _row(added, name, pictures.get(name)) for name in added.domains}
+    cells = list(rows.values())
+    before = _change_list(before, "datasets", set(listed), _datasets(cells))
+    return f"{_change_list(before, 'tags', known, list(rows))}{_table(cells)}{after}"
 
 
-def _change_tags(text: str, known: set[str], names: Sequence[str]) -> str:
-    """Put other domains in place of those that are known into a card's list of tags."""
-    found = _TAGS.search(text)
+def _change_list(text: str, key: str, known: set[str], names: Sequence[str]) -> str:
+    """Put others in place of those that are known into a list of a card's metadata.
+
+    What somebody has added by hand stays. A list that is not there stands before the library.
+    """
+    found = re.search(rf"^{key}:\n(- .*\n)+|^(?=library_name:)", text, re.MULTILINE)
     if found is None:
         return text
-    tags = [tag for tag in yaml.safe_load(found[0])["tags"] if tag not in known]
-    written = yaml.safe_dump({"tags": [*tags, *names]}, allow_unicode=True, sort_keys=False)
+    kept = [entry for entry in (yaml.safe_load(found[0]) or {key: ()})[key] if entry not in known]
+    entries = list(dict.fromkeys([*kept, *names]))
+    written = yaml.safe_dump({key: entries}, allow_unicode=True, sort_keys=False) if entries else ""
     return f"{text[: found.start()]}{written}{text[found.end() :]}"
 
 
-def _domain_table(pathways: Pathways) -> str:
-    return _table([_row(pathways, name) for name in pathways.domains])
+def _datasets(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the Hub datasets that rows name, each once."""
+    return list(dict.fromkeys(name for row in rows for name in _DATASET.findall(row[-1])))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"{_START}\n{markdown_table(_HEADER, rows)}\n{_END}"
 
 
-def _row(pathways: Pathways, name: str) -> list[str]:
+def _row(pathways: Pathways, name: str, picture: str | None) -> list[str]:
     """Describe a domain, by what it keeps and how it was made."""
-    made = pathways[name].provenance
-    text = made.get("text")
-    text = text if isinstance(text, dict) else {}
+    made, text = pathways[name].provenance, text_of(pathways[name])
     shares = pathways.sparsity(name, per_block=True)
+    shown = "" if picture is None else f"<br>![{PICTURE_TEXT}]({picture})"
     how = [str(made[key]) for key in ("method", "compensation") if made.get(key)]
     counted = [f"{text[key]} {key}" for key in ("tokens", "documents") if key in text]
     return [
         name,
         format_share(pathways.sparsity(name)),
-        f"{format_share(min(shares))} to {format_share(max(shares))}",
+        f"{format_share(min(shares))} to {format_share(max(shares))}{shown}",
         format_share(pathways.flops(name)),
         _cell(how),
-        _cell(counted),
+        _cell(counted) + _linked_datasets(text.get("datasets")),
     ]
+
+
+def _linked_datasets(names: Any) -> str:
+    """Link the Hub datasets that an artefact says it was made from; whatever is no id is left out.
+
+    A path of the machine that it was made on is never an id: it starts with a slash or dot.
+    """
+    listed = names if isinstance(names, list) else []
+    ids = (name for name in listed if isinstance(name, str) and _DATASET_ID.fullmatch(name))
+    links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in ids]
+    return f" of {', '.join(links)}" if links else ""
 
 
 def _cell(parts: Sequence[str]) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.pathways.apart import PARENT
+from hf_sparse_pathways.files import read_json
+from hf_sparse_pathways.pathways.apart import PARENT, list_apart
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
 from hf_sparse_pathways.share.hub import Push, hub_errors, read_text
+from hf_sparse_pathways.share.pictures import draw_pictures
 
 
 def push_folder(
@@ -92,10 +94,16 @@ def _push(
             if push.revision is not None and not push.revision.startswith("refs/pr"):
                 api.create_branch(repo_id, branch=push.revision, exist_ok=True)
             present = api.list_repo_files(repo_id, revision=push.revision)
-            files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            card_text = None
             if _may_write_card(repo_id, present, others, push):
                 weights = any(_is_weights(path) for path in (*others, *present))
-                files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
+                places = list_apart(read_json(Path(name, JSON_NAME)))
+                pictures = draw_pictures(pathways, places, Path(name))
+                card_text = render_card(
+                    pathways, repo_id, card, weights=weights, pictures=pictures
+                ).encode()
+            files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            files |= {} if card_text is None else {CARD_NAME: card_text}
             gone = [path for path in present if _is_of_pathways(path) and path not in files]
             operations = [CommitOperationAdd(path, file) for path, file in files.items()]
             title = "Upload model and pathways" if others else "Upload pathways"

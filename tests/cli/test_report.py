@@ -88,7 +88,7 @@ def test_the_page_shows_what_was_measured_beside_its_partners(full):
             assert (tuple(section.header), *map(tuple, section.rows)) in shown
     pictures = 2 + 3 + 1 + 5
     assert len(page.named("img")) == pictures
-    assert "Not measured" not in full
+    assert "Not measured here" not in full
     domains = {row[0]: row for row in page.tables[0]}
     assert domains["law"][1] == f"{OWN.sparsity('law'):.1%}"
 
