@@ -148,11 +148,12 @@ def _change_list(text: str, key: str, known: set[str], names: Sequence[str]) -> 
 
     What somebody has added by hand stays. A list that is not there stands before the library.
     """
-    found = re.search(rf"^{key}:\n(- .*\n)+|^(?=library_name:)", text, re.MULTILINE)
+    forms = (rf"^{key}:\n(- .*\n)+", "^(?=library_name:)")
+    found = next(filter(None, (re.search(form, text, re.MULTILINE) for form in forms)), None)
     if found is None:
         return text
-    kept = [entry for entry in (yaml.safe_load(found[0]) or {key: ()})[key] if entry not in known]
-    entries = list(dict.fromkeys([*kept, *names]))
+    listed = yaml.safe_load(found[0])[key] if found[0] else []
+    entries = list(dict.fromkeys([*(entry for entry in listed if entry not in known), *names]))
     written = yaml.safe_dump({key: entries}, allow_unicode=True, sort_keys=False) if entries else ""
     return f"{text[: found.start()]}{written}{text[found.end() :]}"
 
