@@ -157,13 +157,13 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
 def _draw(pathways: Pathways, measured: Measured) -> dict[str, list[dict[str, Any]]]:
     """Return the pictures of each part of the page."""
     plots = load_plots()
-    parts: dict[str, Mapping[str, Figure]] = {"pathways": plots.plot_pathways(pathways)}
+    parts: dict[str, Mapping[str, Figure]] = {"pathways": plots.draw_all(pathways)}
     if measured.evaluation is not None:
-        parts["evaluation"] = plots.plot_quality(measured.evaluation)
+        parts["evaluation"] = plots.draw_all(measured.evaluation)
     if measured.benchmark is not None:
-        parts["benchmark"] = {"speed": plots.plot_speed(measured.benchmark)}
+        parts["benchmark"] = plots.draw_all(measured.benchmark)
     if measured.analysis is not None:
-        parts["analysis"] = plots.plot_analysis(measured.analysis)
+        parts["analysis"] = plots.draw_all(measured.analysis)
     return {
         part: [_embed(name, figure, plots.as_svg(figure)) for name, figure in figures.items()]
         for part, figures in parts.items()

@@ -7,10 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery import text as text_module
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import TextError
-from tests.texts import documents
+from tests.architectures import tiny_llama
+from tests.texts import documents, tiny_tokenizer
 
 TEXTS = documents("code", count=8)
 ROWS = [{"text": text, "id": str(index)} for index, text in enumerate(TEXTS)]
@@ -362,3 +364,29 @@ def test_an_empty_glob_as_a_path_is_refused_by_name(tmp_path):
 def test_short_words_of_a_list_are_texts():
     words = ["n/a", "ok?", "and/or", "[sic]", "TCP/IP", "main.py", "what*"]
     assert _texts(words) == words
+
+
+def test_a_dataset_of_the_hub_is_known_by_its_files():
+    """Those of this machine are not, whatever their folder is called."""
+    known = {
+        "hf://datasets/me/laws@0a1b/data/train-00000-of-00001.parquet": None,
+        "hf://datasets/me/laws@0a1b/data/train-00001-of-00001.parquet": None,
+        "hf://datasets/squad@0a1b/train.parquet": None,
+        "/home/me/datasets/me/laws@1/x.parquet": None,
+        "https://example.org/datasets/me/other@1/x.csv": None,
+    }
+    rows = datasets.Dataset.from_list([{"text": f"Text {i}. {TEXTS[0]}"} for i in range(9)])
+    assert read_documents(rows).datasets == ()
+    rows.info.download_checksums = known
+    read = read_documents(rows)
+    assert read.datasets == ("me/laws", "squad")
+    for part in (*read.split(0.3), read.without([read.items[0].digest])):
+        assert part.datasets == read.datasets
+    assert read_documents("a text").datasets == ()
+    profiles = [
+        sp.profile(tiny_llama(), tiny_tokenizer(), {"law": own}, max_tokens=64)
+        for own in (read, read_documents([f"Other {i}. {TEXTS[1]}" for i in range(9)]))
+    ]
+    assert [own["law"].provenance["datasets"] for own in profiles] == [["me/laws", "squad"], []]
+    merged = profiles[1].merged(profiles[0])["law"]
+    assert merged.provenance["datasets"] == ["me/laws", "squad"]

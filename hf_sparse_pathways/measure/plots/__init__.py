@@ -1,8 +1,6 @@
 """Every picture of the project: values of reports in, matplotlib figures out."""
 
 from hf_sparse_pathways.measure.plots.analysis import (
-    plot_analysis,
-    plot_profile,
     plot_rules,
     plot_scale,
     plot_skip_overlap,
@@ -10,17 +8,15 @@ from hf_sparse_pathways.measure.plots.analysis import (
     plot_specialisation,
 )
 from hf_sparse_pathways.measure.plots.drawing import as_svg, save_figures
-from hf_sparse_pathways.measure.plots.kinds import KINDS, draw
+from hf_sparse_pathways.measure.plots.kinds import KINDS, draw, draw_all
 from hf_sparse_pathways.measure.plots.pathways import (
     plot_overlap,
-    plot_pathways,
     plot_sparsity,
     plot_strip,
 )
 from hf_sparse_pathways.measure.plots.quality import (
     plot_cosines,
     plot_matrix,
-    plot_quality,
 )
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
 from hf_sparse_pathways.measure.plots.speed import plot_speed
@@ -29,13 +25,10 @@ __all__ = [
     "KINDS",
     "as_svg",
     "draw",
-    "plot_analysis",
+    "draw_all",
     "plot_cosines",
     "plot_matrix",
     "plot_overlap",
-    "plot_pathways",
-    "plot_profile",
-    "plot_quality",
     "plot_ratios",
     "plot_rules",
     "plot_scale",

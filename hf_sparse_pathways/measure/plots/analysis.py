@@ -1,4 +1,4 @@
-"""Pictures of an analysis, and of several models' analyses side by side."""
+"""Pictures of a profile or an analysis, and of several models' analyses side by side."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +10,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.measure import paper
-from hf_sparse_pathways.measure.analysis import Analysis
 from hf_sparse_pathways.measure.experiments import MeasuredRule
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
@@ -29,51 +27,13 @@ from hf_sparse_pathways.measure.scale import ScaleComparison
 from hf_sparse_pathways.measure.skipping import (
     SkipOverlap,
     SkippableFraction,
-    measure_overlap,
-    measure_skippable,
 )
 from hf_sparse_pathways.measure.specialisation import (
     PAPER,
     Criterion,
     Specialisation,
-    measure_specialisation,
 )
 from hf_sparse_pathways.shares import format_share
-
-
-def plot_analysis(analysis: Analysis) -> dict[str, Figure]:
-    """Return all pictures of an analysis, by name."""
-    base, skippable = analysis.base, analysis.skippable_by("model")
-    figures = {"skippable": plot_skippable(skippable, analysis.percentile, base=base)}
-    if analysis.specialisation is not None:
-        figures["specialisation"] = plot_specialisation(
-            analysis.specialisation, analysis.shuffled, base=base
-        )
-        figures["overlap"] = plot_skip_overlap(analysis.overlaps, base=base)
-    if analysis.experiments is not None:
-        figures["preservation"] = plot_rules(
-            analysis.experiments.preservation,
-            title=f"Output preservation on held-out text, {short_name(base)}",
-            reference=1.0 - paper.PRESERVED_COSINE,
-        )
-        if analysis.experiments.selection:
-            figures["selection"] = plot_rules(
-                analysis.experiments.selection,
-                title=f"Negative against positive selection, {short_name(base)}",
-                reference=None,
-            )
-    return figures
-
-
-def plot_profile(profile: Profile) -> dict[str, Figure]:
-    """Return all pictures of an activation profile, by name."""
-    base = profile.base.name
-    pool = next(own for own in measure_skippable(profile, paper.PERCENTILE) if own.pool == "model")
-    figures = {"skippable": plot_skippable(pool, paper.PERCENTILE, base=base)}
-    if len(profile.domains) > 1:
-        figures["specialisation"] = plot_specialisation(measure_specialisation(profile), base=base)
-        figures["overlap"] = plot_skip_overlap(measure_overlap(profile), base=base)
-    return figures
 
 
 def plot_specialisation(

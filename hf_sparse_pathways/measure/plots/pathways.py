@@ -19,14 +19,6 @@ from hf_sparse_pathways.measure.plots.overlaps import draw_overlaps
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
 
 
-def plot_pathways(pathways: Pathways) -> dict[str, Figure]:
-    """Return all pictures of pathways, by name."""
-    figures = {"sparsity": plot_sparsity(pathways)}
-    if len(pathways.domains) > 1:
-        figures["overlap"] = plot_overlap(pathways)
-    return figures
-
-
 def plot_sparsity(pathways: Pathways) -> Figure:
     """Draw the fraction of neurons removed in every FFN block, a line per domain.
 
@@ -53,13 +45,7 @@ def plot_sparsity(pathways: Pathways) -> Figure:
 
 
 def plot_overlap(pathways: Pathways) -> Figure:
-    """Draw the Jaccard index of every two domains' kept neurons, beside chance.
-
-    Raises:
-        PathwaysError: There are fewer than two domains.
-    """
-    if len(pathways.domains) < 2:
-        raise PathwaysError("An overlap is between domains, and there are fewer than two.")
+    """Draw the Jaccard index of every two of several domains' kept neurons, beside chance."""
     title = f"Overlap of kept neurons between domains, {short_name(pathways.base.name)}"
     return draw_overlaps({"kept neurons": measure_kept_overlap(pathways)}, title=title)
 

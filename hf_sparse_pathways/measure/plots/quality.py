@@ -19,16 +19,7 @@ from hf_sparse_pathways.measure.plots.drawing import (
     short_name,
     tick_log,
 )
-from hf_sparse_pathways.measure.plots.ratios import plot_ratios
 from hf_sparse_pathways.measure.quality_report import QualityReport
-
-
-def plot_quality(report: QualityReport) -> dict[str, Figure]:
-    """Return all pictures of a quality report, by name."""
-    figures = {"ratios": plot_ratios(report), "cosines": plot_cosines(report)}
-    if any(row.role == "other" for row in report.rows):
-        figures["matrix"] = plot_matrix(report)
-    return figures
 
 
 def plot_matrix(report: QualityReport) -> Figure:
