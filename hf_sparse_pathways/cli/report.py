@@ -41,12 +41,17 @@ def run(  # noqa: PLR0913
     from hf_sparse_pathways.measure.speed.report import BenchmarkReport
     from hf_sparse_pathways.share.page import write_html_report
 
-    write_html_report(
-        folder,
-        html,
-        evaluation=QualityReport.from_dict(read_json(evaluation)) if evaluation else None,
-        benchmark=BenchmarkReport.from_dict(read_json(benchmark)) if benchmark else None,
-        analysis=Analysis.from_dict(read_json(analysis)) if analysis else None,
-        plots=plots and load_plots_if_possible() is not None,
-    )
+    try:
+        write_html_report(
+            folder,
+            html,
+            evaluation=QualityReport.from_dict(read_json(evaluation)) if evaluation else None,
+            benchmark=BenchmarkReport.from_dict(read_json(benchmark)) if benchmark else None,
+            analysis=Analysis.from_dict(read_json(analysis)) if analysis else None,
+            plots=plots and load_plots_if_possible() is not None,
+        )
+    except OSError as error:
+        raise PathwaysError(
+            f"{html} cannot be written ({error.strerror}). Choose another --html."
+        ) from error
     typer.echo(f"-> {html}")

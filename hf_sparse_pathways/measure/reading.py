@@ -5,7 +5,7 @@ follows from them.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,8 +29,10 @@ def read_report(kind: type[T], values: Any, what: str) -> T:
     """
     try:
         return _restore(kind, values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtefactError(f"This is no report of {what}: {error!r}.") from error
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"This is no report of {what} ({error}). Give the JSON that the command has written."
+        ) from error
 
 
 def _restore(kind: Any, value: Any) -> Any:
@@ -52,8 +54,12 @@ def _restore(kind: Any, value: Any) -> Any:
 
 
 def _restore_fields(kind: Any, values: dict[str, Any]) -> Any:
-    hints = _hints(kind)
-    given = [field.name for field in fields(kind) if field.name in values]
+    hints, known = _hints(kind), fields(kind)
+    given = [field.name for field in known if field.name in values]
+    optional = [f.name for f in known if (f.default, f.default_factory) != (MISSING, MISSING)]
+    missing = {field.name for field in known} - {*given, *optional}
+    if missing:
+        raise TypeError(f"it lacks {', '.join(sorted(missing))}")
     return kind(**{name: _restore(hints[name], values[name]) for name in given})
 
 

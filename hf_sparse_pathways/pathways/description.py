@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 HEADER = (
     "domain",
     "neurons removed",
-    "least and most per block",
+    "per block",
     "FFN FLOPs",
     "compensation",
     "method",

@@ -171,6 +171,12 @@ def test_without_matplotlib_the_page_has_tables_alone(places, tmp_path, monkeypa
     assert "<table" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_a_page_that_cannot_be_written_is_said(places, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    ran = run("report", places.built, "--no-plots", "--html", tmp_path / "file" / "page.html")
+    assert_error(ran, "page.html cannot be written", "--html")
+
+
 def test_a_file_that_is_no_report_writes_nothing(places, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     for option in ("--evaluation", "--benchmark", "--analysis"):
