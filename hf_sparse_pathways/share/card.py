@@ -201,7 +201,11 @@ def _cell(parts: Sequence[str]) -> str:
 
 
 def _results(evaluation: QualityReport) -> list[EvalResult]:
-    """Return what the Hub shows of an evaluation: each text's perplexity, dense and own."""
+    """Return what the Hub shows of an evaluation: each text's perplexity, dense and own.
+
+    Where several sets of pathways were measured, the model's own is the first.
+    """
+    shown = (None, *evaluation.sets[:1])
     return [
         EvalResult(
             task_type="text-generation",
@@ -212,7 +216,7 @@ def _results(evaluation: QualityReport) -> list[EvalResult]:
             metric_value=round(row.perplexity, 4),
         )
         for row in evaluation.rows
-        if row.role in ("dense", "pathway", "pooled", "random")
+        if row.role in ("dense", "pathway", "pooled", "random") and row.set in shown
     ]
 
 

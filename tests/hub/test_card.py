@@ -54,6 +54,20 @@ def test_the_hub_takes_the_metadata():
     assert adapter.eval_results is None
 
 
+def test_the_hub_shows_the_models_own_pathways_alone():
+    """Others that were measured beside them are in the tables, with their label."""
+    rows = evaluation().rows
+    own = [replace(row, set=None if row.role == "dense" else "mine") for row in rows]
+    others = [replace(row, set="other", perplexity=99.0) for row in rows if row.role != "dense"]
+    report = replace(evaluation(), rows=(*own, *others))
+    text = render_card(pathways(), REPO, sp.CardSettings(evaluation=report), weights=True)
+    shown = [result.metric_value for result in ModelCard(text).data.eval_results]
+    assert shown == [
+        result.metric_value for result in ModelCard(rendered()["full.md"]).data.eval_results
+    ]
+    assert report.to_markdown() in text
+
+
 def test_what_is_measured_stands_beside_its_partners():
     text = rendered()["full.md"]
     assert evaluation().to_markdown() in text
