@@ -86,8 +86,20 @@ def draw_text(
     windows, passes = _draw_often(domain, training, tokenizer, settings, max_length)
     size = settings.step_windows
     steps = tuple(tuple(windows[start : start + size]) for start in range(0, len(windows), size))
+    return TrainingText(
+        steps=steps,
+        validation=_draw_validation(domain, validation, tokenizer, settings, max_length),
+        source=documents.source,
+        datasets=documents.datasets,
+        passes=passes,
+    )
+
+
+def _draw_validation(
+    domain: str, documents: Documents, tokenizer: Any, settings: HealingSettings, max_length: int
+) -> tuple[Window, ...]:
     drawn = draw_windows(
-        validation,
+        documents,
         tokenizer,
         max_tokens=settings.validation_tokens,
         max_length=max_length,
@@ -96,13 +108,7 @@ def draw_text(
     kept = tuple(window for window in drawn if len(window.ids) > 1)
     if not kept:
         raise TextError(f"Domain {domain!r} has no validation text of two tokens or more.")
-    return TrainingText(
-        steps=steps,
-        validation=kept,
-        source=documents.source,
-        datasets=documents.datasets,
-        passes=passes,
-    )
+    return kept
 
 
 def _set_validation_aside(

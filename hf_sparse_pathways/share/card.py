@@ -66,25 +66,11 @@ def render_card(
         weights: Whether the weights are there, too.
         pictures: Domain -> path in the repository, for those that have one.
     """
-    evaluation = settings.evaluation
-    base = pathways.base
+    base, evaluation = pathways.base, settings.evaluation
     base_id = base.name if is_hub_id(base.name) else None
     title = repo_id.rpartition("/")[2]
-    quality = evaluation.to_markdown() if evaluation is not None else None
-    results = None if evaluation is None else _results(evaluation)
     rows = [_row(pathways, name, pictures.get(name)) for name in pathways.domains]
-    metadata = ModelCardData(
-        library_name="hf-sparse-pathways",
-        pipeline_tag="text-generation",
-        base_model=base_id,
-        # With the weights or without: they are the base's, and nothing else fits what is added.
-        base_model_relation="adapter" if base_id else None,
-        datasets=_datasets(rows) or None,
-        license=settings.license,
-        tags=["sparse-pathways", "transformers", *settings.tags, *pathways.domains],
-        model_name=title if results else None,
-        eval_results=results,
-    )
+    metadata = _metadata(title, base_id, settings, rows)
     template = files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8")
     # It is Markdown, not HTML, and what is put in is the artefact's own.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -98,8 +84,27 @@ def render_card(
         base_id=base_id or "BASE",
         summary=base.summary,
         domains=_table(rows),
-        quality=quality,
+        quality=None if evaluation is None else evaluation.to_markdown(),
         example=next(iter(pathways.domains), "code"),
+    )
+
+
+def _metadata(
+    title: str, base_id: str | None, settings: CardSettings, rows: Sequence[Sequence[str]]
+) -> ModelCardData:
+    """Return what the Hub reads."""
+    results = None if settings.evaluation is None else _results(settings.evaluation)
+    return ModelCardData(
+        library_name="hf-sparse-pathways",
+        pipeline_tag="text-generation",
+        base_model=base_id,
+        # With the weights or without: they are the base's, and nothing else fits what is added.
+        base_model_relation="adapter" if base_id else None,
+        datasets=_datasets(rows) or None,
+        license=settings.license,
+        tags=["sparse-pathways", "transformers", *settings.tags, *(row[0] for row in rows)],
+        model_name=title if results else None,
+        eval_results=results,
     )
 
 

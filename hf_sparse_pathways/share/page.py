@@ -52,7 +52,7 @@ _ALTS = {
     "preservation": "Distance from the dense model by the share of neurons removed, per rule",
     "selection": "Distance from the dense model under negative and positive selection",
 }
-"""What a picture shows, for those who do not see it; its figures are in the tables beside it."""
+"""What a picture shows, for those who do not see it; the tables beside it have the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,16 +94,15 @@ def _push(
             if push.revision is not None and not push.revision.startswith("refs/pr"):
                 api.create_branch(repo_id, branch=push.revision, exist_ok=True)
             present = api.list_repo_files(repo_id, revision=push.revision)
-            card_text = None
+            written: dict[str, bytes] = {}
             if _may_write_card(repo_id, present, others, push):
                 weights = any(_is_weights(path) for path in (*others, *present))
                 places = list_apart(read_json(Path(name, JSON_NAME)))
                 pictures = draw_pictures(pathways, places, Path(name))
-                card_text = render_card(
-                    pathways, repo_id, card, weights=weights, pictures=pictures
-                ).encode()
-            files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
-            files |= {} if card_text is None else {CARD_NAME: card_text}
+                text = render_card(pathways, repo_id, card, weights=weights, pictures=pictures)
+                written = {CARD_NAME: text.encode()}
+            own = _list_files(Path(name), of_pathways=True)
+            files: dict[str, Path | bytes] = {**others, **own, **written}
             gone = [path for path in present if _is_of_pathways(path) and path not in files]
             operations = [CommitOperationAdd(path, file) for path, file in files.items()]
             title = "Upload model and pathways" if others else "Upload pathways"
