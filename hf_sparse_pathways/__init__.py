@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.share.card import CardSettings
     from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
     from hf_sparse_pathways.share.exporting import Export, export
+    from hf_sparse_pathways.share.page import write_html_report
     from hf_sparse_pathways.share.pushing import push_folder
 
 __all__ = [
@@ -52,11 +54,13 @@ __all__ = [
     "export",
     "heal",
     "permute",
+    "plot",
     "profile",
     "push_folder",
     "remove_domains",
     "rename_domain",
     "select",
+    "write_html_report",
 ]
 
 _HOMES = {
@@ -72,6 +76,7 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",
     "profile": "discovery.profiling",
@@ -83,6 +88,7 @@ _HOMES = {
     "push_folder": "share.pushing",
     "remove_domains": "share.domains",
     "rename_domain": "share.domains",
+    "write_html_report": "share.page",
 }
 
 

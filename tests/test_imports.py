@@ -24,6 +24,7 @@ ORDER = (
         "outputs",
         "processes",
         "shares",
+        "tables",
         "tokens",
         "transport",
     ),
@@ -47,6 +48,7 @@ LAZY = {
     ("modeling.saving", "share.card"),
     ("modeling.saving", "share.pushing"),
     ("discovery.profiles", "discovery.profile_storage"),
+    ("measure.analysis", "measure.analysis_report"),
     ("modeling.configuration", "modeling.classes"),
     ("modeling.model", "modeling.classes"),
     # No command imports torch before it runs.
@@ -111,10 +113,15 @@ LAZY = {
     ("cli.push", "share.domains"),
     ("cli.push", "share.pushing"),
     ("cli.remove_domain", "share.domains"),
+    ("cli.report", "files"),
+    ("cli.report", "measure.analysis"),
+    ("cli.report", "measure.quality_report"),
+    ("cli.report", "measure.speed.report"),
+    ("cli.report", "share.page"),
     ("cli.rename_domain", "share.domains"),
-    ("cli.report_folder", "measure.plots"),
     ("cli.serve", "serving.app"),
     ("cli.serve", "serving.service"),
+    ("measure.plotting", "measure.plots"),
 }
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),

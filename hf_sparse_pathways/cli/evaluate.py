@@ -129,7 +129,7 @@ def _write(folder: Path, report: "QualityReport", wanted: bool) -> None:
         "report",
         report.to_dict(),
         lambda pictures: _render(report, pictures),
-        None if plots is None else plots.plot_quality(report),
+        None if plots is None else plots.draw_all(report),
     )
 
 

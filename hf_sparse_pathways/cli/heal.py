@@ -1,7 +1,6 @@
 """``sparse-pathways heal``: train what the pathways of a saved model keep."""
 
 from collections.abc import Sequence
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed
-    from hf_sparse_pathways.healing.report import HealingReport
 
 ADAPTERS = "adapters"
 """Folder within the output that holds one adapter per domain."""
@@ -118,8 +116,8 @@ def run(  # noqa: PLR0913
     with unfinished_work(*job) as work:
         healed = heal(model, tokenizer, sources, settings=settings, work_folder=work)
         _write(model, tokenizer, healed, output)
-    for report in healed.reports.values():
-        _print_report(report)
+    for table in healed.sections():
+        print_table(table.title, table.header, table.rows)
     typer.echo(f"{healed.pathways} -> {output}")
     if healed.adapters:
         typer.echo(_describe_adapters(output, list(healed.adapters)))
@@ -159,27 +157,3 @@ def _describe_adapters(output: Path, domains: Sequence[str]) -> str:
             f"and name its domain: adapted.generate(**inputs, domain={name!r})",
         ]
     )
-
-
-def _print_report(report: "HealingReport") -> None:
-    """Print a domain's losses beside the dense model's, untouched and tuned."""
-    arms = [
-        ("dense", report.dense),
-        ("pathway", report.before),
-        ("healed pathway", report.healed),
-    ]
-    if report.tuned is not None:
-        arms.append(("dense, tuned equally", report.tuned))
-    rows = [[name, *_figures(loss, report)] for name, loss in arms]
-    title = (
-        f"{report.domain}: {report.tokens} tokens in {report.seconds:.0f} s; perplexity on "
-        f"{report.validation_tokens} validation tokens"
-    )
-    header = ["arm", "perplexity", "of dense"]
-    print_table(title, header if report.tuned is None else [*header, "of dense tuned"], rows)
-
-
-def _figures(loss: float, report: "HealingReport") -> list[str]:
-    """Return a perplexity, and its ratios to the dense models'."""
-    figures = [f"{exp(loss):.2f}", f"{exp(loss - report.dense):.3f}"]
-    return figures if report.tuned is None else [*figures, f"{exp(loss - report.tuned):.3f}"]

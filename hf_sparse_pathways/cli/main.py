@@ -38,6 +38,7 @@ for command in (
     "benchmark",
     "info",
     "export",
+    "report",
     "push",
     "remove-domain",
     "rename-domain",

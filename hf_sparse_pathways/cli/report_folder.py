@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.measure import plotting
 from hf_sparse_pathways.outputs import written_whole
 
 if TYPE_CHECKING:
@@ -23,13 +24,9 @@ def load_plots() -> "ModuleType":
         PathwaysError: matplotlib is not installed.
     """
     try:
-        from hf_sparse_pathways.measure import plots
-    except ImportError as error:
-        raise PathwaysError(
-            "Plots need matplotlib. Install it with `pip install hf-sparse-pathways[plots]`, or "
-            f"pass --no-plots. ({error})"
-        ) from error
-    return plots
+        return plotting.load_plots()
+    except PathwaysError as error:
+        raise PathwaysError(f"{error} Or pass --no-plots.") from error
 
 
 def load_plots_if_possible() -> "ModuleType | None":

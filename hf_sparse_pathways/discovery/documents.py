@@ -172,3 +172,9 @@ def spans(text: str, length: int) -> Iterator[tuple[int, int]]:
             end = next((found + 1 for found in breaks if found > 0), end)
         yield start, min(end, len(text))
         start = end
+
+
+def join_datasets(seen: Mapping[str, Any], added: Iterable[Any]) -> list[Any]:
+    """Return the datasets of a text's provenance, and others, each once. Pure."""
+    known = list(seen.get("datasets", ()))
+    return [*known, *(one for one in map(dict, added) if one not in known)]

@@ -7,12 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.tables import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -75,7 +76,7 @@ class DomainProfile:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Profile:
+class Profile(ShownAsTables):
     """Activation profiles of one base model.
 
     Attributes:
@@ -155,6 +156,28 @@ class Profile:
 
         return read_profile(cls, Path(folder))
 
+    def sections(self) -> list[Table]:
+        """Return the tables that a notebook shows."""
+        rows = [
+            [
+                name,
+                str(taken.tokens),
+                str(taken.provenance.get("documents", "-")),
+                str(sum(len(window.ids) for window in taken.validation)),
+                "yes" if taken.grams else "no",
+                str(taken.provenance.get("source", "-")),
+            ]
+            for name, taken in self.by_domain.items()
+        ]
+        return [
+            Table(
+                title=f"Activation profile of {self.base.title}",
+                note=f"{self.base.summary}.",
+                header=["domain", "tokens", "documents", "for validation", "Gram matrices", "text"],
+                rows=rows,
+            )
+        ]
+
     def __repr__(self) -> str:
         tokens = ", ".join(f"{name} {p.tokens} tokens" for name, p in self.by_domain.items())
         return f"Profile(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, {tokens})"
@@ -176,13 +199,8 @@ def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> di
     return {
         **mine,
         "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
-        "datasets": [*mine.get("datasets", ()), *_without(theirs, mine)],
+        "datasets": join_datasets(mine, theirs.get("datasets", ())),
         "documents": len(both["digests"]),
         "tokens": mine["tokens"] + theirs["tokens"],
         **both,
     }
-
-
-def _without(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[Any]:
-    """Return their datasets that are not mine as well."""
-    return [found for found in theirs.get("datasets", ()) if found not in mine.get("datasets", ())]

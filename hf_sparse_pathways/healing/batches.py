@@ -8,10 +8,10 @@ was made are left for validation; if there are none, a tenth of all is.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.windows import Window, count_tokens, draw_windows, list_digests
 from hf_sparse_pathways.errors import TextError
 from hf_sparse_pathways.healing.settings import HealingSettings
@@ -30,12 +30,14 @@ class TrainingText:
         steps: The windows of each optimiser step.
         validation: Windows of other documents.
         source: What the documents were read from.
+        datasets: The datasets among that, as ``Documents`` has them.
         passes: How often the text was drawn anew, the first time included.
     """
 
     steps: Steps
     validation: tuple[Window, ...]
     source: str
+    datasets: tuple[Mapping[str, str], ...]
     passes: int
 
     @property
@@ -55,7 +57,7 @@ class TrainingText:
             "validation_cut_digests": validation_cut,
         }
         both = {name: sorted({*seen.get(name, ()), *more}) for name, more in added.items()}
-        return {**seen, **both}
+        return {**seen, **both, "datasets": join_datasets(seen, self.datasets)}
 
 
 def draw_text(
@@ -83,8 +85,20 @@ def draw_text(
     windows, passes = _draw_often(domain, training, tokenizer, settings, max_length)
     size = settings.step_windows
     steps = tuple(tuple(windows[start : start + size]) for start in range(0, len(windows), size))
+    return TrainingText(
+        steps=steps,
+        validation=_draw_validation(domain, validation, tokenizer, settings, max_length),
+        source=documents.source,
+        datasets=documents.datasets,
+        passes=passes,
+    )
+
+
+def _draw_validation(
+    domain: str, documents: Documents, tokenizer: Any, settings: HealingSettings, max_length: int
+) -> tuple[Window, ...]:
     drawn = draw_windows(
-        validation,
+        documents,
         tokenizer,
         max_tokens=settings.validation_tokens,
         max_length=max_length,
@@ -93,7 +107,7 @@ def draw_text(
     kept = tuple(window for window in drawn if len(window.ids) > 1)
     if not kept:
         raise TextError(f"Domain {domain!r} has no validation text of two tokens or more.")
-    return TrainingText(steps=steps, validation=kept, source=documents.source, passes=passes)
+    return kept
 
 
 def _set_validation_aside(
@@ -106,7 +120,7 @@ def _set_validation_aside(
         return documents.split(VALIDATION_SHARE, seed)
     cut = seen.get("validation_cut_digests", ())
     training = documents.without(digests, cut)
-    return training, Documents(items=known, source=documents.source)
+    return training, replace(documents, items=known)
 
 
 def _draw_often(

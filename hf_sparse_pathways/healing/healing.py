@@ -55,10 +55,11 @@ from hf_sparse_pathways.healing.training import (
 )
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
+from hf_sparse_pathways.tables import ShownAsTables, Table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Healed:
+class Healed(ShownAsTables):
     """What ``heal`` made.
 
     Attributes:
@@ -72,6 +73,10 @@ class Healed:
     pathways: Pathways
     adapters: Mapping[str, Adapter]
     reports: Mapping[str, HealingReport]
+
+    def sections(self) -> list[Table]:
+        """Return the tables of all reports."""
+        return [table for report in self.reports.values() for table in report.sections()]
 
 
 def heal(

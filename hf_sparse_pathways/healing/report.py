@@ -6,10 +6,11 @@ from typing import Any
 
 from hf_sparse_pathways.healing.settings import HealingSettings
 from hf_sparse_pathways.healing.training import CurvePoint
+from hf_sparse_pathways.tables import ShownAsTables, Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealingReport:
+class HealingReport(ShownAsTables):
     """One domain's healing. Losses are in nats per token of the same validation windows.
 
     Attributes:
@@ -62,6 +63,28 @@ class HealingReport:
     def honest_ratio(self) -> float | None:
         """Perplexity of the healed pathway over the equally tuned dense model's: what counts."""
         return None if self.tuned is None else math.exp(self.healed - self.tuned)
+
+    def sections(self) -> list[Table]:
+        """Return the table of losses beside the dense model's, untouched and tuned."""
+        arms = {"dense": self.dense, "pathway": self.before, "healed pathway": self.healed}
+        header = ["arm", "perplexity", "of dense"]
+        if self.tuned is not None:
+            arms["dense, tuned equally"] = self.tuned
+            header.append("of dense tuned")
+        return [
+            Table(
+                title=f"{self.domain}: {self.tokens} tokens in {self.seconds:.0f} s; perplexity on "
+                f"{self.validation_tokens} validation tokens",
+                note="",
+                header=header,
+                rows=[[name, *self._figures(loss)] for name, loss in arms.items()],
+            )
+        ]
+
+    def _figures(self, loss: float) -> list[str]:
+        """Return a perplexity, and its ratios to the dense models'."""
+        figures = [f"{math.exp(loss):.2f}", f"{math.exp(loss - self.dense):.3f}"]
+        return figures if self.tuned is None else [*figures, f"{math.exp(loss - self.tuned):.3f}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""

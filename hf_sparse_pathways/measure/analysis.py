@@ -7,14 +7,16 @@ be measured on the model stands beside it: see ``experiments.py``.
 Source: A. Young 2026, "Sparse Pathways".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.discovery.profiles import Profile
+from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.experiments import Experiments
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.measure.skipping import (
     PotentialSpeedup,
     SkipOverlap,
@@ -30,6 +32,10 @@ from hf_sparse_pathways.measure.specialisation import (
     Specialisation,
     measure_specialisation,
 )
+from hf_sparse_pathways.tables import ShownAsTables
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.measure.figures import Section
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -62,7 +68,7 @@ class LayerRole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysis:
+class Analysis(ShownAsTables):
     """What is known of one model's neurons and domains.
 
     Attributes:
@@ -105,6 +111,26 @@ class Analysis:
     def skippable_by(self, pool: str) -> SkippableFraction:
         """Return the skippable fractions under one pool."""
         return next(fractions for fractions in self.skippable if fractions.pool == pool)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return an analysis from JSON values.
+
+        Raises:
+            ArtefactError: The format is another one, or a value is missing or of the wrong kind.
+        """
+        if data.get("format") != FORMAT:
+            raise ArtefactError(
+                f"This analysis has format {data.get('format')!r}; this version reads {FORMAT}. "
+                "Analyse the model again."
+            )
+        return read_report(cls, data, "an analysis")
+
+    def sections(self) -> "Iterable[Section]":
+        """Return the report's tables."""
+        from hf_sparse_pathways.measure.analysis_report import sections
+
+        return sections(self)
 
     def with_measurements(
         self, *, experiments: Experiments | None, shuffled: Specialisation | None

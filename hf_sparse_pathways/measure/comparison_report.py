@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.figures import Section, format_figure, markdown_table
 from hf_sparse_pathways.measure.quality_report import QualityRow
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.shares import format_share
+from hf_sparse_pathways.tables import ShownAsTables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,11 @@ class ComparisonRow:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return a row from JSON values."""
-        quality = QualityRow.from_dict(data["quality"])
-        return cls(method=data["method"], sparsity=data["sparsity"], quality=quality)
+        return read_report(cls, data, "a comparison")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonReport:
+class ComparisonReport(ShownAsTables):
     """What ``compare`` measured.
 
     Attributes:
@@ -118,12 +119,20 @@ class ComparisonReport:
         """Return plain JSON values."""
         return asdict(self)
 
+    def sections(self) -> list[Section]:
+        """Return one table per sparsity, with a verdict on the pathways as its note."""
+        found = []
+        for sparsity in self.sparsities:
+            header, rows = self.table(sparsity)
+            title, note = self.caption(sparsity), self.verdict("pathway", sparsity)
+            found.append(Section(title=title, note=note, header=header, rows=rows))
+        return found
+
     def to_markdown(self) -> str:
         """Render one Markdown table per sparsity, with a verdict on the pathways."""
         parts = []
-        for sparsity in self.sparsities:
-            parts += [self.caption(sparsity), markdown_table(*self.table(sparsity))]
-            parts.append(self.verdict("pathway", sparsity))
+        for section in self.sections():
+            parts += [section.title, markdown_table(section.header, section.rows), section.note]
         return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:

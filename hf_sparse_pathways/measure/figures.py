@@ -1,9 +1,9 @@
 """Figures and tables as text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from hf_sparse_pathways.display import markdown_cell
+from hf_sparse_pathways.tables import Table
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
@@ -30,21 +30,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """One table of a report.
-
-    Attributes:
-        title: What it shows.
-        note: How to read it; may be empty.
-        header: Column names.
-        rows: Cells.
-    """
-
-    title: str
-    note: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+class Section(Table):
+    """One table of a report, which is written as Markdown, too."""
 
     def to_markdown(self) -> str:
         """Render title, note and table."""

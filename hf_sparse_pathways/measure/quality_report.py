@@ -6,9 +6,10 @@ from typing import Any, Self
 
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.limits import MOST_ROWS
-from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.figures import Section, format_figure, markdown_table
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.pathways.description import check_names
-from hf_sparse_pathways.reading import NUMBER, check_kinds
+from hf_sparse_pathways.tables import ShownAsTables
 
 FEW = 5
 """Documents below which an interval over resampled documents is hardly one."""
@@ -69,27 +70,14 @@ class QualityRow:
     sparsity: float | None = None
     set: str | None = None
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return a row from JSON values.
+    def check_names(self) -> None:
+        """Check that the names can stand in a table and a card.
 
         Raises:
-            ArtefactError: A name has control characters or markup.
-            KeyError: A value is missing.
-            TypeError: One is of the wrong kind.
+            ArtefactError: One has control characters or markup.
         """
-        check_kinds(data, ("tokens", "documents", "excluded"), int)
-        check_kinds(data, _FIGURES, *NUMBER)
-        named = [data["pathway"], data.get("set")]
-        check_names([data["domain"], data["role"], *(name for name in named if name is not None)])
-        interval = data["interval"]
-        return cls(
-            **{
-                **data,
-                "interval": None if interval is None else tuple(interval),
-                "cosine_per_layer": tuple(data["cosine_per_layer"]),
-            }
-        )
+        given = (self.domain, self.role, self.pathway, self.set)
+        check_names(name for name in given if name is not None)
 
     @property
     def label(self) -> str:
@@ -136,13 +124,10 @@ class QualitySettings:
     adapters: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return settings from JSON values; for errors see ``QualityRow.from_dict``."""
-        check_kinds(data, ("max_tokens", "max_length", "batch_size", "seed"), int)
-        versions = data["versions"]
-        check_names([data["seen"], data["dtype"], *data["adapters"], *versions, *versions.values()])
-        return cls(**{**data, "adapters": tuple(data["adapters"])})
+    def check_names(self) -> None:
+        """Check that the names can stand in a card; see ``QualityRow.check_names``."""
+        given = (self.seen, self.dtype, *self.adapters)
+        check_names((*given, *self.versions, *self.versions.values()))
 
     def __str__(self) -> str:
         done = {"exclude": "excluded", "include": "included", "refuse": "refused"}
@@ -160,7 +145,7 @@ class QualitySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityReport:
+class QualityReport(ShownAsTables):
     """What ``evaluate`` measured.
 
     Attributes:
@@ -231,10 +216,14 @@ class QualityReport:
         named = {row.pathway: row.role == "pooled" for row in rows if row.role in _IN_MATRIX}
         return sorted((name for name in named if name is not None), key=lambda name: named[name])
 
+    def removed(self, label: str | None) -> dict[str, float]:
+        """Return what each domain's own pathway of a set removes, where that was noted."""
+        rows = (row for row in self.rows if (row.set, row.role) == (label, "pathway"))
+        return {str(row.pathway): row.sparsity for row in rows if row.sparsity is not None}
+
     def describe(self, label: str) -> str:
         """Say how much a set of pathways removes."""
-        rows = (row for row in self.rows if (row.set, row.role) == (label, "pathway"))
-        removed = {f"{row.sparsity:.0%}": None for row in rows if row.sparsity is not None}
+        removed = dict.fromkeys(f"{share:.0%}" for share in self.removed(label).values())
         return f"{label}, {', '.join(removed)} of the FFN neurons removed"
 
     def caption(self, domain: str) -> str:
@@ -264,33 +253,36 @@ class QualityReport:
         Raises:
             ArtefactError: A value is missing or of the wrong kind.
         """
-        try:
-            settings = data["settings"]
-            if settings is not None:
-                settings = QualitySettings.from_dict(settings)
-            if len(data["rows"]) > MOST_ROWS:
-                raise TypeError(f"it has more than {MOST_ROWS} rows")
-            check_kinds(data, ("base",), str)
-            rows = tuple(QualityRow.from_dict(row) for row in data["rows"])
-            report = cls(base=data["base"], rows=rows, settings=settings)
-            report.to_markdown()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ArtefactError(f"This is no report of an evaluation: {error!r:.500}.") from error
+        report = read_report(cls, data, "an evaluation")
+        if len(report.rows) > MOST_ROWS:
+            raise ArtefactError(f"This report of an evaluation has more than {MOST_ROWS} rows.")
+        for row in report.rows:
+            row.check_names()
+        if report.settings is not None:
+            report.settings.check_names()
         return report
 
-    def to_markdown(self) -> str:
-        """Render one Markdown table per domain, and with several the matrix of all."""
-        parts = [
-            f"**{self.caption(domain)}**\n\n{markdown_table(*self.table(domain))}"
-            for domain in self.domains
-        ]
+    def sections(self) -> list[Section]:
+        """Return one table per domain, and with several the matrix of all."""
+        found = []
+        for domain in self.domains:
+            header, rows = self.table(domain)
+            found.append(Section(title=self.caption(domain), note="", header=header, rows=rows))
         labels: list[str | None] = [*self.sets]
         for label in labels or [None]:
             header, rows = self.matrix(label)
             if len(rows) > 1 and len(header) > 2:
                 title = "Perplexity ratio to dense: text (rows) by pathway (columns)"
                 title = title if label is None else f"{self.describe(label)}. {title}"
-                parts.append(f"**{title}**\n\n{markdown_table(header, rows)}")
+                found.append(Section(title=title, note="", header=header, rows=rows))
+        return found
+
+    def to_markdown(self) -> str:
+        """Render the tables as Markdown, and how was measured."""
+        parts = [
+            f"**{section.title}**\n\n{markdown_table(section.header, section.rows)}"
+            for section in self.sections()
+        ]
         if self.settings is not None:
             parts.append(str(self.settings))
         return "\n\n".join(parts)

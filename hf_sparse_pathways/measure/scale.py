@@ -14,6 +14,7 @@ from hf_sparse_pathways.measure.correlation import Correlation, correlate
 from hf_sparse_pathways.measure.figures import Section
 from hf_sparse_pathways.measure.specialisation import NORMALISED, PAPER, Criterion
 from hf_sparse_pathways.reading import NUMBER, check_kinds
+from hf_sparse_pathways.tables import ShownAsTables
 
 ANALYSIS_NAME = "analysis.json"
 
@@ -110,7 +111,7 @@ class ComparedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleComparison:
+class ScaleComparison(ShownAsTables):
     """Models side by side.
 
     Attributes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.percentile import POOLS, check_percentile, keep_above
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.measure.model_size import ModelSize
+from hf_sparse_pathways.measure.overlap import PairOverlap, compare_neurons
 
 OVERLAP_SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 
@@ -52,25 +53,6 @@ class PotentialSpeedup:
     pool: str
     paper: float
     amdahl: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairOverlap:
-    """How alike two domains' skipped neurons are.
-
-    Attributes:
-        first: A domain.
-        second: Another.
-        jaccard: Neurons that both skip over those that one of them skips.
-        chance: The same expected of two random choices of as many neurons of each block.
-        per_block: The Jaccard index of each FFN block; None where nothing is skipped.
-    """
-
-    first: str
-    second: str
-    jaccard: float
-    chance: float
-    per_block: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,29 +137,8 @@ def measure_overlap(
     for sparsity in sparsities:
         masks = skip_masks(profile, 100.0 * sparsity, "layer")
         pairs = tuple(
-            compare_skips(first, second, masks[first], masks[second])
+            compare_neurons(first, second, masks[first], masks[second])
             for first, second in combinations(masks, 2)
         )
         found.append(SkipOverlap(sparsity=sparsity, pairs=pairs))
     return tuple(found)
-
-
-def compare_skips(
-    first: str, second: str, mine: Sequence[Tensor], theirs: Sequence[Tensor]
-) -> PairOverlap:
-    """Compare two domains' skipped neurons, one mask ``(d_ff,)`` per block each. Pure.
-
-    Chance is the ratio of the expected sizes: for k and m of n neurons, k m / n are common.
-    """
-    both = [int((a & b).sum()) for a, b in zip(mine, theirs, strict=True)]
-    either = [int((a | b).sum()) for a, b in zip(mine, theirs, strict=True)]
-    sizes = [(int(a.sum()), int(b.sum()), len(a)) for a, b in zip(mine, theirs, strict=True)]
-    common = sum(k * m / n for k, m, n in sizes)
-    together = sum(k + m for k, m, _ in sizes) - common
-    return PairOverlap(
-        first=first,
-        second=second,
-        jaccard=sum(both) / sum(either) if sum(either) else 0.0,
-        chance=common / together if together else 0.0,
-        per_block=tuple(b / e if e else None for b, e in zip(both, either, strict=True)),
-    )

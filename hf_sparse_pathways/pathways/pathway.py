@@ -18,7 +18,9 @@ from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameE
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.entry import write_adapter_files
+from hf_sparse_pathways.pathways.summary import describe_pathways
 from hf_sparse_pathways.shares import format_share
+from hf_sparse_pathways.tables import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -57,7 +59,7 @@ class Pathway:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Pathways:
+class Pathways(ShownAsTables):
     """The pathways of one base model.
 
     Attributes:
@@ -225,6 +227,10 @@ class Pathways:
         """
         self.base.check_same(other.base)
         return replace(self, by_domain={**self.by_domain, **other.by_domain})
+
+    def sections(self) -> list[Table]:
+        """Return the tables that a notebook shows."""
+        return [describe_pathways(self)]
 
     def _domain(self, name: str) -> Pathway:
         if name not in self.by_domain:

@@ -24,8 +24,9 @@ from hf_sparse_pathways.pathways.storage import (
     read_together,
     write_pathways,
 )
-from hf_sparse_pathways.share.card import CARD_NAME, change_rows
+from hf_sparse_pathways.share.card import CARD_NAME, change_rows, is_own_card
 from hf_sparse_pathways.share.hub import Push, read_text
+from hf_sparse_pathways.share.pictures import PICTURE_NAME, draw_pictures
 from hf_sparse_pathways.transport import hub_errors
 
 _ATTEMPTS = 8
@@ -115,6 +116,7 @@ class _Repo:
 
     def __init__(self, repo_id: str, head: str, token: str | bool | None) -> None:
         self.repo_id, self.head, self._token = repo_id, head, token
+        self._api = HfApi(token=token)
         self.meta = self._read(JSON_NAME)
         check_entries(self.meta.get("domains"))
         self._places = list_apart(self.meta)
@@ -149,9 +151,20 @@ class _Repo:
         self._places[name] = place
         with tempfile.TemporaryDirectory() as temporary:
             write_pathways(pathways, Path(temporary))
-            for file in (JSON_NAME, TENSORS_NAME):
-                self.changed[f"{place}/{file}"] = Path(temporary, file).read_bytes()
-        self._change_card(added=pathways)
+            pictures = self._draw(pathways, name, Path(temporary))
+            for file in Path(temporary).iterdir():
+                self.changed[f"{place}/{file.name}"] = file.read_bytes()
+        self._change_card(added=pathways, pictures=pictures)
+
+    def _draw(self, pathways: Pathways, name: str, folder: Path) -> dict[str, str]:
+        """Draw a domain that is added for this package's card, or take an earlier picture away."""
+        path = f"{self._places[name]}/{PICTURE_NAME}"
+        own = self._card is not None and is_own_card(self._card)
+        if own and draw_pictures(pathways, {name: ""}, folder):
+            return {name: path}
+        if self._api.file_exists(self.repo_id, path, revision=self.head):
+            self.changed[path] = None
+        return {}
 
     def remove(self, name: str) -> None:
         """Delete one domain's folder; one that shares files with others is taken out of them."""

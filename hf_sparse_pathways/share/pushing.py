@@ -12,14 +12,16 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
+from hf_sparse_pathways.files import read_json
 from hf_sparse_pathways.limits import MOST_TEXT_BYTES
-from hf_sparse_pathways.pathways.apart import PARENT
+from hf_sparse_pathways.pathways.apart import PARENT, list_apart
 from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.reading import read_bytes
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
 from hf_sparse_pathways.share.hub import Push, read_text
+from hf_sparse_pathways.share.pictures import draw_pictures
 from hf_sparse_pathways.transport import hub_errors
 
 
@@ -132,12 +134,17 @@ def _push(
         write_pathways(pathways, Path(name), apart=True)
         with hub_errors():
             repo_id, present = _open_repo(repo_id, push)
-            files: dict[str, Path | bytes] = {**others, **_list_files(Path(name), of_pathways=True)}
+            written: dict[str, bytes] = {}
             if CONFIG_NAME not in others and _may_write_config(repo_id, present, push):
-                files |= adapter_files(pathways.base)
+                written |= adapter_files(pathways.base)
             if _may_write_card(repo_id, present, others, push):
                 weights = any(_is_weights(path) for path in (*others, *present))
-                files[CARD_NAME] = render_card(pathways, repo_id, card, weights=weights).encode()
+                places = list_apart(read_json(Path(name, JSON_NAME)))
+                pictures = draw_pictures(pathways, places, Path(name))
+                text = render_card(pathways, repo_id, card, weights=weights, pictures=pictures)
+                written[CARD_NAME] = text.encode()
+            own = _list_files(Path(name), of_pathways=True)
+            files: dict[str, Path | bytes] = {**others, **own, **written}
             gone = [path for path in present if _is_of_pathways(path) and path not in files]
             operations = [CommitOperationAdd(path, file) for path, file in files.items()]
             title = "Upload model and pathways" if others else "Upload pathways"

@@ -167,7 +167,7 @@ def test_a_profile_of_another_model_is_refused(places, analysed, tmp_path):
 def test_a_failing_picture_leaves_nothing(places, tmp_path, monkeypatch):
     class Broken:
         @staticmethod
-        def plot_analysis(analysis):
+        def draw_all(analysis):
             return {"one": analysis}
 
         @staticmethod

@@ -1,5 +1,7 @@
 """Training windows are fresh, in a fixed order, and of no document that anything is judged on."""
 
+from dataclasses import replace
+
 import pytest
 
 import hf_sparse_pathways as sp
@@ -60,7 +62,17 @@ def test_digests_join_those_of_calibration():
     assert set(seen["digests"]) == training | {"a"}
     assert set(seen["validation_digests"]) == _digests(drawn.validation)
     assert seen["source"] == "x"
+    assert seen["datasets"] == []
     assert seen["tokens"] == 5
+
+
+def test_datasets_join_those_of_calibration():
+    read = replace(read_documents(TEXTS), datasets=({"id": "me/new"},))
+    chosen = sp.HealingSettings(**QUICK)
+    drawn = draw_text("code", read, {}, tiny_tokenizer(), chosen, 16)
+    laws, new = {"id": "me/laws"}, {"id": "me/new"}
+    assert drawn.added_to({"datasets": [laws]})["datasets"] == [laws, new]
+    assert drawn.added_to({"datasets": [new]})["datasets"] == [new]
 
 
 @pytest.mark.parametrize("source", [["one"], ["one two"] * 3, ["x", "y", "z"]])

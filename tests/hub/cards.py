@@ -6,11 +6,15 @@ from pathlib import Path
 import torch
 
 from hf_sparse_pathways.measure.quality_report import QualityReport, QualityRow, QualitySettings
+from hf_sparse_pathways.pathways.apart import folder_for
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.share.card import CardSettings, render_card
+from hf_sparse_pathways.share.pictures import PICTURE_NAME, draw_pictures
 from tests.architectures import build
 
 FOLDER = Path(__file__).parents[2] / "model_cards"
+PLACES = {name: folder_for(name) for name in ("code", "law")}
+PICTURES = {name: f"{place}/{PICTURE_NAME}" for name, place in PLACES.items()}
 
 
 def pathways(names=("code", "law")):
@@ -25,14 +29,22 @@ def pathways(names=("code", "law")):
         for name, kept in masks.items()
     }
     made = Pathways.from_masks(dense, masks)
-    text = {"source": "law/*.txt", "documents": 120, "tokens": 65536}
-    provenance = {"method": "obs", "compensation": "refit+bias", "text": text}
     by_domain = {
-        name: Pathway(blocks=pathway.blocks, provenance=provenance)
+        name: Pathway(blocks=pathway.blocks, provenance=_provenance(name))
         for name, pathway in made.by_domain.items()
     }
     base = replace(made.base, name="HuggingFaceTB/SmolLM2-135M-Instruct", revision="0" * 40)
     return Pathways(base=base, by_domain=by_domain)
+
+
+def _provenance(name):
+    text = {"source": "law/*.txt", "documents": 120, "tokens": 65536}
+    if name == "law":
+        text |= {
+            "source": "dataset case-law (train)",
+            "datasets": [{"name": "case-law", "id": "me/case-law"}],
+        }
+    return {"method": "obs", "compensation": "refit+bias", "text": text}
 
 
 def _blocks(dense):
@@ -79,12 +91,16 @@ def rendered():
     """Return file name -> card."""
     said = CardSettings(evaluation=evaluation(), license="apache-2.0")
     return {
-        "full.md": render_card(pathways(), "me/smollm2-pathways", said, weights=True),
+        "full.md": render_card(
+            pathways(), "me/smollm2-pathways", said, weights=True, pictures=PICTURES
+        ),
         "adapter.md": render_card(pathways(), "me/smollm2-code-law", CardSettings(), weights=False),
     }
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
+    for place in PLACES.values():
+        (FOLDER / place).mkdir(parents=True, exist_ok=True)
+    assert draw_pictures(pathways(), PLACES, FOLDER) == PICTURES
     for file, text in rendered().items():
         (FOLDER / file).write_text(text, encoding="utf-8")

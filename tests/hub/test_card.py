@@ -11,13 +11,15 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.limits import MOST_ROWS
 from hf_sparse_pathways.measure.quality_report import QualityReport
+from hf_sparse_pathways.pathways.apart import folder_for
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.share.card import change_rows, is_own_card, render_card
 from tests.architectures import build, compensate, random_masks
-from tests.hub.cards import FOLDER, evaluation, pathways, rendered
+from tests.hub.cards import FOLDER, PICTURES, evaluation, pathways, rendered
 
 REPO = "me/x"
 PLAIN = sp.CardSettings()
+_LAW = pathways()["law"].blocks
 
 
 def _rows(text):
@@ -31,7 +33,8 @@ def _card(hub, revision="main"):
 
 @pytest.mark.parametrize("name", ["full.md", "adapter.md"])
 def test_the_examples_are_what_is_rendered(name):
-    assert sorted(path.name for path in FOLDER.iterdir()) == ["adapter.md", "full.md"]
+    files = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
+    assert files == {"adapter.md", "full.md", *PICTURES.values()}
     assert (FOLDER / name).read_text(encoding="utf-8") == rendered()[name]
 
 
@@ -50,6 +53,20 @@ def test_the_hub_takes_the_metadata():
     assert found["law", "perplexity, dense"] == 14.0
     assert {name for _, name in found} >= {"perplexity, pooled", "perplexity, random"}
     assert adapter.eval_results is None
+
+
+def test_the_hub_shows_the_models_own_pathways_alone():
+    """Others that were measured beside them are in the tables, with their label."""
+    rows = evaluation().rows
+    own = [replace(row, set=None if row.role == "dense" else "mine") for row in rows]
+    others = [replace(row, set="other", perplexity=99.0) for row in rows if row.role != "dense"]
+    report = replace(evaluation(), rows=(*own, *others))
+    text = render_card(pathways(), REPO, sp.CardSettings(evaluation=report), weights=True)
+    shown = [result.metric_value for result in ModelCard(text).data.eval_results]
+    assert shown == [
+        result.metric_value for result in ModelCard(rendered()["full.md"]).data.eval_results
+    ]
+    assert report.to_markdown() in text
 
 
 def test_what_is_measured_stands_beside_its_partners():
@@ -112,7 +129,8 @@ def test_rows_change_and_the_rest_stays():
     less = change_rows(change_rows(renamed, gone="code"), gone="math")
     assert _rows(less) == ["case law"]
     assert ModelCard(less).data.tags == ["sparse-pathways", "transformers", "case law"]
-    again = change_rows(change_rows(less, gone="case law"), added=pathways())
+    empty = change_rows(less, gone="case law")
+    again = change_rows(empty, added=pathways(), pictures=PICTURES)
     assert again == text
     assert change_rows("# My own card", added=pathways()) == "# My own card"
     odd_names = change_rows(rendered()["full.md"], added=pathways(("on", "1e5")))
@@ -132,6 +150,74 @@ def test_a_card_that_somebody_has_broken_is_changed_as_far_as_it_goes():
     for card in broken:
         assert card != text
         assert "law" not in _rows(change_rows(card, gone="law"))
+
+
+def test_datasets_follow_the_rows():
+    """What a domain was made from stands in its row, and the metadata list that of all rows."""
+    text = rendered()["full.md"]
+    assert ModelCard(text).data.datasets == ["me/case-law"]
+    by_hand = text.replace("- me/case-law\n", "- me/case-law\n- me/mine\n", 1)
+    gone = change_rows(by_hand, gone="law")
+    assert ModelCard(gone).data.datasets == ["me/mine"]
+    assert ModelCard(change_rows(text, gone="law")).data.datasets is None
+    renamed = change_rows(by_hand, renamed=("law", "case law"))
+    assert ModelCard(renamed).data.datasets == ["me/mine", "me/case-law"]
+    added = change_rows(gone, added=pathways())
+    assert ModelCard(added).data.datasets == ["me/mine", "me/case-law"]
+
+
+@pytest.mark.parametrize("id", ["/home/me/texts", "./texts", "../a/b", "a b/c", "x](y)", 5, None])
+@pytest.mark.parametrize("described", [lambda id: [{"id": id}], lambda id: [id], lambda id: id])
+def test_what_is_no_dataset_is_not_linked(id, described):
+    made = {"text": {"datasets": described(id), "tokens": 5}}
+    own = replace(pathways(), by_domain={"law": Pathway(blocks=_LAW, provenance=made)})
+    text = render_card(own, REPO, PLAIN, weights=False)
+    assert ModelCard(text).data.datasets is None
+    assert "| 5 tokens |" in text
+
+
+@pytest.mark.usefixtures("hub")
+def test_metadata_come_back_through_the_hubs_own_reader(tmp_path):
+    for text in rendered().values():
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        data = ModelCard.load(tmp_path / "README.md").data
+        again = ModelCard(f"---\n{data.to_yaml()}\n---\n").data
+        assert again.to_dict() == data.to_dict()
+        assert data.pipeline_tag == "text-generation"
+
+
+def _pictures(hub):
+    return {path for path in hub.repos[REPO].at("main").files if path.endswith(".png")}
+
+
+def _shown(hub):
+    return {part.split("](")[1].split(")")[0] for part in _card(hub).split("![")[1:]}
+
+
+def test_a_picture_goes_with_its_domain(hub):
+    _pushed()
+    places = {name: f"{folder_for(name)}/sparsity.png" for name in ("code", "law", "math")}
+    assert _pictures(hub) == _shown(hub) == {places["code"], places["law"]}
+    dense = build("llama")
+    sp.add_domains(Pathways.from_masks(dense, random_masks(dense, ["math"])), REPO)
+    sp.rename_domain("law", "case law", REPO)
+    sp.remove_domains(["code"], REPO)
+    assert _pictures(hub) == _shown(hub) == {places["law"], places["math"]}
+
+
+def test_without_matplotlib_a_card_goes_without_pictures(hub, monkeypatch):
+    _pushed()
+
+    def missing():
+        raise sp.PathwaysError("Plots need matplotlib.")
+
+    monkeypatch.setattr("hf_sparse_pathways.share.pictures.load_plots", missing)
+    dense = build("llama")
+    sp.add_domains(Pathways.from_masks(dense, random_masks(dense, ["law"], seed=3)), REPO)
+    left = {f"{folder_for('code')}/sparsity.png"}
+    assert _pictures(hub) == _shown(hub) == left, "the other one showed what was there before"
+    _pushed()
+    assert _pictures(hub) == _shown(hub) == set()
 
 
 def _pushed(**options):

@@ -70,9 +70,9 @@ def test_pathways_come_back_as_they_were(hub):
     _assert_same(one, replace(paths.subset(["law"]), controls={}))
     shared = {".gitattributes", "README.md", "pathways.json", "pathways.safetensors"}
     assert set(_files(hub)) == shared | {
-        f"{folder_for(name)}/pathways.{kind}"
+        f"{folder_for(name)}/{file}"
         for name in ("code", "law")
-        for kind in ("json", "safetensors")
+        for file in ("pathways.json", "pathways.safetensors", "sparsity.png")
     }
 
 
@@ -168,9 +168,9 @@ def test_adding_a_domain_uploads_it_alone(hub):
     sp.add_domains(added, REPO)
     place = folder_for("medicine")
     new = {path for path, blob in _files(hub).items() if before.get(path) != blob}
-    own = {f"{place}/pathways.json", f"{place}/pathways.safetensors"}
+    own = {f"{place}/{file}" for file in ("pathways.json", "pathways.safetensors", "sparsity.png")}
     assert new == {"README.md", "pathways.json", *own}
-    assert len(hub.uploaded) == 4
+    assert len(hub.uploaded) == 5
     found = AutoModelForCausalLM.from_pretrained(REPO)
     assert found.domains == ["code", "law", "medicine"]
     merged = model.pathways.merged(added)
@@ -182,7 +182,7 @@ def test_a_domain_that_is_there_is_replaced_where_it_lies(hub):
     changed = _pathways(("law",), seed=9)
     sp.add_domains(changed, REPO)
     _assert_same(sp.Pathways.from_pretrained(REPO), _pathways().merged(changed))
-    assert len(_files(hub)) == 8
+    assert len(_files(hub)) == 10
 
 
 @pytest.mark.parametrize("together", [False, True])

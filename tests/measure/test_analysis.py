@@ -13,7 +13,8 @@ from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.analysis import analyse, thirds
 from hf_sparse_pathways.measure.analysis_report import to_markdown
 from hf_sparse_pathways.measure.model_size import ModelSize
-from hf_sparse_pathways.measure.skipping import compare_skips, measure_overlap, measure_skippable
+from hf_sparse_pathways.measure.overlap import compare_neurons
+from hf_sparse_pathways.measure.skipping import measure_overlap, measure_skippable
 from hf_sparse_pathways.measure.specialisation import (
     CRITERIA,
     PAPER,
@@ -196,11 +197,11 @@ def test_chance_is_what_random_masks_overlap_by():
             for mask, count in zip(drawn, (20, 9), strict=True):
                 mask[chance.sample(range(len(mask)), count)] = True
             masks.append(drawn)
-        pair = compare_skips("a", "b", *masks)
+        pair = compare_neurons("a", "b", *masks)
         totals.append(pair.jaccard)
     assert sum(totals) / len(totals) == pytest.approx(pair.chance, abs=0.01)
     nothing = [torch.zeros(4, dtype=torch.bool)]
-    empty = compare_skips("a", "b", nothing, nothing)
+    empty = compare_neurons("a", "b", nothing, nothing)
     assert (empty.jaccard, empty.chance, empty.per_block) == (0.0, 0.0, (None,))
 
 

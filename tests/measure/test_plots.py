@@ -107,7 +107,7 @@ def _panels(figure):
 def test_every_picture_is_written_as_a_picture(tmp_path, domains, monkeypatch):
     monkeypatch.setattr(drawing, "DPI", 50)
     analysis = _analysis(domains)
-    figures = plots.plot_analysis(analysis) | plots.plot_quality(_quality(domains))
+    figures = plots.draw_all(analysis) | plots.draw_all(_quality(domains))
     names = {"skippable", "preservation", "selection", "ratios", "cosines"}
     if len(domains) > 1:
         names |= {"specialisation", "overlap", "matrix"}
@@ -122,13 +122,13 @@ def test_every_picture_is_written_as_a_picture(tmp_path, domains, monkeypatch):
 
 def test_what_was_not_measured_is_not_drawn():
     bare = _analysis().with_measurements(experiments=None, shuffled=None)
-    assert set(plots.plot_analysis(bare)) == {"skippable", "specialisation", "overlap"}
-    with pytest.raises(PathwaysError, match="one domain"):
-        plots.plot_specialisation(_analysis(("code",)))
+    assert set(plots.draw_all(bare)) == {"skippable", "specialisation", "overlap"}
+    with pytest.raises(PathwaysError, match="two of them"):
+        plots.draw(_analysis(("code",)), "specialisation")
 
 
 def test_axes_are_labelled_with_units():
-    figures = plots.plot_analysis(_analysis())
+    figures = plots.draw_all(_analysis())
     for name in ("skippable", "specialisation"):
         for axes in figures[name].axes:
             assert "%" in axes.get_ylabel()
@@ -140,7 +140,7 @@ def test_axes_are_labelled_with_units():
 
 def test_specialisation_is_drawn_as_it_was_found():
     analysis = _analysis()
-    left, right = plots.plot_specialisation(analysis).axes
+    left, right = plots.draw_all(analysis)["specialisation"].axes
     drawn = _lines(right)
     expected = analysis.specialisation.of(PAPER).per_domain_and_block
     assert set(drawn) == set(expected)
@@ -154,14 +154,14 @@ def test_specialisation_is_drawn_as_it_was_found():
 
 def test_skippable_neurons_are_drawn_by_block():
     analysis = _analysis()
-    drawn = _lines(plots.plot_skippable(analysis).axes[0])
+    drawn = _lines(plots.draw_all(analysis)["skippable"].axes[0])
     for domain, values in analysis.skippable_by("model").per_block.items():
         assert numpy.array_equal(drawn[domain], values)
 
 
 def test_overlap_is_a_symmetric_map_per_sparsity():
     analysis = _analysis()
-    panels = _panels(plots.plot_overlap(analysis))
+    panels = _panels(plots.draw_all(analysis)["overlap"])
     assert len(panels) == len(analysis.overlaps)
     for axes, overlap in zip(panels, analysis.overlaps, strict=True):
         values = numpy.ma.filled(axes.images[0].get_array(), numpy.nan)
@@ -175,7 +175,7 @@ def test_overlap_is_a_symmetric_map_per_sparsity():
 
 def test_preservation_has_a_row_per_distance_and_a_column_per_domain():
     analysis = _analysis()
-    figure = plots.plot_analysis(analysis)["preservation"]
+    figure = plots.draw_all(analysis)["preservation"]
     assert len(figure.axes) == 3 * len(DOMAINS)
     for line, name in enumerate(("cosine", "divergence", "agreement")):
         for column, domain in enumerate(DOMAINS):
@@ -236,7 +236,7 @@ def test_cosines_are_drawn_per_layer():
 @pytest.mark.parametrize("domains", [("code",), DOMAINS])
 def test_pictures_of_several_sets_are_written(tmp_path, domains, monkeypatch):
     monkeypatch.setattr(drawing, "DPI", 50)
-    figures = plots.plot_quality(_several(domains))
+    figures = plots.draw_all(_several(domains))
     assert set(figures) == {"ratios", "cosines"} | ({"matrix"} if len(domains) > 1 else set())
     for name in plots.save_figures(figures, tmp_path):
         assert imread(tmp_path / name)[..., :3].std() > 0.01, "not one colour"
@@ -322,7 +322,7 @@ def test_scale_is_drawn_beside_the_papers(tmp_path, count):
 def test_many_domains_still_have_their_own_lines():
     domains = tuple(f"domain{index}" for index in range(11))
     found = analyse(random_profile(build("llama"), domains), SIZE)
-    lines = plots.plot_skippable(found).axes[0].get_lines()[:11]
+    lines = plots.draw_all(found)["skippable"].axes[0].get_lines()[:11]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 11
 
 

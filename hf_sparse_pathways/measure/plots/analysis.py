@@ -1,65 +1,54 @@
-"""Pictures of an analysis, and of several models' analyses side by side."""
+"""Pictures of a profile or an analysis, and of several models' analyses side by side."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.measure import paper
-from hf_sparse_pathways.measure.analysis import Analysis
 from hf_sparse_pathways.measure.experiments import MeasuredRule
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
     GREY,
     MARKERS,
-    draw_map,
+    Picture,
     finish_blocks,
-    label_map,
     line_style,
     short_name,
     tick_log,
 )
+from hf_sparse_pathways.measure.plots.overlaps import draw_overlaps
 from hf_sparse_pathways.measure.scale import ScaleComparison
-from hf_sparse_pathways.measure.specialisation import PAPER, Criterion
+from hf_sparse_pathways.measure.skipping import (
+    SkipOverlap,
+    SkippableFraction,
+)
+from hf_sparse_pathways.measure.specialisation import (
+    PAPER,
+    Criterion,
+    Specialisation,
+)
 from hf_sparse_pathways.shares import format_share
 
 
-def plot_analysis(analysis: Analysis) -> dict[str, Figure]:
-    """Return all pictures of an analysis, by name."""
-    figures = {"skippable": plot_skippable(analysis)}
-    if analysis.specialisation is not None:
-        figures["specialisation"] = plot_specialisation(analysis)
-        figures["overlap"] = plot_overlap(analysis)
-    if analysis.experiments is not None:
-        figures["preservation"] = plot_rules(
-            analysis.experiments.preservation,
-            title=f"Output preservation on held-out text, {short_name(analysis.base)}",
-            reference=1.0 - paper.PRESERVED_COSINE,
-        )
-        if analysis.experiments.selection:
-            figures["selection"] = plot_rules(
-                analysis.experiments.selection,
-                title=f"Negative against positive selection, {short_name(analysis.base)}",
-                reference=None,
-            )
-    return figures
+def plot_specialisation(
+    specialisation: Specialisation, shuffled: Specialisation | None = None, *, base: str
+) -> Figure:
+    """Draw the specialised fraction of every block: by threshold, and by domain.
 
-
-def plot_specialisation(analysis: Analysis) -> Figure:
-    """Draw the specialised fraction of every block: by threshold, and by domain."""
-    specialisation = analysis.specialisation
-    if specialisation is None:
-        raise PathwaysError("Specialisation cannot be drawn: the analysis has one domain only.")
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    Args:
+        specialisation: It.
+        shuffled: That of shuffled text, which is chance; None if it was not taken.
+        base: The model's name.
+    """
+    figure = Picture(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    blocks = range(len(analysis.blocks))
+    blocks = range(len(specialisation.of(PAPER).per_block))
     thresholds = (
         Criterion(kind="ratio", threshold=1.5),
         PAPER,
@@ -69,8 +58,8 @@ def plot_specialisation(analysis: Analysis) -> Figure:
         fraction = specialisation.of(criterion)
         label = f"{criterion}: {fraction.overall:.1%} of all"
         left.plot(blocks, fraction.per_block, **line_style(index, len(blocks)), label=label)
-    if analysis.shuffled is not None:
-        chance = analysis.shuffled.of(thresholds[0])
+    if shuffled is not None:
+        chance = shuffled.of(thresholds[0])
         label = f"{thresholds[0]}, shuffled text: {chance.overall:.1%}"
         left.plot(blocks, chance.per_block, color=GREY, linestyle=":", label=label)
     left.set_title("in any domain, by threshold", fontsize=10)
@@ -79,46 +68,35 @@ def plot_specialisation(analysis: Analysis) -> Figure:
     right.set_title(f"by domain, {PAPER}", fontsize=10)
     for axes in (left, right):
         finish_blocks(axes, "specialised neurons (% of the block)")
-    figure.suptitle(f"Specialised neurons of {short_name(analysis.base)}")
+    figure.suptitle(f"Specialised neurons of {short_name(base)}")
     return figure
 
 
-def plot_skippable(analysis: Analysis) -> Figure:
-    """Draw what every domain skips in every block when the percentile is pooled over the model."""
-    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+def plot_skippable(fractions: SkippableFraction, percentile: float, *, base: str) -> Figure:
+    """Draw what every domain skips in every block, with the percentile pooled over the model.
+
+    Args:
+        fractions: Under the pool ``model``.
+        percentile: Below which a neuron is skipped.
+        base: The model's name.
+    """
+    figure = Picture(figsize=(6.4, 3.9), layout="constrained")
     axes = figure.subplots()
-    blocks = range(len(analysis.blocks))
-    for index, (domain, values) in enumerate(analysis.skippable_by("model").per_block.items()):
+    for index, (domain, values) in enumerate(fractions.per_block.items()):
+        blocks = range(len(values))
         axes.plot(blocks, values, **line_style(index, len(blocks)), label=domain)
-    axes.axhline(
-        analysis.percentile / 100.0, color=GREY, linestyle=":", label="pool layer, by construction"
-    )
+    axes.axhline(percentile / 100.0, color=GREY, linestyle=":", label="pool layer, by construction")
     finish_blocks(axes, "skipped neurons (% of the block)")
-    axes.set_title(
-        f"Below p{analysis.percentile:g} of the whole model, {short_name(analysis.base)}",
-        fontsize=11,
-    )
+    axes.set_title(f"Below p{percentile:g} of the whole model, {short_name(base)}", fontsize=11)
     return figure
 
 
-def plot_overlap(analysis: Analysis) -> Figure:
+def plot_skip_overlap(overlaps: Sequence[SkipOverlap], *, base: str) -> Figure:
     """Draw the Jaccard index of every two domains' skipped neurons, a map per sparsity."""
-    count = len(analysis.overlaps)
-    size = 1.6 + 0.35 * len(analysis.domains)
-    figure = Figure(figsize=(max(size * count + 1.2, 6.4), size + 1.2), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(1, count, sharey=True))
-    for axes, overlap in zip(grid, analysis.overlaps, strict=True):
-        values = np.full((len(analysis.domains), len(analysis.domains)), np.nan)
-        for pair in overlap.pairs:
-            row, column = analysis.domains.index(pair.first), analysis.domains.index(pair.second)
-            values[row, column] = values[column, row] = pair.jaccard
-        image = draw_map(axes, values, Normalize(0.0, 1.0), "{:.2f}")
-        label_map(axes, analysis.domains, analysis.domains)
-        skipped, chance = format_share(overlap.sparsity), overlap.pairs[0].chance
-        axes.set_title(f"{skipped} skipped\nchance {chance:.2f}", fontsize=10)
-    figure.colorbar(image, ax=list(grid), label="Jaccard index", shrink=0.8)
-    figure.suptitle(f"Overlap of skipped neurons between domains, {short_name(analysis.base)}")
-    return figure
+    panels = {f"{format_share(overlap.sparsity)} skipped": overlap.pairs for overlap in overlaps}
+    return draw_overlaps(
+        panels, title=f"Overlap of skipped neurons between domains, {short_name(base)}"
+    )
 
 
 _METRICS: tuple[tuple[str, Callable[[MeasuredRule], float]], ...] = (
@@ -139,7 +117,7 @@ def plot_rules(rows: Sequence[MeasuredRule], *, title: str, reference: float | N
     domains = list(dict.fromkeys(row.domain for row in rows))
     rules = list(dict.fromkeys(row.rule for row in rows))
     size = (2.4 * len(domains) + 1.6, 2.0 * len(_METRICS) + 1.0)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(len(_METRICS), len(domains), sharex=True, sharey="row", squeeze=False)
     for line, (label, distance) in enumerate(_METRICS):
         for column, domain in enumerate(domains):
@@ -168,7 +146,7 @@ def plot_rules(rows: Sequence[MeasuredRule], *, title: str, reference: float | N
 
 def plot_scale(comparison: ScaleComparison) -> Figure:
     """Draw the specialised fraction against the number of parameters, the paper's beside it."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Picture(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     here = [(float(m.parameters), m.specialised, m.label) for m in comparison.models]
     stated = [(m.parameters, m.specialised, m.name) for m in paper.MODELS]

@@ -7,10 +7,12 @@ colour-blind readers and in grey.
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
@@ -20,7 +22,6 @@ from matplotlib.ticker import (
     FuncFormatter,
     MaxNLocator,
     NullLocator,
-    PercentFormatter,
 )
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -34,11 +35,29 @@ COLUMNS = 4
 """Most small multiples in a row."""
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture, as a notebook asks for it."""
+        content = BytesIO()
+        self.savefig(content, dpi=DPI, format="png")
+        return content.getvalue()
+
+
 def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[str]:
     """Write figures as ``NAME.png`` into a folder that exists; return the file names."""
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=DPI, format="png")
     return [f"{name}.png" for name in figures]
+
+
+def as_svg(figure: Figure) -> bytes:
+    """Render a figure as SVG, with its letters as paths; equal figures give equal bytes."""
+    content = BytesIO()
+    with rc_context({"svg.hashsalt": "sparse-pathways", "svg.fonttype": "path"}):
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    return content.getvalue()
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
@@ -54,14 +73,19 @@ def line_style(index: int, points: int) -> dict[str, Any]:
 
 
 def finish_blocks(axes: Axes, label: str) -> None:
+    """Label axes whose horizontal one runs over FFN blocks, with a legend, in place."""
+    label_blocks(axes, label)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def label_blocks(axes: Axes, label: str) -> None:
     """Label axes whose horizontal one runs over FFN blocks, in place."""
     axes.set_xlabel("FFN block, by depth")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100.0 * share:g}"))
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

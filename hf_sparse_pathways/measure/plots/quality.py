@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_sparse_pathways.measure.plots.drawing import (
     COLUMNS,
+    Picture,
     draw_map,
     hide_rest,
     label_map,
@@ -18,16 +19,7 @@ from hf_sparse_pathways.measure.plots.drawing import (
     short_name,
     tick_log,
 )
-from hf_sparse_pathways.measure.plots.ratios import plot_ratios
 from hf_sparse_pathways.measure.quality_report import QualityReport
-
-
-def plot_quality(report: QualityReport) -> dict[str, Figure]:
-    """Return all pictures of a quality report, by name."""
-    figures = {"ratios": plot_ratios(report), "cosines": plot_cosines(report)}
-    if any(row.role == "other" for row in report.rows):
-        figures["matrix"] = plot_matrix(report)
-    return figures
 
 
 def plot_matrix(report: QualityReport) -> Figure:
@@ -40,7 +32,7 @@ def plot_matrix(report: QualityReport) -> Figure:
     lines = -(-len(labels) // columns)
     titles = 0.0 if report.sets == [] else 0.3
     size = (0.9 * widest * columns + 3.0, (0.6 * len(report.domains) + titles) * lines + 2.0)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     low = min(1.0, *(float(np.nanmin(values)) for values in maps.values()))
     high = max(1.01, *(float(np.nanmax(values)) for values in maps.values()))
@@ -75,7 +67,7 @@ def plot_cosines(report: QualityReport) -> Figure:
     panels = [(label, domain) for label in sets or [None] for domain in report.domains]
     columns = min(len(report.domains), COLUMNS)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.6 * columns + 1.4, 2.4 * lines + 1.0), layout="constrained")
+    figure = Picture(figsize=(2.6 * columns + 1.4, 2.4 * lines + 1.0), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for place, (axes, (label, domain)) in enumerate(zip(grid.flat, panels, strict=False)):
         for row in report.of(domain, label):

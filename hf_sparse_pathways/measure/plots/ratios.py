@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
     MARKERS,
+    Picture,
     hide_rest,
     name_roles,
     role_index,
@@ -28,7 +29,7 @@ def plot_ratios(report: QualityReport) -> Figure:
     columns = min(len(domains), 2)
     lines = -(-len(domains) // columns)
     size = (4.6 * columns + 0.4, lines * (0.34 * most + 1.1) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axes, domain in zip(grid.flat, domains, strict=False):
         for place, row in enumerate(arms[domain]):
@@ -58,7 +59,7 @@ def _plot_ratios_of_sets(report: QualityReport) -> Figure:
     columns = min(len(domains), max(1, int(14 / width)))
     lines = -(-len(domains) // columns)
     size = (columns * width + 0.6, 3.2 * lines + 0.8)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     shown = [row for row in report.rows if row.role != "random"]
     highest = max(row.interval[1] if row.interval else row.ratio for row in shown)

@@ -8,6 +8,7 @@ from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
     GREY,
     MARKERS,
+    Picture,
     hide_rest,
     short_name,
 )
@@ -27,7 +28,7 @@ def plot_speed(report: BenchmarkReport) -> Figure:
     columns = min(_COLUMNS, panels)
     lines = -(-panels // columns)
     size = (1.6 + 3.4 * columns, lines * (0.3 * len(arms) + 1.3) + 0.7)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, timing in zip(grid.flat, report.timings, strict=False):
         _draw_timing(axes, timing, arms)

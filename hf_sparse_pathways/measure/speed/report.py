@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn.execution import Execution
+from hf_sparse_pathways.measure.figures import Section
+from hf_sparse_pathways.measure.reading import read_report
 from hf_sparse_pathways.measure.speed import tables
 from hf_sparse_pathways.measure.speed.arms import Arm, ResidentCopies
 from hf_sparse_pathways.measure.speed.results import Timing
 from hf_sparse_pathways.measure.speed.switching import SwitchCost
+from hf_sparse_pathways.tables import ShownAsTables
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkReport:
+class BenchmarkReport(ShownAsTables):
     """Everything that a benchmark measured.
 
     Attributes:
@@ -84,6 +87,19 @@ class BenchmarkReport:
             for arm, shares in timing.shares.items():
                 written["shares"][arm]["rest"] = shares.rest
         return values
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return a report from JSON values.
+
+        Raises:
+            ArtefactError: A value is missing or of the wrong kind.
+        """
+        return read_report(cls, data, "a benchmark")
+
+    def sections(self) -> list[Section]:
+        """Return the tables."""
+        return tables.sections(self)
 
     def to_markdown(self, pictures: Sequence[str] = ()) -> str:
         """Render everything.

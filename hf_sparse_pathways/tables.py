@@ -1,0 +1,76 @@
+"""Tables as values, and as HTML for notebooks and for the report page.
+
+Names of models and domains, text sources and methods are anybody's words: they are escaped, and
+stay text whatever is in them. Markdown is not used here, since readers of it let HTML through.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+_LEFT, _RIGHT = "text-align:left", "text-align:right"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with what it shows.
+
+    Attributes:
+        title: What it shows.
+        note: How to read it; may be empty.
+        header: Column names.
+        rows: Cells; the first of a row names it.
+    """
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_html(self) -> Markup:
+        """Render it; what is too wide scrolls, for the keyboard too."""
+        head = Markup("").join(
+            Markup('<th scope="col" style="{}">{}</th>').format(_align(place), name)
+            for place, name in enumerate(self.header)
+        )
+        body = Markup("\n").join(map(_row, self.rows))
+        note = Markup("<br>{}").format(as_html(self.note)) if self.note else ""
+        return Markup(
+            '<figure style="margin:1em 0"><figcaption><strong>{title}</strong>{note}</figcaption>\n'
+            '<div role="region" aria-label="{title}" tabindex="0" style="overflow-x:auto">\n'
+            "<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div></figure>"
+        ).format(title=self.title, note=note, head=head, body=body)
+
+
+class ShownAsTables:
+    """What a notebook shows as tables."""
+
+    def sections(self) -> Iterable[Table]:
+        """Return the tables."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Render the tables, as a notebook asks for it."""
+        return Markup("\n").join(table.to_html() for table in self.sections())
+
+
+def as_html(text: str) -> Markup:
+    """Render a sentence: what stands between backticks as code, and all of it as text."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
+
+
+def _row(cells: Sequence[str]) -> Markup:
+    first, *others = cells
+    return Markup("<tr>{}{}</tr>").format(
+        Markup('<th scope="row" style="{}">{}</th>').format(_LEFT, first),
+        Markup("").join(Markup('<td style="{}">{}</td>').format(_RIGHT, cell) for cell in others),
+    )
+
+
+def _align(place: int) -> str:
+    return _RIGHT if place else _LEFT
