@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+_SHORT = 24
 _LEFT, _RIGHT = "text-align:left", "text-align:right"
 
 
@@ -68,8 +69,14 @@ def _row(cells: Sequence[str]) -> Markup:
     first, *others = cells
     return Markup("<tr>{}{}</tr>").format(
         Markup('<th scope="row" style="{}">{}</th>').format(_LEFT, first),
-        Markup("").join(Markup('<td style="{}">{}</td>').format(_RIGHT, cell) for cell in others),
+        Markup("").join(map(_cell, others)),
     )
+
+
+def _cell(text: str) -> Markup:
+    """Render a cell; what is as short as figures with an interval stays on one line."""
+    style = f"{_RIGHT};white-space:nowrap" if len(text) <= _SHORT else _RIGHT
+    return Markup('<td style="{}">{}</td>').format(style, text)
 
 
 def _align(place: int) -> str:
