@@ -153,7 +153,9 @@ def _gram_files(
         raise ArtefactError(f"{JSON_NAME} names {len(entries)} Gram matrices.")
     files = []
     for entry, shape in zip(entries, shapes, strict=False):
-        path = folder / Path(str(entry["file"])).name
+        if not GRAM_NAME.fullmatch(str(entry["file"])):
+            raise ArtefactError(f"{JSON_NAME}: {entry['file']!r:.200} is no file of a Gram matrix.")
+        path = folder / entry["file"]
         if not path.is_file():
             raise ArtefactError(f"{path} is missing. Take the profile again.")
         size = entry["size"]

@@ -188,7 +188,7 @@ def _check_differ(domain: str, mine: DomainProfile, theirs: DomainProfile) -> No
     if ids[0] and ids[0] == ids[1]:
         raise PathwaysError(
             f"Domain {domain!r}: both profiles were taken from the same text of "
-            f"{mine.provenance['source']}, which would count twice. Merge profiles of "
+            f"{_source(mine.provenance)}, which would count twice. Merge profiles of "
             "different text."
         )
 
@@ -198,9 +198,13 @@ def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> di
     both = {name: sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in names}
     return {
         **mine,
-        "source": "; ".join(dict.fromkeys((str(mine["source"]), str(theirs["source"])))),
+        "source": "; ".join(dict.fromkeys((_source(mine), _source(theirs)))),
         "datasets": join_datasets(mine, theirs.get("datasets", ())),
         "documents": len(both["digests"]),
-        "tokens": mine["tokens"] + theirs["tokens"],
+        "tokens": mine.get("tokens", 0) + theirs.get("tokens", 0),
         **both,
     }
+
+
+def _source(provenance: Mapping[str, Any]) -> str:
+    return str(provenance.get("source", "an unknown source"))

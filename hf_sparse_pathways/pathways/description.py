@@ -116,3 +116,6 @@ def check_text(name: str, text: Any) -> None:
         fits = isinstance(value, kind) and not isinstance(value, bool)
         if not fits or (kind is list and not all(isinstance(one, str) for one in value)):
             raise ArtefactError(f"What {name!r} says of its text does not fit: {key}.")
+    datasets = text.get("datasets", [])
+    if not isinstance(datasets, list) or not all(isinstance(one, dict) for one in datasets):
+        raise ArtefactError(f"What {name!r} says of its text does not fit: datasets.")

@@ -137,6 +137,13 @@ def test_a_hostile_provenance_is_refused(path, text):
     _assert_refused(path)
 
 
+def test_profiles_that_do_not_say_their_source_can_be_merged(path):
+    for index in (0, 1):
+        set_field(path, ("domains", index, "provenance"), {})
+    pooled = Profile.from_pretrained(path.parent).pooled()
+    assert pooled.provenance["tokens"] == 0
+
+
 WINDOWS = {
     "longer than the ids": {"lengths": [2, 2]},
     "shorter than the ids": {"lengths": [1]},
@@ -307,7 +314,7 @@ def test_a_damaged_gram_file_is_refused_by_name(damage, with_grams, tmp_path):
 WRONG_GRAMS = {
     ("domains", 0, "grams"): [value for value in WRONG if value != []],
     ("domains", 0, "grams", 1): WRONG,
-    ("domains", 0, "grams", 1, "file"): (*WRONG, "../../etc/passwd", ""),
+    ("domains", 0, "grams", 1, "file"): (*WRONG, "../../etc/passwd", "", "\0", "\x1b[2J", "."),
 }
 
 

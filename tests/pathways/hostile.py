@@ -170,7 +170,7 @@ JSON = {
     "a control of control characters": _field("controls", 0, "name", "\x1b[31m"),
     **{f"text {value!r:.12}": _field("domains", 0, "provenance", "text", value)
        for value in (5, "x", [1], None, {"digests": 5}, {"digests": [5]}, {"digests": {"a": 1}},
-                     {"cut_digests": "abc"}, {"tokens": "many"}, {"source": ["x"]})},
+                     {"cut_digests": "abc"}, {"tokens": "many"}, {"source": ["x"]}, {"datasets": "me/x"}, {"datasets": ["me/x"]})},
     "healing no list": _field("domains", 0, "provenance", "healing", 5),
     "holds unknown": _field("domains", 0, "holds", ["keep", "__class__"]),
     "holds objects": _field("domains", 0, "holds", [{"keep": 1}]),
