@@ -168,9 +168,10 @@ JSON = {
                     "a\u202eb", "a\u200bb", "a|b", "<b>", "`", "\u2028", "", " ", "x" * 65,
                     "a\u0301", "\uff0e\uff0e/", "pooled")},
     "a control of control characters": _field("controls", 0, "name", "\x1b[31m"),
-    **{f"text {value!r:.12}": _field("domains", 0, "provenance", "text", value)
+    **{f"text {value!r:.40}": _field("domains", 0, "provenance", "text", value)
        for value in (5, "x", [1], None, {"digests": 5}, {"digests": [5]}, {"digests": {"a": 1}},
-                     {"cut_digests": "abc"}, {"tokens": "many"}, {"source": ["x"]}, {"datasets": "me/x"}, {"datasets": ["me/x"]})},
+                     {"cut_digests": "abc"}, {"tokens": "many"}, {"source": ["x"]},
+                     {"datasets": "me/x"}, {"datasets": ["me/x"]})},
     "healing no list": _field("domains", 0, "provenance", "healing", 5),
     "holds unknown": _field("domains", 0, "holds", ["keep", "__class__"]),
     "holds objects": _field("domains", 0, "holds", [{"keep": 1}]),
