@@ -9,8 +9,8 @@ import hf_sparse_pathways as sp
 from tests.docs.blocks import ROOT, find_blocks, read_page, run_commands, run_python
 
 PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = ("console", "text")
-"""Blocks of commands that take hours, servers or other machines, and of what is printed."""
+NOT_RUN = ("console", "py", "text")
+"""Blocks that take hours, servers or other machines, and what is printed."""
 
 
 @pytest.mark.usefixtures("built", "hub")
