@@ -100,7 +100,8 @@ def test_a_page_without_measurements_says_how_they_are_made():
     for command in ('evaluate FOLDER --domain "law=TEXT"', "benchmark FOLDER", "analyze"):
         assert f"sparse-pathways {command}" in "".join(page.text)
     assert len(page.named("img")) == 1
-    assert "overlap takes two" in text
+    assert "overlap takes two domains" in text
+    assert _check_self_contained(render_page(OWN.subset([]), Measured())).named("img") == []
 
 
 def test_whatever_an_artefact_says_stays_text():

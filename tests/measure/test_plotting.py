@@ -1,6 +1,7 @@
 """``sp.plot`` draws what fits an object, and says what does where something does not."""
 
 import builtins
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -80,7 +81,7 @@ def test_what_compares_domains_takes_two():
     for thing, kind in ((one, "overlap"), (_quality(("code",)), "matrix")):
         with pytest.raises(sp.PathwaysError, match=f"'{kind}' .*two of them"):
             sp.plot(thing, kind)
-    with pytest.raises(sp.PathwaysError, match="no domain"):
+    with pytest.raises(sp.PathwaysError, match=r"'sparsity' .*has none"):
         sp.plot(MASKED.subset([]))
 
 
@@ -112,6 +113,15 @@ def test_equal_pictures_are_equal_bytes():
     strip = [as_svg(plot_strip([0.1, 0.5, 0.9])) for _ in range(2)]
     assert strip[0] == strip[1]
     assert strip[0] != as_svg(plot_strip([0.1, 0.5, 0.8]))
+
+
+def test_dollars_in_names_are_no_formulas():
+    """Half a formula in a folder's name would be an error when the picture is written."""
+    named = replace(MASKED, base=replace(MASKED.base, name=r"my$\frac{model$"))
+    figure = sp.plot(named)
+    assert r"my$\frac{model$" in _title(figure)
+    assert figure._repr_png_()
+    assert as_svg(figure)
 
 
 def test_a_pathway_in_a_strip_goes_from_nothing_to_all():

@@ -7,6 +7,7 @@ colour-blind readers and in grey.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,15 @@ def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[str]:
     return [f"{name}.png" for name in figures]
 
 
+def literal_names() -> AbstractContextManager[None]:
+    """Within the block, a dollar sign in the name of a model or text starts no formula."""
+    return rc_context({"text.parse_math": False})
+
+
 def as_svg(figure: Figure) -> bytes:
     """Render a figure as SVG, with its letters as paths; equal figures give equal bytes."""
     content = BytesIO()
-    with rc_context({"svg.hashsalt": "sparse-pathways", "svg.fonttype": "path"}):
+    with literal_names(), rc_context({"svg.hashsalt": "sparse-pathways", "svg.fonttype": "path"}):
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue()
 

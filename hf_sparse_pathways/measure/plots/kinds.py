@@ -18,7 +18,7 @@ from hf_sparse_pathways.measure.plots.analysis import (
     plot_skippable,
     plot_specialisation,
 )
-from hf_sparse_pathways.measure.plots.drawing import short_name
+from hf_sparse_pathways.measure.plots.drawing import literal_names, short_name
 from hf_sparse_pathways.measure.plots.pathways import plot_overlap, plot_sparsity
 from hf_sparse_pathways.measure.plots.quality import plot_cosines, plot_matrix
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
@@ -40,21 +40,23 @@ def draw(thing: Any, kind: str | None = None) -> Figure:
     if kind is not None and kind not in KINDS[known]:
         raise UnknownNameError(f"picture of {known.__name__}", kind, KINDS[known])
     ready = _READY[known](thing)
-    wanted = kind or next(name for name in KINDS[known] if name in ready)
+    wanted = kind or next((name for name in KINDS[known] if name in ready), KINDS[known][0])
     if wanted not in ready:
         raise PathwaysError(
             f"There is nothing for the picture {wanted!r} in this {known.__name__}, which has "
-            f"{', '.join(ready)}: comparing domains takes two of them, and what an experiment "
-            "shows takes one."
+            f"{', '.join(ready) or 'none'}: comparing domains takes two of them, and what an "
+            "experiment shows takes one."
         )
-    return ready[wanted]()
+    with literal_names():
+        return ready[wanted]()
 
 
 def draw_all(thing: Any) -> dict[str, Figure]:
     """Draw every picture that there is of an object, by name, the usual one first."""
     known = _type_of(thing)
     ready = _READY[known](thing)
-    return {name: ready[name]() for name in KINDS[known] if name in ready}
+    with literal_names():
+        return {name: ready[name]() for name in KINDS[known] if name in ready}
 
 
 def _type_of(thing: Any) -> type:
@@ -66,7 +68,7 @@ def _type_of(thing: Any) -> type:
 
 
 def _of_pathways(pathways: Pathways) -> Ready:
-    ready: Ready = {"sparsity": partial(plot_sparsity, pathways)}
+    ready: Ready = {"sparsity": partial(plot_sparsity, pathways)} if pathways.domains else {}
     if len(pathways.domains) > 1:
         ready["overlap"] = partial(plot_overlap, pathways)
     return ready

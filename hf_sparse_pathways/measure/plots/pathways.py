@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.measure.overlap import measure_kept_overlap
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
@@ -23,12 +22,7 @@ def plot_sparsity(pathways: Pathways) -> Figure:
     """Draw the fraction of neurons removed in every FFN block, a line per domain.
 
     The pooled control, if there is one, stands beside them.
-
-    Raises:
-        PathwaysError: There are no domains.
     """
-    if not pathways.domains:
-        raise PathwaysError("These pathways have no domain, so that there is nothing to draw.")
     figure = Picture(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
     blocks = range(len(pathways.base.blocks))
@@ -55,7 +49,7 @@ def plot_strip(shares: Sequence[float]) -> Figure:
 
     It does not name the domain, so that it stays true when that is renamed.
     """
-    figure = Picture(figsize=(2.6, 0.9), layout="constrained")
+    figure = Picture(figsize=(2.0, 0.75), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(shares)), shares, color=COLOURS[0], width=0.8)
     axes.set_ylim(0.0, 1.0)
