@@ -184,5 +184,5 @@ def test_trained_flags_dtype_and_executor_are_kept():
 def test_a_damaged_order_in_the_description_is_an_error(tmp_path):
     sp.permute(_sparse()).pathways.save_pretrained(tmp_path)
     set_field(tmp_path / "pathways.json", ("base", "neuron_order"), 5)
-    with pytest.raises(sp.PathwaysError, match="order that is no text"):
+    with pytest.raises(sp.PathwaysError, match="'5' is no name"):
         sp.Pathways.from_pretrained(tmp_path)
