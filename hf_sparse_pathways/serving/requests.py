@@ -163,7 +163,7 @@ def parse_request(kind: type[Asked], body: bytes) -> Asked:
     param = ".".join(map(str, first["loc"])) or None
     told = f"{param or 'The body'}: {first['msg']}."
     if first["type"] == "extra_forbidden":
-        told = f"{param} is not supported, so it is not ignored either."
+        told = f"{param} is not supported here: leave it out."
         if len(first["loc"]) == 1:
             told += f" Known: {', '.join(kind.model_fields)}."
     raise RequestError(told, param=param, code="invalid_request")

@@ -128,12 +128,13 @@ class Service:
         self, made: Generation, request: GenerationRequest, prompt: Sequence[int]
     ) -> None:
         ids = torch.tensor([prompt], device=self._model.device)
+        config = copy.copy(self._config)
+        config.max_new_tokens = self._new_tokens(request, len(prompt))
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             domain=self.names[request.model],
-            generation_config=self._config,
-            max_new_tokens=self._new_tokens(request, len(prompt)),
+            generation_config=config,
             logits_processor=self._sampling(request).processors(ids.device),
             stopping_criteria=[made],
             streamer=made,
