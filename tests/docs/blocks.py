@@ -24,7 +24,7 @@ def find_blocks(text):
 def run_commands(block):
     """Run every line of a block as ``sparse-pathways`` would; return what they print."""
     printed = []
-    for line in block.replace(MODEL, "base").strip().splitlines():
+    for line in block.replace(MODEL, "base").replace("\\\n", "").strip().splitlines():
         command, *arguments = shlex.split(line, comments=True)
         assert command == "sparse-pathways", line
         printed.append(run_well(*arguments))
