@@ -101,6 +101,7 @@ LAZY = {
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
     ("cli.loading", "modeling.causal_lm"),
+    ("cli.loading", "modeling.tokenizing"),
     ("cli.loading", "pathways.revision"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),

@@ -26,7 +26,7 @@ def run(  # noqa: PLR0913
     ] = 0.0,
     executor: Annotated[
         str | None,
-        typer.Option(help="auto, or a name in the README's table of executors."),
+        typer.Option(help="auto, or a name in docs/run.md's table of executors."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: opt.Dtype = "auto",

@@ -35,13 +35,12 @@ def load_model(name: str, dtype: str) -> Any:
 
 def load_sparse(name: str, dtype: str, executor: str | None = None) -> tuple[Any, Any]:
     """Load a model with pathways and its tokenizer."""
-    from transformers import AutoTokenizer
-
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+    from hf_sparse_pathways.modeling.tokenizing import load_tokenizer
 
     _check_dtype(dtype)
     model = SparsePathwaysForCausalLM.from_pretrained(name, dtype=dtype, executor=executor)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    return model.eval(), load_tokenizer(name)
 
 
 def parse_dtype(name: str) -> Any:

@@ -39,7 +39,7 @@ def run(  # noqa: PLR0913
     ] = _USUAL.tokens,
     executor: Annotated[
         str | None,
-        typer.Option(help="auto, or a name in the README's table of executors."),
+        typer.Option(help="auto, or a name in docs/run.md's table of executors."),
     ] = None,
     dtype: opt.Dtype = "auto",
 ) -> None:

@@ -201,7 +201,7 @@ def _load(
     name = _inner_name(domain)
     try:
         if not isinstance(holder, peft.PeftModel):
-            holder = peft.PeftModelForCausalLM(holder, config, adapter_name=name)
+            holder = peft.PeftModel(holder, config, adapter_name=name)  # with a head or without
         found = holder.load_adapter(place, adapter_name=name, **hub)
     except (ValueError, RuntimeError) as error:
         raise _other_model(domain, place, str(error)) from error

@@ -40,11 +40,18 @@ def adapter_files(base: BaseModel) -> dict[str, bytes]:
 
 
 def write_adapter_files(base: BaseModel, folder: Path) -> None:
-    """Write them, unless the folder has a configuration with its own weights."""
+    """Write them, unless the folder has a configuration with its own weights.
+
+    Where the base has no name, those of another one are deleted.
+    """
     path = folder / CONFIG_NAME
-    if not path.exists() or is_adapter(read_bytes(path, MOST_JSON_BYTES)):
-        for name, content in adapter_files(base).items():
-            write_atomically(folder / name, content)
+    if path.exists() and not is_adapter(read_bytes(path, MOST_JSON_BYTES)):
+        return
+    files = adapter_files(base)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    if path.exists() and not files:
+        path.unlink()
 
 
 def is_adapter(config: bytes) -> bool:

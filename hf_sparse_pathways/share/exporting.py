@@ -9,8 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.tokenization_auto import AutoTokenizer
-
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import PathwaysError, option
 from hf_sparse_pathways.files import as_json, write_atomically
@@ -18,6 +16,7 @@ from hf_sparse_pathways.modeling.baking import Form, bake, check_bias, without_b
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.model import SparsePathwaysModel
 from hf_sparse_pathways.modeling.reselection import reselect
+from hf_sparse_pathways.modeling.tokenizing import load_tokenizer
 from hf_sparse_pathways.outputs import check_output, written_whole
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.share.card import CARD_NAME
@@ -69,7 +68,7 @@ def export(  # noqa: PLR0913
         model: A model with pathways, or the folder or Hub id of one.
         domain: Which of its domains.
         output: The folder to write.
-        tokenizer: Written beside the weights; by default the folder's.
+        tokenizer: Written beside the weights; by default the folder's, or the base's.
         profile: Of the dense model, with that domain, to select from.
         multiple_of: Widths are rounded up to multiples of this.
         bias: ``"keep"``, or ``"drop"`` to leave out a pathway's bias, for which not every
@@ -92,7 +91,7 @@ def export(  # noqa: PLR0913
     pushed = Push(**push)
     if isinstance(model, (str, PathLike)):
         license = license or find_license(Path(model))
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        tokenizer = tokenizer or load_tokenizer(model)
         model = SparsePathwaysForCausalLM.from_pretrained(model, dtype="auto")
     sparse = _chosen(model, domain, profile, multiple_of)
     bare = without_bias(sparse.pathways) if bias == "drop" else sparse.pathways

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.files import read_json
-from hf_sparse_pathways.limits import MOST_TEXT_BYTES
+from hf_sparse_pathways.limits import MOST_JSON_BYTES, MOST_TEXT_BYTES
 from hf_sparse_pathways.pathways.apart import PARENT, list_apart
 from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
@@ -135,6 +135,7 @@ def _push(
         with hub_errors():
             repo_id, present = _open_repo(repo_id, push)
             written: dict[str, bytes] = {}
+            others = _without_adapter_config(others, repo_id, present, push)
             if CONFIG_NAME not in others and _may_write_config(repo_id, present, push):
                 written |= adapter_files(pathways.base)
             if _may_write_card(repo_id, present, others, push):
@@ -149,6 +150,18 @@ def _push(
             operations = [CommitOperationAdd(path, file) for path, file in files.items()]
             title = "Upload model and pathways" if others else "Upload pathways"
             return push.commit(repo_id, title, [*operations, *map(CommitOperationDelete, gone)])
+
+
+def _without_adapter_config(
+    others: Mapping[str, Path], repo_id: str, present: list[str], push: Push
+) -> Mapping[str, Path]:
+    """Leave out a configuration that stands for a base's where the repository has weights' own."""
+    own = others.get(CONFIG_NAME)
+    if own is None or not is_adapter(read_bytes(own, MOST_JSON_BYTES)):
+        return others
+    if _may_write_config(repo_id, present, push):
+        return others
+    return {path: file for path, file in others.items() if path != CONFIG_NAME}
 
 
 def _may_write_config(repo_id: str, present: list[str], push: Push) -> bool:

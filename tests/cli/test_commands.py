@@ -305,3 +305,10 @@ def test_a_profile_without_gram_matrices_is_built_from_with_a_word_said_once(
     assert caplog.text.count("neurons are chosen by 'wanda' instead") == 1
     for part in ("grams=True (--grams)", "method='wanda' (--method wanda)", "'obs'"):
         assert part in caplog.text
+
+
+def test_pathways_alone_are_enough_for_the_commands(places, tmp_path):
+    sp.Pathways.from_pretrained(places.built).save_pretrained(tmp_path / "alone")
+    options = ("--domain", "code", "--prompt", "the court", "--max-new-tokens", 3)
+    found = run_well("generate", tmp_path / "alone", *options)
+    assert found == run_well("generate", places.built, *options)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import peft
 import pytest
 import torch
+from transformers import AutoModel
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, UnsupportedModelError
@@ -179,6 +180,21 @@ def test_they_follow_their_domains_into_other_pathways(tmp_path):
     assert case.model.domains == ["v1.5", "law", "code"]
     for domain in DOMAINS:
         assert case.close(domain, domain=domain), domain
+
+
+def test_a_model_without_a_head_takes_an_adapter_of_such_a_model(tmp_path):
+    case = Case(tmp_path)
+    case.model.save_pretrained(tmp_path / "whole")
+    options = {"task_type": "FEATURE_EXTRACTION"}
+    merged = _train(build("llama").model, tmp_path / "headless", ["q_proj"], **options)
+    model = AutoModel.from_pretrained(tmp_path / "whole")
+    model.attach_adapters({"law": tmp_path / "headless"})
+    full = build("llama")
+    full.model = merged
+    expected = repaired(full, case.paths["law"]).model(IDS).last_hidden_state
+    found = model(IDS, domain="law").last_hidden_state
+    assert torch.allclose(found, expected, atol=2e-4)
+    assert not torch.allclose(model(IDS, domain=None).last_hidden_state, expected, atol=2e-4)
 
 
 REFUSED = {

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.modeling.tokenizing import load_tokenizer
 from hf_sparse_pathways.pathways.entry import BASE, MODULE_NAME
+from hf_sparse_pathways.share.pushing import push_folder
 from tests.architectures import build, prompt, random_masks
+from tests.texts import tiny_tokenizer
 
 IDS = prompt()
 
@@ -144,6 +148,22 @@ def test_weights_are_never_hidden_by_a_configuration_of_pathways(folders, tmp_pa
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_pathways_of_a_base_without_a_name_name_no_other_one(folders, tmp_path):
+    named = sp.Pathways.from_pretrained(folders / "alone")
+    named.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    replace(named, base=replace(named.base, name="")).save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_tokenizer_is_the_base_s_unless_there_is_one(folders, tmp_path):
+    _copy_with_base(folders, tmp_path, {"name": str(folders / "base")})
+    for kind, place in (("words", folders / "base"), ("characters", tmp_path)):
+        tokenizer = tiny_tokenizer(kind)
+        tokenizer.save_pretrained(place)
+        assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize(
     "of", [None, "base", {}, {"name": ""}, {"name": 3}, {"name": "x", "revision": 3}]
 )
@@ -199,3 +219,15 @@ def test_pathways_beside_weights_keep_the_weights_configuration(folders):
     again = AutoModelForCausalLM.from_pretrained("me/whole")
     assert again.config.name_or_path == "me/whole"
     assert torch.equal(again(IDS, domain="law").logits, whole(IDS, domain="law").logits)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_folder_of_pathways_leaves_a_repository_its_weights(folders):
+    for first, second in (("whole", "alone"), ("alone", "whole")):
+        repo = f"me/{first}-first"
+        push_folder(folders / first, repo)
+        push_folder(folders / second, repo)
+        assert AutoModelForCausalLM.from_pretrained(repo).config.name_or_path == repo
+    push_folder(folders / "alone", "me/alone")
+    found = AutoModelForCausalLM.from_pretrained("me/alone")
+    assert found.config.name_or_path == str(folders / "base")

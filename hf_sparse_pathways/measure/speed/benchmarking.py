@@ -76,7 +76,7 @@ def benchmark(
     switches = session.time_switches(pathways.domains)
     sizes = (p.numel() * p.element_size() for p in dense.parameters())
     return BenchmarkReport(
-        base=pathways.base.name,
+        base=_name_base(model),
         dtype=str(dense.dtype).removeprefix("torch."),
         device=str(dense.device),
         threads=torch.get_num_threads(),
@@ -163,6 +163,12 @@ def _plain(model: Any) -> Any:
     return (model.to_dense() if sparse else copy_structure(model, {})).eval()
 
 
+def _name_base(model: Any) -> str:
+    """Return the name of the dense model, which may not be where it was loaded from."""
+    sparse = isinstance(model, SparsePathwaysModel)
+    return (model.pathways.base if sparse else BaseModel.of(model)).name
+
+
 def _choose(
     model: Any, domains: Sequence[str], sparsities: Sequence[float]
 ) -> tuple[Pathways, list[str]]:
@@ -171,8 +177,8 @@ def _choose(
     Beside a single one a second is made ready if there is one, to switch to.
     """
     saved = Pathways(base=BaseModel.of(model), by_domain={})
-    if isinstance(model, SparsePathwaysModel):
-        saved = replace(model.pathways, controls={})
+    if isinstance(model, SparsePathwaysModel):  # its own fit it, whatever it was loaded from
+        saved = replace(saved, by_domain=model.pathways.by_domain)
     timed = saved.subset(domains or saved.domains[:1])
     drawn = {f"random {value:g}": random_pathway(saved.base, value) for value in sparsities}
     names = [*timed.domains, *drawn]

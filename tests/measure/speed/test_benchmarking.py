@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
@@ -186,3 +187,16 @@ def test_measuring_where_the_time_goes_counts_against_a_workloads_share(still, m
     timing = session.time(Workload(kind="prefill", tokens=9), 27.0)
     assert len(timing.rates["dense"]) == 10
     assert still.time == 27.0
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_was_pushed_is_timed_under_the_name_of_its_base(caplog):
+    build("llama").push_to_hub("me/base")
+    dense = AutoModelForCausalLM.from_pretrained("me/base")
+    pathways = sp.Pathways.from_masks(dense, random_masks(dense))
+    sp.SparsePathwaysForCausalLM.from_dense(dense, pathways).push_to_hub("me/full")
+    model = AutoModelForCausalLM.from_pretrained("me/full")
+    caplog.clear()
+    report = sp.benchmark(model, executors=["masked"], **SMALL)
+    assert report.base == "me/base"
+    assert not [message for message in caplog.messages if "Made for" in message]
