@@ -23,7 +23,7 @@ from hf_sparse_pathways.discovery.documents import (
     cut_sections,
     distinct_documents,
 )
-from hf_sparse_pathways.discovery.hub_datasets import PREFIX, Address, describe_dataset
+from hf_sparse_pathways.discovery.hub_datasets import SCHEME, Address, describe_dataset
 from hf_sparse_pathways.discovery.streams import LEAST_DOCUMENTS, read_as_needed
 from hf_sparse_pathways.errors import TextError
 
@@ -69,7 +69,7 @@ def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = No
     """
     if isinstance(source, Documents):
         return source
-    if isinstance(source, str) and source.startswith(PREFIX):
+    if isinstance(source, str) and source.startswith(SCHEME):
         return _read_address(Address.parse(source), seed, tokens)
     files = _matching_files(source)
     if files is not None:
