@@ -4,7 +4,10 @@ import re
 
 from hf_sparse_pathways.errors import PathwaysError
 
-_TOKEN = re.compile(r"(Bearer\s+|\bhf_)(?!\*)[^\s'\"]+")
+_TOKEN = re.compile(
+    r"(Bearer\s+(?!\*)|\bhf_(?:oauth_|jwt_)?(?=[A-Za-z0-9]{20}))[^\s'\"]+", re.ASCII
+)
+"""A token has 34 letters and digits in a row; this package, and folders, begin with hf_, too."""
 
 
 def check_token(token: object) -> None:

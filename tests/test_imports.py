@@ -253,7 +253,7 @@ def _run(code):
         [sys.executable, "-W", "error::DeprecationWarning:hf_sparse_pathways", "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
         cwd=ROOT.parent,
     )

@@ -13,7 +13,7 @@ from hf_sparse_pathways.tokens import check_token, hide_tokens
 from hf_sparse_pathways.transport import hub_errors
 from tests.architectures import build, compensate, random_masks
 
-SECRET = "sEcReT1234"
+SECRET = "sEcReT" * 5 + "1234"
 REPO = "me/x"
 UNSENDABLE = [f"hf_{SECRET}\n", f"hf_{SECRET} ", f"hf_\n{SECRET}", f"hf_{SECRET}é", f"\0{SECRET}"]
 
@@ -74,5 +74,18 @@ def test_a_token_that_can_be_sent_is_taken(token):
 
 
 def test_ordinary_text_stays():
-    for text in ("No pathways.json in 'me/hfx': 404", "the bearer of this", "half_done"):
+    for text in (
+        "No pathways.json in 'me/hfx': 404",
+        "the bearer of this",
+        "half_done",
+        "as in hf_sparse_pathways/ffn/layouts.py; quantised ones do not fit",
+        "There is no folder '/home/me/hf_models/llama'. Check the path.",
+        "kept in /data/hf_home/sparse_pathways/unfinished/0123456789abcdef",
+    ):
         assert hide_tokens(text) == text
+
+
+@pytest.mark.parametrize("kind", ["", "oauth_", "jwt_"])
+def test_of_a_token_the_beginning_stays(kind):
+    hidden = hide_tokens(f"of 'hf_{kind}{SECRET}.{SECRET}' once")
+    assert hidden == f"of 'hf_{kind}***' once" == hide_tokens(hidden)

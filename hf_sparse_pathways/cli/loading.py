@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,14 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
 
     place = Path(constants.HF_HOME, "sparse_pathways", "unfinished")
     for other in place.glob("*"):
-        if time.time() - other.stat().st_mtime > UNFINISHED_DAYS * 86400:
-            shutil.rmtree(other, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process deletes, too
+            if time.time() - other.stat().st_mtime > UNFINISHED_DAYS * 86400:
+                shutil.rmtree(other, ignore_errors=True)
     folder = place / hashlib.sha256(repr(job).encode()).hexdigest()[:16]
     try:
         yield folder
     except BaseException as error:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = _size(folder)
         if size:
             error.add_note(
                 f"Unfinished work ({format_memory(size)}) is kept in {folder} for "
@@ -93,3 +94,13 @@ def unfinished_work(*job: Any) -> Iterator[Path]:
             )
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of a folder's files; another process may delete some meanwhile."""
+    size = 0
+    with suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size if path.is_file() else 0
+    return size

@@ -15,7 +15,8 @@ from huggingface_hub import HfApi
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.transport import hub_errors
 
-PREFIX = "hf://datasets/"
+SCHEME = "hf://"
+PREFIX = f"{SCHEME}datasets/"
 
 _ADDRESS = re.compile(
     rf"{PREFIX}(?P<id>[^/@:]+(/[^/@:]+)?)(/(?P<config>[^/@:]+))?(@(?P<revision>[^@:]+))?"

@@ -23,8 +23,8 @@ from hf_sparse_pathways.discovery.documents import (
     cut_sections,
     distinct_documents,
 )
-from hf_sparse_pathways.discovery.hub_datasets import PREFIX, Address, describe_dataset
-from hf_sparse_pathways.discovery.streams import read_as_needed
+from hf_sparse_pathways.discovery.hub_datasets import SCHEME, Address, describe_dataset
+from hf_sparse_pathways.discovery.streams import LEAST_DOCUMENTS, read_as_needed
 from hf_sparse_pathways.errors import TextError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def read_documents(source: TextSource, *, seed: int = 0, tokens: int | None = No
     """
     if isinstance(source, Documents):
         return source
-    if isinstance(source, str) and source.startswith(PREFIX):
+    if isinstance(source, str) and source.startswith(SCHEME):
         return _read_address(Address.parse(source), seed, tokens)
     files = _matching_files(source)
     if files is not None:
@@ -97,12 +97,13 @@ def _read_items(
     streamed = not hasattr(items, "__len__")
     if streamed:
         documents = read_as_needed(documents, described, tokens=tokens, most=MAX_CHARACTERS)
+    read = tuple(documents)
     return _gathered(
         Documents(
-            items=tuple(documents),
+            items=read,
             source=described,
             datasets=(dataset,) if dataset else (),
-            streamed=streamed,
+            streamed=streamed and len(read) >= LEAST_DOCUMENTS,  # fewer are read each time
         )
     )
 

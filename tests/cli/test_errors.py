@@ -339,7 +339,7 @@ def test_the_real_program_fails_in_one_line(places):
         [*program, "info", str(places.dense)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 1

@@ -1,8 +1,12 @@
 """Commands under a launcher, as far as one process can tell; tests/launched has several."""
 
+from pathlib import Path
+
 import pytest
+from huggingface_hub import constants
 
 from hf_sparse_pathways.cli.launch import count_processes, join_launch
+from hf_sparse_pathways.cli.loading import unfinished_work
 from tests.cli.commands import assert_error, run, run_well
 
 
@@ -47,3 +51,37 @@ def test_one_process_instead_of_several_is_told(monkeypatch, caplog):
 
 def test_an_error_without_a_launcher_names_no_process():
     assert_error(run("info", "no such folder"), "no such folder")
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    folder = tmp_path / "sparse_pathways" / "unfinished"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_what_another_process_has_just_deleted_is_no_error(unfinished):
+    (unfinished / "seen and gone").symlink_to(unfinished / "nothing")
+    with unfinished_work("job") as work:
+        assert work.parent == unfinished
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_what_another_process_deletes_while_this_one_leaves_is_no_error(monkeypatch):
+    is_file = Path.is_file
+
+    def delete(path):
+        found = is_file(path)
+        path.unlink(missing_ok=True)
+        return found
+
+    def leave():
+        with unfinished_work("job") as work:
+            work.mkdir()
+            (work / "sums").write_bytes(b"0")
+            monkeypatch.setattr(Path, "is_file", delete)
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        leave()

@@ -68,6 +68,12 @@ def test_addresses(text, known):
         assert Address.parse(str(address)) == address
 
 
+@pytest.mark.parametrize("text", ["hf://me/law", "hf://dataset/me/law:train"])
+def test_an_address_of_something_else_is_no_text(text):
+    with pytest.raises(TextError, match="is no address of a dataset"):
+        read_documents(text)
+
+
 def test_an_address_is_streamed_at_a_commit(asked):
     read = read_documents(WHOLE, tokens=10)
     options = {"split": "test", "revision": COMMIT, "streaming": True}

@@ -73,7 +73,16 @@ def test_more_of_a_stream_leaves_every_document_on_its_side():
 
 def test_a_side_of_a_stream_that_is_empty_is_told():
     with pytest.raises(TextError, match="one side is empty"):
-        read_documents(iter(["one text", "another text"])).split(0.001)
+        read_documents(Endless(), tokens=1).split(1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, None])
+def test_few_documents_are_split_as_a_list_of_them(tokens):
+    few = [f"document number {number}" for number in range(6)]
+    split, expected = (
+        read_documents(source, tokens=tokens).split(0.01) for source in (iter(few), few)
+    )
+    assert [*map(_digests, split)] == [*map(_digests, expected)]
 
 
 SOURCES = {

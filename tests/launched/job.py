@@ -9,7 +9,6 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
 
 from accelerate import PartialState
 
@@ -24,17 +23,15 @@ CHECKS = {
 
 
 def run(folder):
-    state = PartialState(cpu=True, timeout=timedelta(seconds=60))
+    state = PartialState(cpu=True, timeout=timedelta(minutes=5))
     results = {}
     for name, check in CHECKS.items():
         state.wait_for_everyone()
-        began = monotonic()
         try:
             check(state, folder / name)
             results[name] = "ok"
         except Exception:  # noqa: BLE001
             results[name] = traceback.format_exc()
-        print(f"{name}: {monotonic() - began:.1f} s", flush=True)  # noqa: T201
     (folder / f"{state.process_index}.json").write_text(json.dumps(results))
 
 

@@ -10,23 +10,28 @@ ROOT = Path(__file__).parents[2]
 
 
 def _launch(launcher, *arguments):
-    """Run a launcher of two processes, each with one thread; return what it did."""
+    """Run a launcher of two processes, each with one thread; return its status and errors."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *launcher, *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
         cwd=ROOT,
         env=environment,
-    )
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=900)
+        except BaseException:
+            process.terminate()  # it ends its processes then, which a killed one would leave behind
+            raise
+    return process.returncode, errors
 
 
 def test_two_processes_get_what_one_gets(tmp_path):
     launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-    ran = _launch(launcher, "-m", "tests.launched.job", tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    status, errors = _launch(launcher, "-m", "tests.launched.job", tmp_path)
+    assert status == 0, errors
     for process in range(2):
         results = json.loads((tmp_path / f"{process}.json").read_text())
         failed = [result for result in results.values() if result != "ok"]
@@ -36,6 +41,6 @@ def test_two_processes_get_what_one_gets(tmp_path):
 
 def test_a_process_that_fails_ends_the_launch():
     launcher = ("torch.distributed.run", "--nproc-per-node", "2")
-    ran = _launch(launcher, "-m", "tests.launched.leaving")
-    assert ran.returncode != 0
-    assert "exitcode  : 3" in ran.stderr
+    status, errors = _launch(launcher, "-m", "tests.launched.leaving")
+    assert status != 0
+    assert "exitcode  : 3" in errors
