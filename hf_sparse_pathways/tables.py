@@ -4,6 +4,7 @@ Names of models and domains, text sources and methods are anybody's words: they 
 stay text whatever is in them. Markdown is not used here, since readers of it let HTML through.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,12 +45,12 @@ class Table:
         ).format(title=self.title, note=note, head=head, body=body)
 
 
-class ShownAsTables:
+class ShownAsTables(ABC):
     """What a notebook shows as tables."""
 
+    @abstractmethod
     def sections(self) -> Iterable[Table]:
         """Return the tables."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         """Render the tables, as a notebook asks for it."""

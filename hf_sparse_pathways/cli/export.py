@@ -49,15 +49,11 @@ def run(  # noqa: PLR0913
     max_memory: opt.MaxMemory = MAX_MEMORY,
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",
-    license: Annotated[
-        str | None, typer.Option(help="For the card: of the weights, as the Hub calls it.")
-    ] = None,
+    license: opt.License = None,
     push: Annotated[
         str | None, typer.Option(metavar="REPO", help="Push it to this Hub repository, too.")
     ] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository made now.")
-    ] = None,
+    private: opt.Private = None,
     revision: opt.Revision = None,
     create_pr: opt.CreatePr = False,
     message: opt.Message = None,

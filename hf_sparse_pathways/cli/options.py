@@ -53,6 +53,12 @@ Dtype = Annotated[
 Plots = Annotated[bool, typer.Option(help="Draw pictures beside the JSON and Markdown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, such as me/model.")]
+License = Annotated[
+    str | None, typer.Option(help="For the card: of the weights, as the Hub calls it.")
+]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Of a repository made now.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch to push to. [main]")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
 Message = Annotated[str | None, typer.Option(help="Title of the commit.")]

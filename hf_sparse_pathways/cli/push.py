@@ -25,12 +25,8 @@ def run(  # noqa: PLR0913
         Path | None,
         typer.Option(metavar="FILE", help="For the card: report.json of `evaluate --report`."),
     ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="For the card: of the weights, as the Hub calls it.")
-    ] = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository made now.")
-    ] = None,
+    license: opt.License = None,
+    private: opt.Private = None,
     revision: opt.Revision = None,
     create_pr: opt.CreatePr = False,
     message: opt.Message = None,
