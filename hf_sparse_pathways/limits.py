@@ -38,3 +38,6 @@ MOST_NAME = 256
 
 MOST_PATH = 4096
 """Characters of a model's name, which may be the path of a folder."""
+
+MOST_CLUSTERS = 1024
+"""Clusters of an FFN block's tokens, each with kept neurons of its own."""

@@ -139,16 +139,18 @@ class _Plan:
         return candidates[best], best
 
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
-        rank = self.evidence.recipe.repair.bypass_rank
+        rank, clusters = self.evidence.recipe.repair.bypass_rank, self.evidence.recipe.clusters
         shapes = [self.evidence.profile.base.blocks[index] for index in blocks]
-        overhead = tuple(shape.bypass_width(rank) for shape in shapes)
+        overhead = tuple(
+            shape.bypass_width(rank) + shape.router_width(clusters) for shape in shapes
+        )
         for shape, neurons in zip(shapes, overhead, strict=True):
             if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1 + 1e-6:
+                what = f"A bypass of rank {rank}" if rank else f"Routing to {clusters} clusters"
                 raise PathwaysError(
-                    f"A bypass of rank {rank} costs as much as {neurons:.1f} neurons of "
-                    f"{shape.name}; at sparsity {sparsity:.3g} only "
-                    f"{(1.0 - sparsity) * shape.d_ff:.1f} are left. Choose a smaller rank or "
-                    "sparsity."
+                    f"{what} costs as much as {neurons:.1f} neurons of {shape.name}; at sparsity "
+                    f"{sparsity:.3g} only {(1.0 - sparsity) * shape.d_ff:.1f} are left. Choose "
+                    "less of it, or a smaller sparsity."
                 )
         return Budget(
             kept=1.0 - sparsity, multiple=self.evidence.recipe.multiple, overhead=overhead

@@ -1,5 +1,7 @@
 """One FFN block on the pruned stream: what it sees before it is pruned, and what that changes."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -8,10 +10,18 @@ from torch import Tensor, nn
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.grams import GramAccumulator
 from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
-from hf_sparse_pathways.ffn.state import needed_input
+
+
+def make_change(block: FfnBlock, pathway: Kept) -> "Change | ClusteredChange":
+    """Return what replacing a dense FFN by its pathway adds to its output."""
+    if isinstance(pathway, ClusteredBlock):
+        return ClusteredChange(block, pathway)
+    return Change(block, pathway)
 
 
 class Change:
@@ -36,17 +46,33 @@ class Change:
         return change if self.bias is None else change + self.bias
 
 
+class ClusteredChange:
+    """The same where each token has one of several experts."""
+
+    def __init__(self, block: FfnBlock, pathway: ClusteredBlock) -> None:
+        self.block, self.pathway = block, pathway
+
+    def of(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
+        """Return the change, from what the FFN saw, flattened."""
+        x = needed_input(block_input)
+        clusters = self.pathway.router.to(x.device)(x)
+        change = x.new_zeros(len(x), self.block.d_out, dtype=torch.float32)
+        for number in torch.unique(clusters).tolist():
+            own = (clusters == number).nonzero().flatten()
+            expert = Change(self.block, self.pathway.experts[number])
+            change[own] = expert.of(activation[own], x[own]).float()
+        return change
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
 
 
-class Probe:
-    """Sees one block's input and activation, and adds up its second moments."""
+class Observer:
+    """Sees one block's activation, and its input if wanted."""
 
-    def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
-        self.block, self.spaces = block, spaces
-        width = block.d_in if inputs else 0
-        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
+    def __init__(self, block: FfnBlock, *, inputs: bool) -> None:
+        self.block = block
         self._inputs = inputs
         self._activation = torch.empty(0)
         self._input: Tensor | None = None
@@ -70,11 +96,35 @@ class Probe:
             handles.append(self.block.incoming[0].register_forward_pre_hook(see_input))
         return handles
 
+    def seen_at(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the last batch's activation and input of some tokens."""
+        block_input = None if self._input is None else self._input.index_select(0, rows)
+        return self._activation.index_select(0, rows), block_input
+
+
+@contextmanager
+def attached(observers: Sequence[Observer]) -> Iterator[None]:
+    """Within the block, observers see what their blocks compute."""
+    with ExitStack() as stack:
+        for observer in observers:
+            for handle in observer.attach():
+                stack.callback(handle.remove)
+        yield
+
+
+class Probe(Observer):
+    """Adds up one block's second moments."""
+
+    def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
+        super().__init__(block, inputs=inputs)
+        self.spaces = spaces
+        width = block.d_in if inputs else 0
+        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
+
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""
         space = self.spaces.gram(len(self.accumulator.upper), rows.device)
-        activation = self._activation.index_select(0, rows)
-        block_input = None if self._input is None else self._input.index_select(0, rows)
+        activation, block_input = self.seen_at(rows)
         self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
 
     def task(self) -> BlockTask:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_sparse_pathways.discovery.allocation import resolve_allocation
+from hf_sparse_pathways.discovery.clustering import check_clusters
 from hf_sparse_pathways.discovery.passes import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named
 
 OBS = "obs"
 MEASURED = ("auto", "sensitivity")
@@ -41,6 +42,7 @@ class Recipe:
         multiple: Widths are multiples of this.
         precision: Of the model's products while it runs over calibration text.
         seed: Of everything that is drawn.
+        clusters: Of each block's tokens, with neurons of their own; 1 for none.
     """
 
     method: str
@@ -53,6 +55,7 @@ class Recipe:
     multiple: int
     precision: str
     seed: int
+    clusters: int = 1
 
     def described(self) -> dict[str, Any]:
         """Return the recipe as JSON values, for the artefact."""
@@ -66,6 +69,7 @@ class Recipe:
             "multiple": self.multiple,
             "precision": self.precision,
             "seed": self.seed,
+            **({"clusters": self.clusters} if self.clusters > 1 else {}),
         }
 
 
@@ -79,6 +83,7 @@ def make_recipe(  # noqa: PLR0913
     multiple: int = 1,
     precision: str = "model",
     seed: int = 0,
+    clusters: int = 1,
 ) -> Recipe:
     """Return a recipe, with the method's defaults for what is not given.
 
@@ -103,6 +108,7 @@ def make_recipe(  # noqa: PLR0913
     if isinstance(ridge, str) and ridge != "auto":
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
+    _check_clusters(clusters, name, order)
     if order == "auto" and name != OBS:
         order = "one-shot"
     return Recipe(
@@ -116,7 +122,18 @@ def make_recipe(  # noqa: PLR0913
         multiple=multiple,
         precision=precision,
         seed=seed,
+        clusters=clusters,
     )
+
+
+def _check_clusters(clusters: int, method: str, order: str) -> None:
+    """Check that there can be clusters in a recipe."""
+    check_clusters(clusters)
+    if clusters > 1 and (method != OBS or order == "one-shot"):
+        raise PathwaysError(
+            f"Clusters of tokens get neurons by {named('method', OBS)}, block after block: leave "
+            f"out {named('method', method)} and {named('order', order)}, or the clusters."
+        )
 
 
 def resolve_method(method: str | ScoreFunction) -> tuple[str, ScoreFunction | None]:

@@ -22,19 +22,33 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_sparse_pathways.discovery.clustering import (
+    SAMPLE,
+    ClusteredTask,
+    Clustering,
+    ClusterProbe,
+)
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.layerwise import LayerRunner
 from hf_sparse_pathways.discovery.passes import evaluation_mode
-from hf_sparse_pathways.discovery.probes import Change, Probe
+from hf_sparse_pathways.discovery.probes import (
+    Change,
+    ClusteredChange,
+    Observer,
+    Probe,
+    attached,
+    make_change,
+)
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
+from hf_sparse_pathways.ffn.clusters import Kept
 
-PruneBlock = Callable[[int, BlockTask], BlockPathway]
+PruneBlock = Callable[[int, BlockTask | ClusteredTask], Kept]
 """From a block's number and its task to its pathway."""
 
 _PROBE = 0.1
@@ -59,6 +73,7 @@ class Arm:
         batches: Its calibration text; arms that hold the same batch share its dense pass.
         prune: Chooses and repairs each block.
         inputs: Whether a bypass needs the blocks' inputs.
+        clustering: How each block's tokens are clustered; None where all have the same neurons.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -66,12 +81,11 @@ class Arm:
     batches: Sequence[Batch]
     prune: PruneBlock
     inputs: bool = True
-    blocks: list[BlockPathway] = field(default_factory=list)
+    clustering: Clustering | None = None
+    blocks: list[Kept] = field(default_factory=list)
 
 
-def prune_sequentially(
-    model: nn.Module, arms: Sequence[Arm]
-) -> Mapping[str, tuple[BlockPathway, ...]]:
+def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tuple[Kept, ...]]:
     """Make several pathways at once, layer by layer.
 
     Args:
@@ -160,7 +174,7 @@ class _Layer:
     def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
-        probes = [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
+        probes = self._make_probes(streams, position, arm)
         shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
         kept: dict[int, _Seen] = {}
         if probes:
@@ -175,7 +189,7 @@ class _Layer:
         pathways = [arm.prune(number, probe.task()) for (number, _), probe in tasks]
         arm.blocks.extend(pathways)
         if shortcut:
-            change = Change(self.blocks[0][1], pathways[0])
+            change = make_change(self.blocks[0][1], pathways[0])
             for number in numbers:
                 batch, seen = streams.batches[number], kept.pop(number)
                 stream[number] = self._moved(batch, stream[number], seen, change)
@@ -185,8 +199,40 @@ class _Layer:
                 hidden = stream[number]
                 stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
 
+    def _make_probes(
+        self, streams: _Streams, position: int, arm: Arm
+    ) -> list[Probe | ClusterProbe]:
+        """Return what will see the blocks; where tokens are clustered, by clusters found now."""
+        if arm.clustering is None:
+            return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
+        observers = [Observer(block, inputs=True) for _, block in self.blocks]
+        inputs: list[list[Tensor]] = [[] for _ in observers]
+        numbers = streams.chosen[position]
+        for number in numbers[:: max(1, len(numbers) // self._sample(streams, numbers))]:
+            batch = streams.batches[number]
+            with attached(observers):
+                self.runner.run(self.index, batch, streams.pruned[position][number])
+            rows = batch.mask.flatten().nonzero().flatten()
+            for observer, seen in zip(observers, inputs, strict=True):
+                seen.append(needed_input(observer.seen_at(rows)[1]).float())
+        routers = [arm.clustering.fit(torch.cat(seen)) for seen in inputs]
+        return [
+            ClusterProbe(block, self.spaces, router, inputs=arm.inputs)
+            for (_, block), router in zip(self.blocks, routers, strict=True)
+        ]
+
+    @staticmethod
+    def _sample(streams: _Streams, numbers: Sequence[int]) -> int:
+        """Return how many batches hold the tokens on which clusters are found."""
+        tokens = sum(int(streams.batches[number].mask.sum()) for number in numbers)
+        return max(1, -(-SAMPLE * len(numbers) // tokens))
+
     def _moved(
-        self, batch: Batch, hidden: Tensor | None, seen: "_Seen", change: "Change"
+        self,
+        batch: Batch,
+        hidden: Tensor | None,
+        seen: "_Seen",
+        change: "Change | ClusteredChange",
     ) -> Tensor:
         """Return the hidden states behind the layer with its FFN pruned."""
         added = change.of(seen.activation, seen.block_input)
@@ -198,7 +244,7 @@ class _Layer:
         output = dense + added.view_as(dense).to(dense.dtype)
         return self.runner.replay(self.index, batch, hidden, seen.tape, output)
 
-    def _can_shortcut(self, probes: Sequence["Probe"], batches: Sequence[Batch]) -> bool:
+    def _can_shortcut(self, probes: Sequence[Observer], batches: Sequence[Batch]) -> bool:
         """Whether the layer's new result follows from its old one without running all of it again.
 
         So it does where one FFN's output is added as it is, or the rest can be played from a tape,
@@ -211,7 +257,11 @@ class _Layer:
         return tokens * seen <= MOST_KEPT
 
     def _collect(
-        self, batch: Batch, hidden: Tensor | None, dense: Tensor, probes: list["Probe"]
+        self,
+        batch: Batch,
+        hidden: Tensor | None,
+        dense: Tensor,
+        probes: list[Probe | ClusterProbe],
     ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
 
@@ -219,10 +269,7 @@ class _Layer:
             The hidden states behind the layer with its own FFN dense, and the layer's tape if it
             is needed for another output.
         """
-        with ExitStack() as stack:
-            for probe in probes:
-                for handle in probe.attach():
-                    stack.callback(handle.remove)
+        with attached(probes):
             if self.tape_bytes is not None:
                 behind, tape = self.runner.record(self.index, batch, hidden, self._leaf)
             else:

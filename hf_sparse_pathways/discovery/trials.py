@@ -12,13 +12,13 @@ from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device
 from hf_sparse_pathways.discovery.predictions import chunks
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.choices import ModelKey, all_dense, push_choice, remove_choice
+from hf_sparse_pathways.ffn.clusters import Kept
 
 
 @contextmanager
-def computing(blocks: Sequence[FfnBlock], pathways: Sequence[BlockPathway]) -> Iterator[None]:
+def computing(blocks: Sequence[FfnBlock], pathways: Sequence[Kept]) -> Iterator[None]:
     """Within the block, FFN blocks of a dense model compute pathways; then they are as before."""
     key = ModelKey()
     attached: list[AttachedBlock] = []
@@ -39,7 +39,7 @@ def computing(blocks: Sequence[FfnBlock], pathways: Sequence[BlockPathway]) -> I
 def mean_loss(
     model: nn.Module,
     windows: Sequence[Window],
-    pathways: Sequence[BlockPathway] | None,
+    pathways: Sequence[Kept] | None,
     blocks: Sequence[FfnBlock],
     *,
     batch_size: int = 8,

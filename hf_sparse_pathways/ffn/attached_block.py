@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.additions import needed_route
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.choices import ModelKey, find_choice
 from hf_sparse_pathways.ffn.leaves import (
@@ -139,7 +140,10 @@ class _MaskInput:
         choice = find_choice(self.state.key)
         if choice is None or choice.pathway is None:
             return None
-        return (self.state.mask(args[0], choice.pathway), *args[1:])
+        member = choice.pathway
+        if self.state.clustered:
+            _, member = needed_route(choice.routes.get(id(self.state)))
+        return (self.state.mask(args[0], member), *args[1:])
 
 
 def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
 from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
@@ -45,6 +45,7 @@ class Attachment:
         self.copies = ModelCopies(model, self.key)
         self._execution: tuple[Any, Execution] | None = None
         self._mixtures: dict[Any, Mixture] = {}
+        self._clustered: frozenset[int] = frozenset()  # pathways with clusters of tokens
 
     @property
     def blocks(self) -> tuple[AttachedBlock, ...]:
@@ -56,7 +57,7 @@ class Attachment:
         """Which pathways have copies of their kept weights."""
         return self.copies.residents
 
-    def load(self, pathways: Sequence[Sequence[BlockPathway]]) -> None:
+    def load(self, pathways: Sequence[Sequence[Kept]]) -> None:
         """Replace the pathways, in place; each has one entry per block.
 
         Raises:
@@ -67,6 +68,11 @@ class Attachment:
                 attached.block.check_leaves(part)
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
+        self._clustered = frozenset(
+            index
+            for index, blocks in enumerate(pathways)
+            if any(isinstance(block, ClusteredBlock) for block in blocks)
+        )
         self.reset()
 
     # -- executors --------------------------------------------------------------------------
@@ -135,6 +141,8 @@ class Attachment:
         if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.blocks:
             return choice
         executor = self.execution(name).executor
+        if plain and pathway in self._clustered:  # where tokens go is not known while tracing
+            return choice
         if executor != "masked" and self._pin(pathway):
             choice.held = pathway
             try:
@@ -172,6 +180,8 @@ class Attachment:
             if len(self._mixtures) >= _MOST_MIXTURES:
                 self._mixtures.clear()
             mixture = self._mixtures[rows] = Mixture.of(pathway)
+        if not self._clustered.isdisjoint(mixture.key):  # each token would need its own columns
+            return None
         return mixture if self._pin(mixture.key) else None
 
     def _pin_rest(self, executor: str) -> bool:

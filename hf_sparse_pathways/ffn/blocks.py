@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.clusters import Kept
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 from hf_sparse_pathways.ffn.sharding import is_sharded
 
@@ -58,7 +58,7 @@ class FfnBlock:
         """The incoming leaves and the outgoing one."""
         return (*self.incoming, self.outgoing)
 
-    def check_leaves(self, part: BlockPathway) -> None:
+    def check_leaves(self, part: Kept) -> None:
         """Check that what a pathway changes of the incoming leaves fits them.
 
         Raises:

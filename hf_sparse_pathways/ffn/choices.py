@@ -39,6 +39,7 @@ class Choice:
         below: The choice made before.
         ended: Whether it holds no more.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
+        routes: Where the tokens of those with clusters go, with the input that was routed.
     """
 
     key: ModelKey | None
@@ -51,6 +52,7 @@ class Choice:
     ended: bool = False
     held: int | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int] | None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.clusters import experts_of
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.stored import Stored, is_int8, stored_tensor
@@ -39,6 +41,22 @@ class Columns:
     mixture: tuple[int, ...]
     pathway: int
 
+
+@dataclass(frozen=True)
+class Expert:
+    """Key of a leaf's copy for one cluster of a pathway's tokens.
+
+    Attributes:
+        pathway: The pathway.
+        number: The cluster.
+    """
+
+    pathway: int
+    number: int
+
+
+Own = Key | Columns | Expert
+"""Key of one copy of a leaf."""
 
 _INDEX_BYTES = 8
 
@@ -75,8 +93,13 @@ class KeptWeights:
         """Return the product with ``(..., inputs)``, without the bypass."""
         return self.product(x, self.bias)
 
+    def with_bypass(self, x: Tensor, block_input: Tensor | None) -> Tensor:
+        """Return the product, and what the bypass makes of the block's input."""
+        output = self(x)
+        return output if self.bypass is None else output + self.bypass(needed_input(block_input))
 
-def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> KeptWeights:
+
+def kept_weights(leaf: "PathwayLeaf", key: Own, form: Form) -> KeptWeights:
     """Return a leaf's copy, made again if the weights have changed since."""
     if torch.compiler.is_compiling():  # they are held, and were looked at before the graph runs
         return leaf.copies[key]
@@ -91,10 +114,14 @@ def kept_weights(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> KeptWei
     return copy
 
 
-def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Key | Columns]:
+def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Own]:
     """Yield the keys of all copies that a leaf has for a resident key."""
-    if not isinstance(key, tuple):
+    if key == WHOLE:
         yield key
+    elif not isinstance(key, tuple):
+        clustered = key in leaf.state.clustered
+        experts = range(len(experts_of(leaf.state.pathways[key])))
+        yield from (Expert(key, number) for number in experts) if clustered else [key]
     elif leaf.neuron_dim == 1 and leaf.state.apart(key):
         yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
     elif leaf.state.union(key).index is not None:
@@ -104,8 +131,14 @@ def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Key | Columns]:
 def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
     """Drop all copies that a leaf has for a resident key."""
     for own in list(leaf.copies):
-        if key == (own.mixture if isinstance(own, Columns) else own):
+        if key == _resident_key(own):
             leaf.copies.pop(own, None)
+
+
+def _resident_key(own: Own) -> Key:
+    if isinstance(own, Columns):
+        return own.mixture
+    return own.pathway if isinstance(own, Expert) else own
 
 
 def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
@@ -113,7 +146,7 @@ def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
     return sum(_bytes(leaf, own, form) for own in copy_keys(leaf, key))
 
 
-def _bytes(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> int:
+def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
     rows, columns = linear_weight(leaf).shape
     itemsize, extra = leaf.weight.element_size(), 0
     index, own = _neurons(leaf, key)
@@ -134,14 +167,17 @@ def _bytes(leaf: "PathwayLeaf", key: Key | Columns, form: Form) -> int:
     return form.size(rows, columns, itemsize) + extra
 
 
-def _neurons(leaf: "PathwayLeaf", key: Key | Columns) -> tuple[Tensor | None, BlockPathway | None]:
+def _neurons(leaf: "PathwayLeaf", key: Own) -> tuple[Tensor | None, BlockPathway | None]:
     """Return the neurons that a copy holds (None: all), and the pathway that changes them."""
     if isinstance(key, tuple):
         return leaf.state.union(key).index, None
     if key == WHOLE:
         return None, None
-    pathway = key.pathway if isinstance(key, Columns) else key
-    return leaf.state.kept(pathway), leaf.state.pathways[pathway]
+    member = key.pathway if isinstance(key, Columns) else key
+    if isinstance(member, Expert):
+        member = leaf.state.clustered[member.pathway] + member.number
+    own = leaf.state.members[member]
+    return own.keep.nonzero().flatten(), own
 
 
 def _stamp(weight: Tensor) -> tuple[object, ...]:
@@ -163,9 +199,7 @@ def _change(leaf: "PathwayLeaf", own: BlockPathway | None) -> Tensor | LowRank |
     return own.incoming[leaf.position] if leaf.position < len(own.incoming) else None
 
 
-def _copy(
-    leaf: "PathwayLeaf", key: Key | Columns, form: Form, stamp: tuple[object, ...]
-) -> KeptWeights:
+def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) -> KeptWeights:
     with torch.inference_mode(False), torch.no_grad():
         index, own = _neurons(leaf, key)
         stored = Stored.of(leaf)

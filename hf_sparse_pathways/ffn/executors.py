@@ -28,13 +28,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.copies import Columns, KeptWeights, kept_weights
+from hf_sparse_pathways.ffn.additions import spread
+from hf_sparse_pathways.ffn.copies import Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
+from hf_sparse_pathways.ffn.routing import Routing, grouped_incoming, grouped_outgoing
 from hf_sparse_pathways.ffn.sharding import check_gathered
 from hf_sparse_pathways.ffn.slices import Sliced
-from hf_sparse_pathways.ffn.state import needed_input, spread
+from hf_sparse_pathways.ffn.state import BlockState
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -54,6 +56,9 @@ class Executor(Protocol):
     form: Form
     everywhere: bool
 
+    def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
+        """Return what ``pathway`` is for a block's input, where a pathway has clusters."""
+
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Map ``(..., d_model)`` to ``(..., d_ff)``, or to the kept neurons only."""
 
@@ -71,6 +76,10 @@ class Masked:
 
     form = PLAIN
     everywhere = False
+
+    def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
+        """Return the member that computes all of a block's input, or one per row or token."""
+        return state.choose_members(pathway, x)
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute every neuron, the kept ones with their change."""
@@ -98,19 +107,26 @@ class Compact:
         self.form = form
         self.everywhere = everywhere
 
+    def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
+        """Return the groups of tokens with one expert each, if the pathway has clusters."""
+        return Routing.of(state, pathway, x) if pathway in state.clustered else pathway
+
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""
         if isinstance(pathway, Mixture):
             return self._incoming_mixed(leaf, x, pathway.on(x.device))
+        if isinstance(pathway, Routing):
+            return grouped_incoming(leaf, x, pathway, self.form)
         return kept_weights(leaf, pathway, self.form)(x)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
     ) -> Tensor:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
+        if isinstance(pathway, Routing):
+            return grouped_outgoing(leaf, x, pathway, self.form, block_input)
         if not isinstance(pathway, Mixture):
-            kept = kept_weights(leaf, pathway, self.form)
-            return _with_bypass(kept, x, block_input)
+            return kept_weights(leaf, pathway, self.form).with_bypass(x, block_input)
         pathway = pathway.on(x.device)
         if leaf.state.apart(pathway.key):
             return self._outgoing_apart(leaf, x, pathway, block_input)
@@ -159,15 +175,8 @@ class Compact:
             kept = kept_weights(leaf, Columns(mixture.key, pathway), self.form)
             inputs = None if block_input is None else block_input.index_select(0, rows)
             theirs = theirs.index_select(-1, places)
-            output.index_copy_(0, rows, _with_bypass(kept, theirs, inputs))
+            output.index_copy_(0, rows, kept.with_bypass(theirs, inputs))
         return output
-
-
-def _with_bypass(kept: KeptWeights, x: Tensor, block_input: Tensor | None) -> Tensor:
-    output = kept(x)
-    if kept.bypass is not None:
-        output = output + kept.bypass(needed_input(block_input))
-    return output
 
 
 MASKED = Masked()

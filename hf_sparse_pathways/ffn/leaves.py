@@ -14,8 +14,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.additions import needed_route
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
-from hf_sparse_pathways.ffn.copies import WHOLE, Columns, KeptWeights, Key, kept_weights
+from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, Own, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.state import BlockState
@@ -33,7 +34,7 @@ class PathwayLeaf(nn.Module):
     """
 
     state: BlockState
-    copies: dict[Key | Columns, KeptWeights]
+    copies: dict[Own, KeptWeights]
     rows_per_neuron: int
     position: int
     neuron_dim: ClassVar[int]
@@ -99,7 +100,16 @@ class IncomingLeaf(PathwayLeaf):
             return self.dense(x)
         if self.state.bypassed:
             choice.inputs[id(self.state)] = x
+        if self.state.clustered:
+            pathway = self._route(choice, executor, pathway, x)
         return executor.incoming(self, x, pathway)
+
+    def _route(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Any:
+        """Return where the tokens of the block's input go, found once for all incoming leaves."""
+        known = choice.routes.get(id(self.state))
+        if known is None or known[0] is not x:
+            known = choice.routes[id(self.state)] = (x, executor.route(self.state, pathway, x))
+        return known[1]
 
 
 class OutgoingLeaf(PathwayLeaf):
@@ -113,6 +123,8 @@ class OutgoingLeaf(PathwayLeaf):
         if executor is None or choice is None:
             return self.dense(x)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        if self.state.clustered:
+            _, pathway = needed_route(choice.routes.pop(id(self.state), None))
         return executor.outgoing(self, x, pathway, block_input)
 
 

@@ -12,15 +12,22 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.blocks import FfnBlock
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 
 
-def reorder_pathway(part: BlockPathway, order: Tensor) -> BlockPathway:
+def reorder_pathway(part: Kept, order: Tensor) -> Kept:
     """Return a block's pathway for its neurons in another order. Pure.
 
     Args:
         part: The pathway.
         order: int64 ``(d_ff,)``, the neuron that stands at each place.
     """
+    if isinstance(part, ClusteredBlock):
+        return replace(part, experts=tuple(_reorder(expert, order) for expert in part.experts))
+    return _reorder(part, order)
+
+
+def _reorder(part: BlockPathway, order: Tensor) -> BlockPathway:
     keep = part.keep[order]
     columns = (part.keep.cumsum(0) - 1)[order][keep]
     incoming = tuple(_reorder_rows(change, columns) for change in part.incoming)

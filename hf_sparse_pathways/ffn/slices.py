@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.routing import Routing
 from hf_sparse_pathways.ffn.runs import Run
-from hf_sparse_pathways.ffn.state import needed_input
 from hf_sparse_pathways.ffn.stored import is_int8
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Sliced:
         """Take what computes leaves that have no views."""
         self._copying = copying
         self.form, self.everywhere = copying.form, False
+        self.route = copying.route
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone, run by run."""
@@ -62,7 +64,7 @@ class Sliced:
             outputs.append(functional.linear(part, weight[:, start:stop], bias))
             bias, done = None, done + stop - start
         output = sum(outputs[1:], start=outputs[0])
-        if not leaf.state.pathways[pathway].compensated:
+        if not leaf.state.members[pathway].compensated:
             return output
         addition = leaf.state.addition(pathway, output)
         if addition.delta is not None:
@@ -79,9 +81,11 @@ def has_views(leaf: "PathwayLeaf", pathway: int) -> bool:
     return _runs(leaf, pathway) is not None
 
 
-def _runs(leaf: "PathwayLeaf", pathway: int) -> tuple[Run, ...] | None:
+def _runs(leaf: "PathwayLeaf", pathway: int | Routing) -> tuple[Run, ...] | None:
     """Return the runs of neurons of which a leaf has views, or None if it is copied."""
-    own = leaf.state.pathways[pathway]
+    if isinstance(pathway, Routing) or pathway in leaf.state.clustered:
+        return None
+    own = leaf.state.members[pathway]
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]
     if any(isinstance(change, Tensor) for change in changes) or is_int8(leaf.weight):
         return None

@@ -1,114 +1,24 @@
-"""What the leaves of one FFN block share: its pathways, as masks and additions on each device."""
+"""What the leaves of one FFN block share: its pathways, as masks and additions on each device.
 
-from dataclasses import dataclass
+Besides one number per pathway there is one per expert of a pathway whose tokens are clustered, so
+that a batch of tokens with different experts is masked as one of rows with different pathways.
+These numbers are called members; that of a pathway without clusters is its own.
+"""
+
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.additions import Addition, IncomingAddition, add_to_rows, spread
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import ModelKey
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, TokenRouter, experts_of
 from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
 from hf_sparse_pathways.ffn.sharding import BlockShard
-
-
-@dataclass(frozen=True)
-class Addition:
-    """A pathway's compensation in one dtype and on one device, as the masked executor adds it.
-
-    Attributes:
-        kept: The kept neurons, int64 ``(kept,)``.
-        delta: As in ``BlockPathway``.
-        bias: As in ``BlockPathway``.
-        bypass: As in ``BlockPathway``.
-    """
-
-    kept: Tensor
-    delta: Tensor | LowRank | None
-    bias: Tensor | None
-    bypass: LowRank | None
-
-    @classmethod
-    def of(cls, pathway: BlockPathway, like: Tensor) -> "Addition":
-        """Take a pathway's compensation over to the dtype and device of a tensor."""
-        return cls(
-            kept=pathway.keep.nonzero().flatten().to(like.device),
-            delta=None if pathway.delta is None else pathway.delta.to(like),
-            bias=None if pathway.bias is None else pathway.bias.to(like),
-            bypass=None if pathway.bypass is None else pathway.bypass.to(like),
-        )
-
-    def __call__(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
-        """Return what is added to the output, ``(..., d_out)`` or ``(d_out,)``."""
-        terms = []
-        if self.delta is not None:
-            kept = activation.index_select(-1, self.kept)
-            if isinstance(self.delta, LowRank):
-                terms.append(self.delta(kept))
-            else:
-                terms.append(functional.linear(kept, self.delta))
-        if self.bias is not None:
-            terms.append(self.bias)
-        if self.bypass is not None:
-            terms.append(self.bypass(needed_input(block_input)))
-        return sum(terms[1:], start=terms[0])
-
-
-@dataclass(frozen=True)
-class IncomingAddition:
-    """A pathway's change of an incoming leaf's kept rows, in one dtype and on one device.
-
-    Attributes:
-        rows: The rows, int64.
-        delta: The change of their weights, ``(rows, d_in)``.
-        width: Rows of the leaf, as far as this process holds it.
-    """
-
-    rows: Tensor
-    delta: Tensor | LowRank
-    width: int
-
-    def cut(self, held: Run) -> "IncomingAddition":
-        """Return the part for a leaf that holds a run of all rows. Pure."""
-        limits = torch.tensor(held, device=self.rows.device)
-        part = slice(*torch.searchsorted(self.rows, limits).tolist())
-        if isinstance(self.delta, LowRank):
-            delta: Tensor | LowRank = LowRank(self.delta.outer[part], self.delta.inner)
-        else:
-            delta = self.delta[part]
-        return IncomingAddition(self.rows[part] - held[0], delta, held[1] - held[0])
-
-    def __call__(self, x: Tensor, _: Tensor | None = None) -> Tensor:
-        """Return what is added to the leaf's output, ``(..., width)``."""
-        change = self.product(x)
-        nothing = change.new_zeros(*change.shape[:-1], self.width)
-        return nothing.index_copy(-1, self.rows, change)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return what is added to the changed rows alone, ``(..., rows)``."""
-        if isinstance(self.delta, LowRank):
-            return self.delta(x)
-        return functional.linear(x, self.delta)
-
-
-def needed_input(block_input: Tensor | None) -> Tensor:
-    """Return a block's input, which its bypass needs.
-
-    Raises:
-        UnsupportedModelError: The incoming leaf did not run before the outgoing one.
-    """
-    if block_input is None:
-        raise UnsupportedModelError(
-            "A pathway has a linear bypass, but the block's incoming leaf was not called before "
-            "its outgoing leaf, so the block's input is not known. Build the pathways without a "
-            "bypass for this model."
-        )
-    return block_input
-
 
 _MOST_UNIONS = 64
 """How many different mixtures of pathways are remembered; each takes little."""
@@ -121,6 +31,8 @@ class BlockState:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
         pathways: What each pathway keeps of the block.
+        members: The same by member: each pathway (or its first expert), then all experts.
+        clustered: The pathways that have experts, by their first member.
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         masked_only: Whether the block must be masked whatever executor is chosen.
@@ -132,7 +44,9 @@ class BlockState:
     def __init__(self, key: ModelKey, d_ff: int, residents: Residents | None = None) -> None:
         self.key = key
         self.d_ff = d_ff
-        self.pathways: tuple[BlockPathway, ...] = ()
+        self.pathways: tuple[Kept, ...] = ()
+        self.members: tuple[BlockPathway, ...] = ()
+        self.clustered: dict[int, int] = {}
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
         self.masked_only = False
@@ -143,35 +57,80 @@ class BlockState:
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
+        self._routers: dict[tuple[int, torch.device], TokenRouter] = {}
         self._unions: dict[tuple[tuple[int, ...], torch.device], Union] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        empty: dict[str, Any] = {"_tables": {}, "_additions": {}, "_incoming": {}, "_unions": {}}
-        return {**self.__dict__, **empty}
+        names = ("_tables", "_additions", "_incoming", "_routers", "_unions")
+        return {**self.__dict__, **{name: {} for name in names}}
 
-    def set_pathways(self, pathways: tuple[BlockPathway, ...]) -> None:
+    def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
-        self.pathways = pathways
-        self.runs = tuple(few_runs(pathway.keep) for pathway in pathways)
-        self.bypassed = any(pathway.bypass is not None for pathway in pathways)
+        members, clustered = [experts_of(pathway)[0] for pathway in pathways], {}
+        for index, pathway in enumerate(pathways):
+            if isinstance(pathway, ClusteredBlock):
+                clustered[index] = len(members)
+                members.extend(pathway.experts)
+        self.pathways, self.members, self.clustered = pathways, tuple(members), clustered
+        self.runs = tuple(
+            None if index in clustered else few_runs(pathway.keep)
+            for index, pathway in enumerate(pathways)
+        )
+        self.bypassed = any(member.bypass is not None for member in members)
         self.set_shard(self.shard)
-        self._unions = {}
+        self._routers, self._unions = {}, {}
 
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
         self.shard = shard
-        self._own = self.pathways if shard is None else tuple(map(shard.cut, self.pathways))
+        self._own = self.members if shard is None else tuple(map(shard.cut, self.members))
         self._tables, self._additions, self._incoming = {}, {}, {}
 
-    def addition(self, pathway: int, like: Tensor) -> "Addition":
-        """Return what a pathway adds to its kept neurons' sum, in a tensor's dtype and device."""
-        key = (pathway, like.device, like.dtype)
+    def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
+        """Return which members compute a block's input: one for all, one per row, or per token.
+
+        Args:
+            pathway: One pathway, or one per row of the batch as int64 ``(batch,)``, -1 for dense.
+            x: The block's input ``(..., d_in)``.
+        """
+        if isinstance(pathway, int):
+            if pathway not in self.clustered:
+                return pathway
+            return self.clustered[pathway] + self.router(pathway, x.device)(x)
+        members = pathway.to(x.device)
+        for index, first in self.clustered.items():
+            own = members == index
+            if torch.compiler.is_compiling() or bool(own.any()):
+                if members.shape != x.shape[:-1]:
+                    members = spread(members.unsqueeze(1), x).squeeze(-1).expand(x.shape[:-1])
+                experts = first + self.router(index, x.device)(x)
+                members = torch.where(members == index, experts, members)
+        return members
+
+    def router(self, pathway: int, device: torch.device) -> TokenRouter:
+        """Return what gives tokens to a pathway's experts, on a device."""
+        router = self._routers.get((pathway, device))
+        if router is None:
+            own = self.pathways[pathway]
+            assert isinstance(own, ClusteredBlock)  # or there is none: see clustered
+            with torch.inference_mode(False), torch.no_grad():
+                router = own.router.to(device)
+            if not torch.compiler.is_compiling():
+                self._routers[pathway, device] = router
+        return router
+
+    def addition(self, member: int, like: Tensor) -> "Addition":
+        """Return what a member adds to its kept neurons' sum, in a tensor's dtype and device.
+
+        Those of experts are many, and are not kept.
+        """
+        key = (member, like.device, like.dtype)
         addition = self._additions.get(key)
         if addition is None:
             with torch.inference_mode(False), torch.no_grad():
-                addition = Addition.of(self._own[pathway], like)
-            if not torch.compiler.is_compiling():
+                addition = Addition.of(self._own[member], like)
+            if not torch.compiler.is_compiling() and member < len(self.pathways):
                 self._additions[key] = addition
         return addition
 
@@ -180,7 +139,7 @@ class BlockState:
         output: Tensor,
         activation: Tensor,
         block_input: Tensor | None,
-        pathway: int | Tensor,
+        member: int | Tensor,
     ) -> Tensor:
         """Return a masked block's output with its pathways' compensation added. Pure.
 
@@ -188,22 +147,24 @@ class BlockState:
             output: What the outgoing leaf made of the masked activation, ``(..., d_out)``.
             activation: The masked activation ``(..., d_ff)``.
             block_input: The block's input ``(..., d_in)``, for the bypass.
-            pathway: As in ``mask``.
+            member: As in ``mask``.
         """
-        if not isinstance(pathway, Tensor):
-            if self._own[pathway].compensated:
-                output = output + self.addition(pathway, output)(activation, block_input)
+        if not isinstance(member, Tensor):
+            if self._own[member].compensated:
+                output = output + self.addition(member, output)(activation, block_input)
             return output
-        pathway = pathway.to(output.device)
+        shape, member = output.shape, member.to(output.device)
+        if member.dim() > 1:  # one per token
+            member, output, activation = member.flatten(), _flat(output), _flat(activation)
+            block_input = None if block_input is None else _flat(block_input)
         for index, candidate in enumerate(self._own):
-            if candidate.compensated:
-                rows = spread((pathway == index).unsqueeze(1), output)
+            if candidate.compensated and (rows := _rows_of(index, member, output)) is not None:
                 addition = self.addition(index, output)
-                output = _add_to_rows(output, rows, addition, activation, block_input)
-        return output
+                output = add_to_rows(output, rows, addition, activation, block_input)
+        return output.view(shape)
 
     def add_incoming(
-        self, output: Tensor, x: Tensor, place: tuple[int, int], pathway: int | Tensor
+        self, output: Tensor, x: Tensor, place: tuple[int, int], member: int | Tensor
     ) -> Tensor:
         """Return an incoming leaf's output with its pathways' change of weights. Pure.
 
@@ -211,47 +172,41 @@ class BlockState:
             output: ``(..., rows)``.
             x: The leaf's input ``(..., d_in)``.
             place: Which of the block's incoming leaves it is, and its rows per neuron.
-            pathway: As in ``mask``.
+            member: As in ``mask``.
         """
         position, rows_per_neuron = place
-        if not isinstance(pathway, Tensor):
-            change = self.change(pathway, position, rows_per_neuron, output)
+        if not isinstance(member, Tensor):
+            change = self.change(member, position, rows_per_neuron, output)
             return output if change is None else output + change(x)
-        pathway = pathway.to(output.device)
-        for index in range(len(self.pathways)):
+        shape, member = output.shape, member.to(output.device)
+        if member.dim() > 1:
+            member, output, x = member.flatten(), _flat(output), _flat(x)
+        for index in range(len(self.members)):
             change = self.change(index, position, rows_per_neuron, output)
-            if change is not None:
-                rows = spread((pathway == index).unsqueeze(1), output)
-                output = _add_to_rows(output, rows, change, x, None)
-        return output
+            if change is not None and (rows := _rows_of(index, member, output)) is not None:
+                output = add_to_rows(output, rows, change, x, None)
+        return output.view(shape)
 
     def change(
-        self, pathway: int, position: int, rows_per_neuron: int, like: Tensor
+        self, member: int, position: int, rows_per_neuron: int, like: Tensor
     ) -> IncomingAddition | None:
-        """Return a pathway's change of an incoming leaf, in a tensor's dtype and device."""
-        changes = self.pathways[pathway].incoming
+        """Return a member's change of an incoming leaf, in a tensor's dtype and device."""
+        changes = self.members[member].incoming
         delta = changes[position] if position < len(changes) else None
         if delta is None:
             return None
-        key = (pathway, position, like.device, like.dtype)
+        key = (member, position, like.device, like.dtype)
         found = self._incoming.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                rows = self.kept_rows(pathway, rows_per_neuron).to(like.device)
+                kept = self.members[member].keep.nonzero().flatten()
+                rows = self.rows_of(kept, rows_per_neuron).to(like.device)
                 found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
                 if self.shard is not None:
                     found = found.cut(self.shard.rows[position])
             if not torch.compiler.is_compiling():
                 self._incoming[key] = found
         return found
-
-    def kept(self, pathway: int) -> Tensor:
-        """Return the neurons that a pathway keeps, int64, ascending."""
-        return self.pathways[pathway].keep.nonzero().flatten()
-
-    def kept_rows(self, pathway: int, rows_per_neuron: int) -> Tensor:
-        """Return the kept rows of a leaf, int64, ascending."""
-        return self.rows_of(self.kept(pathway), rows_per_neuron)
 
     def rows_of(self, neurons: Tensor, rows_per_neuron: int) -> Tensor:
         """Return the rows of some neurons in a leaf, int64.
@@ -274,15 +229,16 @@ class BlockState:
 
     def apart(self, key: tuple[int, ...]) -> bool:
         """Whether a pathway of a mixed batch has columns of its own, so that none are shared."""
-        return any(index >= 0 and self.pathways[index].delta is not None for index in key)
+        return any(index >= 0 and self.members[index].delta is not None for index in key)
 
-    def mask(self, activation: Tensor, pathway: int | Tensor) -> Tensor:
+    def mask(self, activation: Tensor, member: int | Tensor) -> Tensor:
         """Return the activation with the removed neurons zeroed. Pure.
 
         Args:
             activation: ``(batch, tokens, d_ff)``, or ``(batch * tokens, d_ff)`` inside blocks
                 that flatten their input; of a block that is cut, this process's neurons.
-            pathway: One pathway, or one per row of the batch as int64 ``(batch,)``, -1 for dense.
+            member: One, or one per row of the batch as int64 ``(batch,)``, or per token; -1 for
+                dense.
 
         Raises:
             UnsupportedModelError: The activation has another width.
@@ -295,15 +251,17 @@ class BlockState:
                 f"{activation.shape[-1]} wide: its weights are sharded in a way that is not known "
                 "here. Load the model without tp_plan, or with tp_plan='auto'."
             )
-        if isinstance(pathway, Tensor):
-            pathway = pathway.to(activation.device)
-        removed = self._removed(activation.device)[pathway]
-        if removed.dim() == 2:
+        if isinstance(member, Tensor):
+            member = member.to(activation.device)
+        removed = self._removed(activation.device)[member]
+        if removed.dim() > 2:
+            removed = removed.reshape(activation.shape)
+        elif removed.dim() == 2:
             removed = spread(removed, activation)
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
 
     def _removed(self, device: torch.device) -> Tensor:
-        """Return the masks inverted, bool ``(pathways + 1, width)``; the last removes nothing."""
+        """Return the masks inverted, bool ``(members + 1, width)``; the last removes nothing."""
         table = self._tables.get(device)
         if table is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -314,44 +272,13 @@ class BlockState:
         return table
 
 
-def spread(masks: Tensor, activation: Tensor) -> Tensor:
-    """Bring one row of values per row of the batch, ``(rows, n)``, to an activation's shape.
-
-    Nothing is copied per token, unless the block has flattened its input.
-    """
-    rows, length = masks.shape[0], activation.shape[0]
-    if activation.dim() == 2 and length % rows == 0:
-        return masks.repeat_interleave(length // rows, dim=0)
-    if activation.dim() > 2 and length == rows:
-        return masks.view(rows, *([1] * (activation.dim() - 2)), -1)
-    raise PathwaysError(
-        f"Domains were given for {rows} rows, but an FFN block received an input of shape "
-        f"{tuple(activation.shape)}. Give one domain per row of the batch."
-    )
+def _rows_of(index: int, member: Tensor, output: Tensor) -> Tensor | None:
+    """Return which rows of an output are a member's, as a mask; None if none is, if known."""
+    rows = member == index
+    if not torch.compiler.is_compiling() and not bool(rows.any()):
+        return None
+    return spread(rows.unsqueeze(1), output)
 
 
-def _add_to_rows(
-    output: Tensor,
-    rows: Tensor,
-    addition: Addition | IncomingAddition,
-    activation: Tensor,
-    block_input: Tensor | None,
-) -> Tensor:
-    """Add something of a pathway to its own rows of a batch. Pure.
-
-    Args:
-        output: ``(batch, ..., d_out)``.
-        rows: bool, one entry per row of the output's first dimension, and trailing ones.
-        addition: What is added.
-        activation: What it is made of, ``(batch, ..., d_ff)``, or the input of an incoming leaf.
-        block_input: ``(batch, ..., d_in)``.
-    """
-    if torch.compiler.is_compiling():  # which rows these are is not known while tracing
-        return output + torch.where(rows, addition(activation, block_input), 0)
-    selected = rows.flatten().nonzero().flatten()
-    if len(selected) == 0:
-        return output
-    theirs = None if block_input is None else block_input.index_select(0, selected)
-    added = addition(activation.index_select(0, selected), theirs)
-    added = added.expand(len(selected), *output.shape[1:])
-    return output.index_add(0, selected, added.to(output.dtype))  # autocast may have cast one
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2)

@@ -192,7 +192,7 @@ class _Job:
         settings, pathway = self.settings, self.model.pathways[self.domain]
         self._check(pathway)
         dense = self._train_dense() if settings.dense_partner or self._dense_steps else None
-        student = self._prepare(pathway.blocks)
+        student = self._prepare(self._blocks(pathway))
         stage = Stage(label=f"heal {self.domain}")
         if dense is not None and self._dense_steps:
             cut(student, dense.student, dense.run.fork, self.frozen)
@@ -204,7 +204,7 @@ class _Job:
         objective = Objective(terms=settings.terms, teacher=self._teacher(partner, fork))
         del fork
         trained = self._train(student, objective, stage)
-        adapter, blocks = None, pathway.blocks
+        adapter, blocks = None, self._blocks(pathway)
         if settings.keep == "lora":
             adapter, loss = make_adapter(trained.student, self.model, settings), trained.lowest
         else:
@@ -227,7 +227,11 @@ class _Job:
                 f"built, or leave out {option('dense_partner')} and {option('dense_first')}."
             )
         probe = next(make_batches(self.text.validation[:1], 1))
-        check_student(make_student(self.frozen, pathway.blocks), self.model, probe, self.domain)
+        student = make_student(self.frozen, self._blocks(pathway))
+        check_student(student, self.model, probe, self.domain)
+
+    def _blocks(self, pathway: Pathway) -> tuple[BlockPathway, ...]:
+        return pathway.unclustered(self.domain, "Heal one that was built without clusters.")
 
     @property
     def _dense_steps(self) -> int:

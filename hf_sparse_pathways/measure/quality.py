@@ -23,6 +23,7 @@ from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import Batch, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock
 from hf_sparse_pathways.measure.adapters import active_adapters, without_adapters
 from hf_sparse_pathways.measure.arms import DENSE, MeasuredArm, ScoredText, measure_arms
 from hf_sparse_pathways.measure.pathway_sets import PathwaySet, gather_sets
@@ -219,15 +220,16 @@ def _prepared(model: SparsePathwaysForCausalLM, sets: Sequence[PathwaySet]) -> I
 def random_partner(pathway: Pathway, shapes: Sequence[BlockShape], seed: int) -> Pathway:
     """Return a pathway of the same FLOPs whose neurons are chosen at random. Pure.
 
-    Of each block it keeps as many neurons, and as many more as a bypass costs.
+    Of each block it keeps as many neurons, and as many more as bypass and router cost.
     """
     generator = torch.Generator().manual_seed(seed)
     keep = []
     for block, shape in zip(pathway.blocks, shapes, strict=True):
         order = torch.randperm(shape.d_ff, generator=generator)
-        mask = block.keep[order]
-        bypass = shape.flops(block) // shape.flops_per_neuron - block.kept
-        mask[(~mask).nonzero().flatten()[:bypass]] = True
+        clustered = isinstance(block, ClusteredBlock)
+        mask = (torch.arange(shape.d_ff) < block.kept if clustered else block.keep)[order]
+        more = int(shape.flops(block) // shape.flops_per_neuron) - block.kept
+        mask[(~mask).nonzero().flatten()[:more]] = True
         keep.append(mask)
     return Pathway.from_keep(keep, {"method": "random", "seed": seed})
 

@@ -31,7 +31,7 @@ from hf_sparse_pathways.modeling.fields import (
     find_width_fields,
     set_field,
 )
-from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 BIASES = ("keep", "drop")
 """What may become of a pathway's bias."""
@@ -130,7 +130,7 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         UnsupportedModelError: The architecture has no form for it.
         PathwaysError: One domain's neurons were loaded alone, or widths would not be narrower.
     """
-    parts = model.pathways.subset([domain])[domain].blocks
+    parts = _parts(model.pathways.subset([domain])[domain], domain)
     plain = model.to_dense()
     _check_plain(plain, parts)
     blocks = find_blocks(plain)
@@ -148,13 +148,21 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
 
 def without_bias(pathways: Pathways) -> Pathways:
     """Return pathways without their biases; themselves if they have none. Pure."""
-    if not any(b.bias is not None for p in pathways.by_domain.values() for b in p.blocks):
+    parts = {name: _parts(pathway, name) for name, pathway in pathways.by_domain.items()}
+    if not any(part.bias is not None for own in parts.values() for part in own):
         return pathways
     bare = {
-        name: replace(pathway, blocks=tuple(replace(block, bias=None) for block in pathway.blocks))
+        name: replace(pathway, blocks=tuple(replace(part, bias=None) for part in parts[name]))
         for name, pathway in pathways.by_domain.items()
     }
     return replace(pathways, by_domain=bare, controls={})
+
+
+def _parts(pathway: Pathway, name: str) -> tuple[BlockPathway, ...]:
+    """Return what is kept of each block, where that is the same for all tokens."""
+    return pathway.unclustered(
+        name, "A plain FFN computes the same for all: export a pathway without clusters."
+    )
 
 
 def check_bias(bias: str) -> None:

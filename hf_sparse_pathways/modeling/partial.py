@@ -82,6 +82,9 @@ class Loading:
         if not isinstance(domain, str):
             raise UnknownNameError("domain", domain, pathways.domains)
         self._chosen = pathways.subset([domain])
+        self._parts = self._chosen[domain].unclustered(
+            domain, f"Tokens may need any of a block's neurons. {HOW_TO_LOAD_ALL}instead."
+        )
         self.domain = domain
         self._blocks: list[ReducedBlock] = []
         self._files: list[Any] = []
@@ -107,12 +110,11 @@ class Loading:
         self._chosen.base.check_same(model._shape)
         _check_supported(config)
         attached = model._attachment.blocks
-        parts = self._chosen[self.domain].blocks
-        for one, part in zip(attached, parts, strict=True):
+        for one, part in zip(attached, self._parts, strict=True):
             one.block.check_leaves(part)
         model._attachment.detach()
         self._blocks = [
-            ReducedBlock(one.block, part) for one, part in zip(attached, parts, strict=True)
+            ReducedBlock(one.block, part) for one, part in zip(attached, self._parts, strict=True)
         ]
         model._attachment.copies.reduce([one.block.leaves for one in attached])
         _check_own_weights(model, self._blocks)

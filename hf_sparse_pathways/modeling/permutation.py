@@ -62,7 +62,7 @@ def permute(model: Any) -> Any:
     for block, order in zip(blocks, orders, strict=True):
         replaced |= reorder_weights(block, order)
     for attached in model._attachment.blocks:
-        replaced[id(attached.state.pathways)] = ()
+        replaced |= {id(attached.state.pathways): (), id(attached.state.members): ()}
     permuted = copy_structure(model, replaced)
     permuted._shape = BaseModel.of(permuted)
     permuted.set_pathways(_reordered(pathways, permuted._shape, orders))

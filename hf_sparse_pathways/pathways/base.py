@@ -10,8 +10,8 @@ from typing import Any, Self
 from torch import nn
 
 from hf_sparse_pathways.errors import MismatchError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks, survey_model
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.pathways.revision import find_revision
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,21 @@ class BlockShape:
         """Return what a bypass of some rank computes, in neurons."""
         return rank * (self.d_in + self.d_out) / self.flops_per_neuron
 
-    def flops(self, pathway: BlockPathway) -> int:
-        """Return a pathway's multiply-adds per token, those of its bypass included.
+    def flops(self, pathway: Kept) -> float:
+        """Return a pathway's multiply-adds per token, those of bypass and router included.
 
-        A refit changes weights and a bias starts the sum: neither adds a multiplication.
+        A refit changes weights and a bias starts the sum: neither adds a multiplication. Of
+        clusters it is the mean over the tokens that it was calibrated on.
         """
+        if isinstance(pathway, ClusteredBlock):
+            own = pathway.mean([self.flops(expert) for expert in pathway.experts])
+            return own + pathway.router.weight.numel()
         rank = 0 if pathway.bypass is None else pathway.bypass.rank
         return pathway.kept * self.flops_per_neuron + rank * (self.d_in + self.d_out)
+
+    def router_width(self, clusters: int) -> float:
+        """Return what routing between clusters computes, in neurons."""
+        return clusters * self.d_in / self.flops_per_neuron if clusters > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """The tensors of pathways by name, ``<domain index>.<block index>.<part>``: written, chosen, read.
 
+Of a block with clusters the parts of experts are numbered, ``<block index>.<expert>.<part>``.
+
 A header is held against the description before anything is read: every block's parts are put
 together without memory (``tensor_files``) and checked as those of a live pathway are. Of what the
 description does not name there may be nothing.
@@ -13,10 +15,14 @@ from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
+from hf_sparse_pathways.ffn.clusters import ROUTER_PARTS, ClusteredBlock, Kept, count_clusters
 from hf_sparse_pathways.files import check_finite
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.description import base_from_json, check_entries
 from hf_sparse_pathways.pathways.pathway import Pathway, check_block
+
+KNOWN = (*PARTS, *ROUTER_PARTS)
+"""Kinds of parts that this version reads."""
 
 GROUPS = {"domains": "", "controls": "c"}
 """Field of the description -> what stands before the index in its tensors' names."""
@@ -34,8 +40,8 @@ def name_tensors(group: str, pathways: Mapping[str, Pathway]) -> dict[str, Tenso
 
 def held_parts(pathway: Pathway) -> list[str]:
     """Return the names of the parts that any of a pathway's blocks holds."""
-    held = {name for block in pathway.blocks for name in block.parts()}
-    return [name for name in PARTS if name in held]
+    held = {_kind(name) for block in pathway.blocks for name in block.parts()}
+    return [name for name in KNOWN if name in held]
 
 
 def choose_tensors(
@@ -73,18 +79,18 @@ def _check_blocks(
 ) -> set[str]:
     """Check the blocks of one pathway; return the names of their tensors."""
     holds = entry["holds"]
-    if not isinstance(holds, list) or not {"keep"} <= {*map(str, holds)} <= {*PARTS}:
+    if not isinstance(holds, list) or not {"keep"} <= {*map(str, holds)} <= {*KNOWN}:
         raise ArtefactError(
             f"{entry['name']!r} holds {holds!r:.200}, of which this version reads only "
-            f"{list(PARTS)}. Upgrade hf-sparse-pathways."
+            f"{list(KNOWN)}. Upgrade hf-sparse-pathways."
         )
     names: set[str] = set()
     held: set[str] = set()
     for position, shape in enumerate(base.blocks):
         parts = _parts(header, f"{prefix}.{position}", holds)
-        check_block(entry["name"], BlockPathway.from_parts(parts), shape)
+        check_block(entry["name"], _from_parts(parts), shape)
         names |= {f"{prefix}.{position}.{part}" for part in parts}
-        held |= parts.keys()
+        held |= {*map(_kind, parts)}
     if sorted(held) != sorted(holds):
         raise ArtefactError(f"the tensors lack parts of {entry['name']!r}, which holds {holds}.")
     return names
@@ -113,18 +119,34 @@ def restore_pathways(
     return restored
 
 
-def _block(tensors: Mapping[str, Tensor], prefix: str, holds: list[str]) -> BlockPathway:
+def _block(tensors: Mapping[str, Tensor], prefix: str, holds: list[str]) -> Kept:
     parts = _parts(tensors, prefix, holds)
     for part, tensor in parts.items():
         check_finite(f"'{prefix}.{part}'", tensor)
-    if bool((parts["keep"].view(torch.uint8) > 1).any()):
-        raise ArtefactError(f"'{prefix}.keep' holds bytes that are neither true nor false.")
-    return BlockPathway.from_parts(parts)
+        if _kind(part) == "keep" and bool((tensor.view(torch.uint8) > 1).any()):
+            raise ArtefactError(f"'{prefix}.{part}' holds bytes that are neither true nor false.")
+    return _from_parts(parts)
 
 
 def _parts(tensors: Mapping[str, Tensor], prefix: str, holds: list[str]) -> dict[str, Tensor]:
-    """Return one block's parts by name; all but the mask may be missing from single blocks."""
-    parts = {part: tensors[f"{prefix}.{part}"] for part in holds if f"{prefix}.{part}" in tensors}
-    if "keep" not in parts:
+    """Return one block's parts by name; all but a mask may be missing from single blocks."""
+    router = tensors.get(f"{prefix}.{ROUTER_PARTS[0]}") if ROUTER_PARTS[0] in holds else None
+    own = [part for part in holds if part in PARTS]
+    names = own
+    if router is not None:
+        experts = range(count_clusters(router))
+        names = [*ROUTER_PARTS, *(f"{number}.{part}" for number in experts for part in own)]
+    parts = {part: tensors[f"{prefix}.{part}"] for part in names if f"{prefix}.{part}" in tensors}
+    if "keep" not in map(_kind, parts):
         raise ArtefactError(f"the tensors lack '{prefix}.keep'.")
     return parts
+
+
+def _from_parts(parts: dict[str, Tensor]) -> Kept:
+    clustered = ROUTER_PARTS[0] in parts
+    return ClusteredBlock.from_parts(parts) if clustered else BlockPathway.from_parts(parts)
+
+
+def _kind(part: str) -> str:
+    """Return a part's name without the number of the expert that it belongs to."""
+    return part.rpartition(".")[2]

@@ -1,8 +1,9 @@
 """A pathway is one domain's kept neurons; pathways are a base model's pathways together.
 
 Both are values: frozen, without a link to a live model. A pathway holds one ``BlockPathway`` per
-FFN block, in layer order. Besides the domains' pathways there may be *controls* (``pooled``: all
-domains' statistics together), which stand beside them in every measurement and are no domains.
+FFN block, in layer order, or a ``ClusteredBlock`` where tokens have different experts. Besides the
+domains' pathways there may be *controls* (``pooled``: all domains' statistics together), which
+stand beside them in every measurement and are no domains.
 """
 
 import re
@@ -14,8 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import (
+    MismatchError,
+    PathwaysError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.clusters import Kept, experts_of
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.entry import write_adapter_files
 from hf_sparse_pathways.pathways.summary import describe_pathways
@@ -43,7 +50,7 @@ class Pathway:
         provenance: How it was made (text sources, tokens, score, ...); plain JSON values.
     """
 
-    blocks: tuple[BlockPathway, ...]
+    blocks: tuple[Kept, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -54,8 +61,31 @@ class Pathway:
 
     @property
     def keep(self) -> tuple[Tensor, ...]:
-        """The keep masks, one ``(d_ff,)`` bool tensor per block."""
+        """The keep masks, one ``(d_ff,)`` bool tensor per block; of clusters their union."""
         return tuple(block.keep for block in self.blocks)
+
+    @property
+    def clusters(self) -> int:
+        """Most experts that a block has; 1 where all tokens have the same neurons."""
+        return max(len(experts_of(block)) for block in self.blocks)
+
+    def unclustered(self, name: str, instead: str) -> tuple[BlockPathway, ...]:
+        """Return the blocks, for what can only be done where all tokens have the same neurons.
+
+        Args:
+            name: The pathway's.
+            instead: What to do instead, a sentence.
+
+        Raises:
+            UnsupportedModelError: They have not.
+        """
+        blocks = tuple(block for block in self.blocks if isinstance(block, BlockPathway))
+        if len(blocks) < len(self.blocks):
+            raise UnsupportedModelError(
+                f"Pathway {name!r} has {self.clusters} clusters of tokens with neurons of their "
+                f"own. {instead}"
+            )
+        return blocks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -174,7 +204,7 @@ class Pathways(ShownAsTables):
         raise UnknownNameError("domain", name, self.by_domain)
 
     def sparsity(self, domain: str, *, per_block: bool = False) -> Any:
-        """Return the fraction of neurons removed, in [0, 1).
+        """Return the fraction of neurons removed, in [0, 1); of clusters the mean over tokens.
 
         Args:
             domain: A domain's (or control's) name.
@@ -269,7 +299,7 @@ def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
         check_block(name, block, shape)
 
 
-def check_block(name: str, block: BlockPathway, shape: BlockShape) -> None:
+def check_block(name: str, block: Kept, shape: BlockShape) -> None:
     """Check that what a domain's pathway keeps of a block fits it; see ``BlockPathway.check``.
 
     Raises:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.clusters import experts_of
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
 
@@ -72,8 +73,10 @@ def text_of(pathway: "Pathway") -> dict[str, Any]:
 
 def describe_compensation(pathway: "Pathway") -> str:
     """Say what a pathway adds to what it keeps: by its blocks, not by its provenance."""
-    parts = {part: None for block in pathway.blocks for part in _added(block)}
-    return "+".join(parts) or "none"
+    experts = [expert for block in pathway.blocks for expert in experts_of(block)]
+    parts = {part: None for expert in experts for part in _added(expert)}
+    added = "+".join(parts) or "none"
+    return added if pathway.clusters == 1 else f"{added} in {pathway.clusters} clusters"
 
 
 def _added(block: BlockPathway) -> list[str]:

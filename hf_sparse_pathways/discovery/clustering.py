@@ -1,0 +1,172 @@
+"""Clusters of a block's tokens, and what is known of each: the task of its expert.
+
+Inputs of the block are reduced to their principal components and clustered by k-means. Second
+moments are then added up cluster by cluster. A cluster has few tokens for the many coefficients of
+a repair, so that each gets the block's mean as well, with the weight of ``PRIOR`` tokens::
+
+    G_c = (sum of z z^T in c + PRIOR * E[z z^T]) / (tokens in c + PRIOR)
+
+Source: Sawmya et al. 2025, "Sparse Expansion", arXiv:2405.15756, for PCA and k-means of the
+inputs; moments that shrink towards the block's are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_pathways.discovery.collectors import Workspaces
+from hf_sparse_pathways.discovery.grams import Gram, GramAccumulator
+from hf_sparse_pathways.discovery.probes import Observer
+from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.errors import PathwaysError, option
+from hf_sparse_pathways.ffn.blocks import FfnBlock
+from hf_sparse_pathways.ffn.clusters import TokenRouter
+from hf_sparse_pathways.ffn.layouts import outgoing_weight
+from hf_sparse_pathways.limits import MOST_CLUSTERS
+from hf_sparse_pathways.memory import format_memory
+
+PRIOR = 2048
+"""Tokens' weight of the block's mean in every cluster's moments."""
+
+SAMPLE = 16384
+"""Tokens, at least, that the clusters are found on."""
+
+MOST_BYTES = 8 * 10**9
+"""Of one block's moments of all clusters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """How a block's tokens are clustered.
+
+    Attributes:
+        count: Number of clusters.
+        dimensions: Principal components of the input; None for a sixteenth of its width.
+        seed: Of k-means.
+    """
+
+    count: int
+    dimensions: int | None = None
+    seed: int = 0
+
+    def check(self, blocks: Sequence[FfnBlock]) -> None:
+        """Check that a model's moments of all clusters fit into memory.
+
+        Raises:
+            PathwaysError: They do not.
+        """
+        size = max((block.d_ff + 1) ** 2 for block in blocks) * 4 * self.count
+        if size > MOST_BYTES:
+            raise PathwaysError(
+                f"The second moments of {self.count} clusters take {format_memory(size)} for one "
+                f"FFN block, more than {format_memory(MOST_BYTES)}. Choose fewer "
+                f"{option('clusters')}."
+            )
+
+    def fit(self, inputs: Tensor) -> TokenRouter:
+        """Cluster a block's inputs ``(tokens, d_in)``.
+
+        Fewer tokens than clusters give fewer clusters.
+        """
+        cluster, decomposition = _import_sklearn()
+        values = inputs.float().cpu().numpy()
+        width = self.dimensions or max(1, values.shape[1] // 16)
+        pca = decomposition.PCA(min(width, *values.shape), random_state=self.seed)
+        reduced = pca.fit_transform(values)
+        kmeans = cluster.KMeans(min(self.count, len(values)), n_init=1, random_state=self.seed)
+        labels = kmeans.fit_predict(reduced)
+        return TokenRouter.nearest(
+            centroids=torch.from_numpy(kmeans.cluster_centers_),
+            components=torch.from_numpy(pca.components_),
+            mean=torch.from_numpy(pca.mean_),
+            share=torch.from_numpy(labels).bincount(minlength=kmeans.n_clusters) / len(labels),
+        )
+
+
+def check_clusters(count: int) -> None:
+    """Check a number of clusters, and that there is what finds some.
+
+    Raises:
+        PathwaysError: It is out of range, or scikit-learn is not installed.
+    """
+    if type(count) is not int or not 1 <= count <= MOST_CLUSTERS:
+        raise PathwaysError(
+            f"{option('clusters')} has to be a whole number from 1 (all tokens alike) to "
+            f"{MOST_CLUSTERS}, got {count!r}."
+        )
+    if count > 1:
+        _import_sklearn()
+
+
+def _import_sklearn() -> tuple[Any, Any]:
+    try:
+        from sklearn import cluster, decomposition
+    except ImportError as error:
+        raise PathwaysError(
+            "Clusters of tokens are found by scikit-learn, which is not installed. Run "
+            "`pip install 'hf-sparse-pathways[clusters]'`."
+        ) from error
+    return cluster, decomposition
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusteredTask:
+    """One FFN block whose tokens are clustered, to be repaired.
+
+    Attributes:
+        router: Gives tokens to clusters.
+        tasks: One per cluster.
+    """
+
+    router: TokenRouter
+    tasks: tuple[BlockTask, ...]
+
+
+class ClusterProbe(Observer):
+    """Adds up one block's second moments by cluster."""
+
+    def __init__(
+        self, block: FfnBlock, spaces: Workspaces, router: TokenRouter, *, inputs: bool
+    ) -> None:
+        super().__init__(block, inputs=True)
+        self.spaces, self.router = spaces, router
+        width = block.d_in if inputs else 0
+        self._in_gram = inputs
+        self._own = [GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in router.bias]
+        self._tokens = torch.zeros(len(router.bias))
+
+    def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
+        """Add what was seen last, padding left out."""
+        activation, block_input = self.seen_at(rows)
+        assert block_input is not None  # a probe of clusters sees it
+        clusters = self.router.to(block_input.device)(block_input)
+        space = self.spaces.gram(len(self._own[0].upper), rows.device)
+        self._tokens += clusters.bincount(minlength=len(self._own)).cpu()
+        for number in torch.unique(clusters).tolist():
+            own = (clusters == number).nonzero().flatten()
+            self._own[number].add(
+                activation[own],
+                block_input[own] if self._in_gram else None,
+                space,
+                target=None if missing is None else missing[own],
+                weights=None if weights is None else weights[own],
+            )
+
+    def task(self) -> ClusteredTask:
+        """Return the block as it is to be repaired."""
+        weight = outgoing_weight(self.block.outgoing)
+        d_ff = self.block.d_ff
+        everything = sum(own.upper for own in self._own[1:]) + self._own[0].upper
+        tokens = float(everything[-1, -1])
+        cross = sum(own.cross for own in self._own[1:]) + self._own[0].cross
+        tasks = []
+        for own in self._own:
+            gram = Gram.of_upper((own.upper + PRIOR / tokens * everything).cpu(), d_ff)
+            missing = (own.cross + PRIOR / tokens * cross).cpu() / gram.tokens
+            tasks.append(BlockTask(weight=weight, gram=gram, missing=missing))
+        share = self._tokens / self._tokens.sum()
+        router = TokenRouter(weight=self.router.weight, bias=self.router.bias, share=share)
+        return ClusteredTask(router=router, tasks=tuple(tasks))

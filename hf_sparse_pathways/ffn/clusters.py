@@ -1,0 +1,182 @@
+"""What a pathway keeps of a block whose tokens are clustered: an expert for each cluster.
+
+Tokens that are alike at the block's input need like neurons, fewer than all tokens of a domain
+together. A router gives every token to the nearest of C centroids, in the space of the input's
+principal components P about the mean m; as a comparison of linear functions of x that is::
+
+    argmin_c |P (x - m) - z_c|^2  =  argmax_c  z_c P x - z_c P m - |z_c|^2 / 2
+
+Each expert is a ``BlockPathway`` of its own, on the block's shared weights.
+
+Source: Sawmya et al. 2025, "Sparse Expansion", arXiv:2405.15756, routes so between one-shot pruned
+copies of the weights; kept neurons with a repair of their own in the copies' place are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.ffn.block_pathway import FLOATING, PARTS, BlockPathway
+from hf_sparse_pathways.limits import MOST_CLUSTERS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRouter:
+    """Gives every token of a block's input to one of C clusters.
+
+    Attributes:
+        weight: ``(C, d_in)``, float32.
+        bias: ``(C,)``, float32.
+        share: The clusters' shares of the calibration tokens, ``(C,)``, float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    share: Tensor
+
+    @classmethod
+    def nearest(
+        cls, centroids: Tensor, components: Tensor, mean: Tensor, share: Tensor
+    ) -> "TokenRouter":
+        """Route to the nearest centroid.
+
+        Args:
+            centroids: ``(C, dimensions)``.
+            components: P, orthonormal rows, ``(dimensions, d_in)``.
+            mean: m, ``(d_in,)``.
+            share: As in the attributes.
+        """
+        weight = centroids.double() @ components.double()
+        bias = -weight @ mean.double() - centroids.double().square().sum(1) / 2
+        return cls(weight=weight.float(), bias=bias.float(), share=share.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return each token's cluster: int64 ``(...)`` of ``(..., d_in)``."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
+        return functional.linear(x.float(), self.weight, self.bias).argmax(-1)
+
+    def to(self, device: torch.device) -> "TokenRouter":
+        """Return a copy on a device."""
+        moved = {name: tensor.to(device) for name, tensor in self.parts().items()}
+        return TokenRouter(**{_FIELDS[name]: tensor for name, tensor in moved.items()})
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return its tensors by name, as they are stored."""
+        return {name: getattr(self, field) for name, field in _FIELDS.items()}
+
+
+_FIELDS = {"router": "weight", "router_bias": "bias", "share": "share"}
+
+ROUTER_PARTS = tuple(_FIELDS)
+"""Names of a router's tensors."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClusteredBlock:
+    """What a pathway keeps of one FFN block, token by token.
+
+    Attributes:
+        router: Gives every token to an expert.
+        experts: What is kept for it, one per cluster.
+    """
+
+    router: TokenRouter
+    experts: tuple[BlockPathway, ...]
+
+    @property
+    def keep(self) -> Tensor:
+        """The neurons that any expert keeps, bool ``(d_ff,)``."""
+        return torch.stack([expert.keep for expert in self.experts]).any(0)
+
+    @property
+    def kept(self) -> int:
+        """Number of neurons that a token of the calibration text has on average, rounded."""
+        return round(self.mean([expert.kept for expert in self.experts]))
+
+    @property
+    def widest(self) -> int:
+        """Most neurons that an expert keeps."""
+        return max(expert.kept for expert in self.experts)
+
+    def mean(self, values: "list[int] | list[float]") -> float:
+        """Return the mean over tokens of what each expert has a value of."""
+        return float(self.router.share.double() @ torch.tensor(values, dtype=torch.float64))
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return all tensors by name, those of experts as ``<number>.<part>``."""
+        parts = self.router.parts()
+        for number, expert in enumerate(self.experts):
+            parts |= {f"{number}.{name}": tensor for name, tensor in expert.parts().items()}
+        return parts
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor]) -> "ClusteredBlock":
+        """Build from what ``parts`` returned.
+
+        Raises:
+            MismatchError: A part is missing or unknown, or there are too many clusters.
+        """
+        count = count_clusters(parts["router"])
+        if not set(ROUTER_PARTS) <= parts.keys():
+            raise MismatchError(f"A router cannot hold exactly {sorted(parts)}.")
+        own: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, tensor in parts.items():
+            number, _, part = name.partition(".")
+            if name in ROUTER_PARTS:
+                continue
+            if not number.isdecimal() or int(number) >= count or part not in PARTS:
+                raise MismatchError(f"A block of {count} clusters cannot hold {name!r}.")
+            own[int(number)][part] = tensor
+        router = TokenRouter(**{field: parts[name] for name, field in _FIELDS.items()})
+        return cls(router=router, experts=tuple(map(BlockPathway.from_parts, own)))
+
+    def check(self, name: str, d_in: int, d_ff: int, d_out: int, branches: int) -> None:
+        """Check that every part fits a block; see ``BlockPathway.check``.
+
+        Raises:
+            MismatchError: One does not; the message says which.
+        """
+        count = len(self.experts)
+        fitting = {"router": (count, d_in), "router_bias": (count,), "share": (count,)}
+        for part, tensor in self.router.parts().items():
+            if tuple(tensor.shape) != fitting[part] or tensor.dtype not in FLOATING:
+                raise MismatchError(
+                    f"{part} of {name} is {tensor.dtype} {tuple(tensor.shape)}; it has to be "
+                    f"torch.float32 {fitting[part]}."
+                )
+        for number, expert in enumerate(self.experts):
+            expert.check(f"{name}, cluster {number}", d_in, d_ff, d_out, branches)
+
+    def check_leaves(self, name: str, leaves: int, *, fused: bool) -> None:
+        """Check the changed rows of every expert; see ``BlockPathway.check_leaves``."""
+        for expert in self.experts:
+            expert.check_leaves(name, leaves, fused=fused)
+
+
+def count_clusters(router: Tensor) -> int:
+    """Return how many clusters a router's weight has rows for.
+
+    Raises:
+        MismatchError: There are none, or more than are read.
+    """
+    count = len(router) if router.dim() else 0
+    if not 0 < count <= MOST_CLUSTERS:
+        raise MismatchError(
+            f"A router is {tuple(router.shape)}; it has to have 1 to {MOST_CLUSTERS} rows."
+        )
+    return count
+
+
+Kept = BlockPathway | ClusteredBlock
+"""What a pathway keeps of a block: the same for all tokens, or by cluster."""
+
+
+def experts_of(block: Kept) -> tuple[BlockPathway, ...]:
+    """Return the experts of a block; of one without clusters it is the only one."""
+    return block.experts if isinstance(block, ClusteredBlock) else (block,)
