@@ -14,11 +14,14 @@ import wrapt
 from hf_sparse_pathways.version import __version__
 
 if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.clustering import Clustering
+    from hf_sparse_pathways.discovery.expansion import expand
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.discovery.profiling import profile
     from hf_sparse_pathways.discovery.selection import select
     from hf_sparse_pathways.errors import PathwaysError
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+    from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.plotting import plot
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockPathway",
     "CardSettings",
+    "ClusteredBlock",
+    "Clustering",
     "Export",
     "Healed",
     "HealingSettings",
@@ -47,10 +52,12 @@ __all__ = [
     "Profile",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
+    "TokenRouter",
     "__version__",
     "add_domains",
     "benchmark",
     "evaluate",
+    "expand",
     "export",
     "heal",
     "permute",
@@ -66,7 +73,9 @@ __all__ = [
 _HOMES = {
     "PathwaysError": "errors",
     "BlockPathway": "ffn.block_pathway",
+    "ClusteredBlock": "ffn.clusters",
     "LowRank": "ffn.block_pathway",
+    "TokenRouter": "ffn.clusters",
     "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
     "Profile": "discovery.profiles",
@@ -79,6 +88,8 @@ _HOMES = {
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",
+    "Clustering": "discovery.clustering",
+    "expand": "discovery.expansion",
     "profile": "discovery.profiling",
     "select": "discovery.selection",
     "CardSettings": "share.card",

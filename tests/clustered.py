@@ -57,7 +57,7 @@ class _Chooser:
         self.experts, self.router = nn.ModuleList(experts), router
         incoming.register_forward_pre_hook(self._see)
 
-    def _see(self, module, args):
+    def _see(self, _, args):
         self.seen = args[0]
 
     def __call__(self, *args, **kwargs):

@@ -83,7 +83,12 @@ def largest_sparsity(shapes: "Sequence[BlockShape]", rule: Mapping[str, Any]) ->
     """
     from hf_sparse_pathways.discovery.allocation import most_sparsity
 
-    return most_sparsity(shapes, bypass_rank=_bypass_rank(rule), multiple=rule.get("multiple", 1))
+    return most_sparsity(
+        shapes,
+        bypass_rank=_bypass_rank(rule),
+        multiple=rule.get("multiple", 1),
+        clusters=rule.get("clusters", 1),
+    )
 
 
 def _bypass_rank(rule: Mapping[str, Any]) -> int:

@@ -89,6 +89,9 @@ def run(  # noqa: PLR0913
     ] = None,
     order: Annotated[str, typer.Option(help="auto, sequential or one-shot.")] = "auto",
     multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
+    clusters: Annotated[
+        int, typer.Option(min=1, help="Of each block's tokens, with neurons of their own.")
+    ] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")
     ] = False,
@@ -134,10 +137,11 @@ def run(  # noqa: PLR0913
         "allocation": allocation,
         "compensation": compensation,
         "ridge": _parse_ridge(ridge or (QUICK_RIDGE if quick else "auto")),
-        "order": "one-shot" if quick and order == "auto" else order,
+        "order": "one-shot" if quick and order == "auto" and clusters == 1 else order,
         "multiple": multiple,
         "precision": precision,
         "seed": seed,
+        "clusters": clusters,
     }
     limits.check()
     _check_rule(rule, limits)
@@ -275,5 +279,10 @@ def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
 
     usual = OBS if limits.percentile is None else "mean_abs"
     make_recipe(**{**rule, "method": rule["method"] or usual})
+    if rule["clusters"] > 1 and limits.target_speedup is not None:
+        raise PathwaysError(
+            "--target-speedup is found for pathways without clusters: leave out --clusters, or "
+            "give the sparsity."
+        )
     division = rule["allocation"], rule["multiple"]
     check_division(limits.sparsity, limits.percentile, *division)

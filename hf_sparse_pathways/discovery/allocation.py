@@ -187,17 +187,23 @@ def allocate(
     return widths
 
 
-def most_sparsity(shapes: Sequence[BlockShape], *, bypass_rank: int, multiple: int) -> float:
-    """Return the largest sparsity that leaves every block a multiple of neurons and its bypass.
+def most_sparsity(
+    shapes: Sequence[BlockShape], *, bypass_rank: int, multiple: int, clusters: int = 1
+) -> float:
+    """Return the largest sparsity that leaves every block neurons, its bypass and its router.
 
     Raises:
         PathwaysError: There is none: nothing could be removed.
     """
-    room = min(_room(s.d_ff, s.bypass_width(bypass_rank), multiple) for s in shapes)
+    room = min(
+        _room(s.d_ff, s.bypass_width(bypass_rank) + s.router_width(clusters), multiple)
+        for s in shapes
+    )
     if not room > 0.0:
         raise PathwaysError(
-            f"Some FFN block is too narrow for a bypass of rank {bypass_rank} and widths in "
-            f"multiples of {multiple}: nothing could be removed. Choose smaller ones."
+            f"Some FFN block is too narrow for a bypass of rank {bypass_rank}, {clusters} "
+            f"clusters and widths in multiples of {multiple}: nothing could be removed. Choose "
+            "smaller ones."
         )
     return room
 

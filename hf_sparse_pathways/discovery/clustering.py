@@ -2,16 +2,16 @@
 
 Inputs of the block are reduced to their principal components and clustered by k-means. Second
 moments are then added up cluster by cluster. A cluster has few tokens for the many coefficients of
-a repair, so that each gets the block's mean as well, with the weight of ``PRIOR`` tokens::
+a repair, so that each gets the block's mean as well, with the weight of some ``prior`` tokens::
 
-    G_c = (sum of z z^T in c + PRIOR * E[z z^T]) / (tokens in c + PRIOR)
+    G_c = (sum of z z^T in c + prior * E[z z^T]) / (tokens in c + prior)
 
 Source: Sawmya et al. 2025, "Sparse Expansion", arXiv:2405.15756, for PCA and k-means of the
 inputs; moments that shrink towards the block's are ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,9 +28,6 @@ from hf_sparse_pathways.ffn.layouts import outgoing_weight
 from hf_sparse_pathways.limits import MOST_CLUSTERS
 from hf_sparse_pathways.memory import format_memory
 
-PRIOR = 2048
-"""Tokens' weight of the block's mean in every cluster's moments."""
-
 SAMPLE = 16384
 """Tokens, at least, that the clusters are found on."""
 
@@ -45,12 +42,35 @@ class Clustering:
     Attributes:
         count: Number of clusters.
         dimensions: Principal components of the input; None for a sixteenth of its width.
+        prior: Tokens' weight of the block's mean in every cluster's moments.
         seed: Of k-means.
+
+    Raises:
+        PathwaysError: A number is out of range, or scikit-learn is not installed.
     """
 
     count: int
     dimensions: int | None = None
+    prior: float = 2048
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        fitting = {
+            "clusters": type(self.count) is int and 1 < self.count <= MOST_CLUSTERS,
+            "dimensions": self.dimensions is None or self.dimensions > 0,
+            "prior": 0 < self.prior < float("inf"),
+        }
+        for name, fits in fitting.items():
+            if not fits:
+                raise PathwaysError(
+                    f"{self} does not fit at {option(name)}: it takes 2 to {MOST_CLUSTERS} "
+                    "clusters, at least one dimension, and a positive prior."
+                )
+        _import_sklearn()
+
+    def described(self) -> dict[str, Any]:
+        """Return the numbers as JSON values."""
+        return asdict(self)
 
     def check(self, blocks: Sequence[FfnBlock]) -> None:
         """Check that a model's moments of all clusters fit into memory.
@@ -86,21 +106,6 @@ class Clustering:
         )
 
 
-def check_clusters(count: int) -> None:
-    """Check a number of clusters, and that there is what finds some.
-
-    Raises:
-        PathwaysError: It is out of range, or scikit-learn is not installed.
-    """
-    if type(count) is not int or not 1 <= count <= MOST_CLUSTERS:
-        raise PathwaysError(
-            f"{option('clusters')} has to be a whole number from 1 (all tokens alike) to "
-            f"{MOST_CLUSTERS}, got {count!r}."
-        )
-    if count > 1:
-        _import_sklearn()
-
-
 def _import_sklearn() -> tuple[Any, Any]:
     try:
         from sklearn import cluster, decomposition
@@ -129,10 +134,16 @@ class ClusterProbe(Observer):
     """Adds up one block's second moments by cluster."""
 
     def __init__(
-        self, block: FfnBlock, spaces: Workspaces, router: TokenRouter, *, inputs: bool
+        self,
+        block: FfnBlock,
+        spaces: Workspaces,
+        router: TokenRouter,
+        prior: float,
+        *,
+        inputs: bool,
     ) -> None:
         super().__init__(block, inputs=True)
-        self.spaces, self.router = spaces, router
+        self.spaces, self.router, self._prior = spaces, router, prior
         width = block.d_in if inputs else 0
         self._in_gram = inputs
         self._own = [GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in router.bias]
@@ -160,12 +171,12 @@ class ClusterProbe(Observer):
         weight = outgoing_weight(self.block.outgoing)
         d_ff = self.block.d_ff
         everything = sum(own.upper for own in self._own[1:]) + self._own[0].upper
-        tokens = float(everything[-1, -1])
+        prior = self._prior / float(everything[-1, -1])
         cross = sum(own.cross for own in self._own[1:]) + self._own[0].cross
         tasks = []
         for own in self._own:
-            gram = Gram.of_upper((own.upper + PRIOR / tokens * everything).cpu(), d_ff)
-            missing = (own.cross + PRIOR / tokens * cross).cpu() / gram.tokens
+            gram = Gram.of_upper((own.upper + prior * everything).cpu(), d_ff)
+            missing = (own.cross + prior * cross).cpu() / gram.tokens
             tasks.append(BlockTask(weight=weight, gram=gram, missing=missing))
         share = self._tokens / self._tokens.sum()
         router = TokenRouter(weight=self.router.weight, bias=self.router.bias, share=share)

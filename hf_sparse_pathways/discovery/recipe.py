@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_sparse_pathways.discovery.allocation import resolve_allocation
-from hf_sparse_pathways.discovery.clustering import check_clusters
+from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.passes import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
@@ -42,7 +42,8 @@ class Recipe:
         multiple: Widths are multiples of this.
         precision: Of the model's products while it runs over calibration text.
         seed: Of everything that is drawn.
-        clusters: Of each block's tokens, with neurons of their own; 1 for none.
+        clustering: How each block's tokens are clustered, to get neurons of their own; None if
+            they are not.
     """
 
     method: str
@@ -55,7 +56,12 @@ class Recipe:
     multiple: int
     precision: str
     seed: int
-    clusters: int = 1
+    clustering: Clustering | None = None
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters of each block's tokens; 1 where all have the same neurons."""
+        return 1 if self.clustering is None else self.clustering.count
 
     def described(self) -> dict[str, Any]:
         """Return the recipe as JSON values, for the artefact."""
@@ -69,7 +75,7 @@ class Recipe:
             "multiple": self.multiple,
             "precision": self.precision,
             "seed": self.seed,
-            **({"clusters": self.clusters} if self.clusters > 1 else {}),
+            **({"clusters": self.clustering.described()} if self.clustering else {}),
         }
 
 
@@ -83,7 +89,7 @@ def make_recipe(  # noqa: PLR0913
     multiple: int = 1,
     precision: str = "model",
     seed: int = 0,
-    clusters: int = 1,
+    clusters: int | Clustering = 1,
 ) -> Recipe:
     """Return a recipe, with the method's defaults for what is not given.
 
@@ -108,7 +114,6 @@ def make_recipe(  # noqa: PLR0913
     if isinstance(ridge, str) and ridge != "auto":
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
-    _check_clusters(clusters, name, order)
     if order == "auto" and name != OBS:
         order = "one-shot"
     return Recipe(
@@ -122,18 +127,24 @@ def make_recipe(  # noqa: PLR0913
         multiple=multiple,
         precision=precision,
         seed=seed,
-        clusters=clusters,
+        clustering=_resolve_clusters(clusters, name, order, seed),
     )
 
 
-def _check_clusters(clusters: int, method: str, order: str) -> None:
-    """Check that there can be clusters in a recipe."""
-    check_clusters(clusters)
-    if clusters > 1 and (method != OBS or order == "one-shot"):
+def _resolve_clusters(
+    clusters: int | Clustering, method: str, order: str, seed: int
+) -> Clustering | None:
+    """Return how tokens are clustered, if they are."""
+    if type(clusters) is int and clusters == 1:
+        return None
+    if not isinstance(clusters, Clustering):
+        clusters = Clustering(count=clusters, seed=seed)
+    if method != OBS or order == "one-shot":
         raise PathwaysError(
             f"Clusters of tokens get neurons by {named('method', OBS)}, block after block: leave "
             f"out {named('method', method)} and {named('order', order)}, or the clusters."
         )
+    return clusters
 
 
 def resolve_method(method: str | ScoreFunction) -> tuple[str, ScoreFunction | None]:

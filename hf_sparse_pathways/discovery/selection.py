@@ -66,7 +66,7 @@ def select(  # noqa: PLR0913
     seed: int = 0,
     controls: bool = True,
     made: Mapping[str, Pathway] | None = None,
-    clusters: int = 1,
+    clusters: int | Clustering = 1,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -108,6 +108,7 @@ def select(  # noqa: PLR0913
         clusters: Into so many clusters each block's tokens are divided, by their likeness at the
             block's input, and each cluster gets neurons and a repair of its own: better for the
             same FLOPs, with so many times as much to store. Needs ``"obs"`` in sequential order.
+            A ``Clustering`` says more than their number.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -243,10 +244,9 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
 
 
 def _clustering(draft: Draft) -> Clustering | None:
-    recipe = draft.evidence.recipe
-    if recipe.clusters == 1 or draft.masks is not None:  # nothing is removed
+    clustering = draft.evidence.recipe.clustering
+    if clustering is None or draft.masks is not None:  # nothing is removed
         return None
-    clustering = Clustering(count=recipe.clusters, seed=recipe.seed)
     clustering.check(draft.evidence.blocks)
     return clustering
 

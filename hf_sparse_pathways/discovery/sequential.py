@@ -216,8 +216,9 @@ class _Layer:
             for observer, seen in zip(observers, inputs, strict=True):
                 seen.append(needed_input(observer.seen_at(rows)[1]).float())
         routers = [arm.clustering.fit(torch.cat(seen)) for seen in inputs]
+        prior = arm.clustering.prior
         return [
-            ClusterProbe(block, self.spaces, router, inputs=arm.inputs)
+            ClusterProbe(block, self.spaces, router, prior=prior, inputs=arm.inputs)
             for (_, block), router in zip(self.blocks, routers, strict=True)
         ]
 

@@ -29,10 +29,13 @@ class Addition:
     bypass: LowRank | None
 
     @classmethod
-    def of(cls, pathway: BlockPathway, like: Tensor) -> "Addition":
-        """Take a pathway's compensation over to the dtype and device of a tensor."""
+    def of(cls, pathway: BlockPathway, kept: Tensor, like: Tensor) -> "Addition":
+        """Take a pathway's compensation over to the dtype and device of a tensor.
+
+        Its kept neurons are given, since finding them breaks a graph that is being traced.
+        """
         return cls(
-            kept=pathway.keep.nonzero().flatten().to(like.device),
+            kept=kept.to(like.device),
             delta=None if pathway.delta is None else pathway.delta.to(like),
             bias=None if pathway.bias is None else pathway.bias.to(like),
             bypass=None if pathway.bypass is None else pathway.bypass.to(like),

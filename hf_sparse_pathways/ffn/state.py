@@ -5,6 +5,7 @@ that a batch of tokens with different experts is masked as one of rows with diff
 These numbers are called members; that of a pathway without clusters is its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class BlockState:
         self.residents = residents
         self.shard: BlockShard | None = None
         self._own: tuple[BlockPathway, ...] = ()
+        self._kept: tuple[Tensor, ...] = ()
+        self._own_kept: tuple[Tensor, ...] = ()
         self._tables: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
@@ -73,6 +76,7 @@ class BlockState:
                 clustered[index] = len(members)
                 members.extend(pathway.experts)
         self.pathways, self.members, self.clustered = pathways, tuple(members), clustered
+        self._kept = _kept_of(members)
         self.runs = tuple(
             None if index in clustered else few_runs(pathway.keep)
             for index, pathway in enumerate(pathways)
@@ -84,7 +88,10 @@ class BlockState:
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
         self.shard = shard
-        self._own = self.members if shard is None else tuple(map(shard.cut, self.members))
+        self._own, self._own_kept = self.members, self._kept
+        if shard is not None:
+            self._own = tuple(map(shard.cut, self.members))
+            self._own_kept = _kept_of(self._own)
         self._tables, self._additions, self._incoming = {}, {}, {}
 
     def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
@@ -129,7 +136,7 @@ class BlockState:
         addition = self._additions.get(key)
         if addition is None:
             with torch.inference_mode(False), torch.no_grad():
-                addition = Addition.of(self._own[member], like)
+                addition = Addition.of(self._own[member], self._own_kept[member], like)
             if not torch.compiler.is_compiling() and member < len(self.pathways):
                 self._additions[key] = addition
         return addition
@@ -199,8 +206,7 @@ class BlockState:
         found = self._incoming.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self.members[member].keep.nonzero().flatten()
-                rows = self.rows_of(kept, rows_per_neuron).to(like.device)
+                rows = self.rows_of(self._kept[member], rows_per_neuron).to(like.device)
                 found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
                 if self.shard is not None:
                     found = found.cut(self.shard.rows[position])
@@ -270,6 +276,11 @@ class BlockState:
             if not torch.compiler.is_compiling():
                 self._tables[device] = table
         return table
+
+
+def _kept_of(members: Sequence[BlockPathway]) -> tuple[Tensor, ...]:
+    """Return each member's kept neurons, int64, ascending."""
+    return tuple(member.keep.nonzero().flatten() for member in members)
 
 
 def _rows_of(index: int, member: Tensor, output: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from tests.architectures import build, prompt, random_masks
+from tests.architectures import build, compensate, prompt, random_masks
 
 GENERATION = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 DOMAINS = ("code", "law", "math")
@@ -51,6 +51,20 @@ def test_one_graph(domain):
     for ids in (prompt(), prompt(seed=1)):
         found = compiled(ids, domain=chosen).logits
         assert torch.allclose(found, model(ids, domain=chosen).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("domain", ["code", "rows"])
+@torch.no_grad()
+def test_a_function_around_a_model_with_compensation(domain):
+    dense = build("llama")
+    paths = compensate(dense, random_masks(dense, DOMAINS))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+    chosen = torch.tensor([1, 0]) if domain == "rows" else domain
+    graphs = _Graphs()
+    compiled = torch.compile(lambda ids: model(ids, domain=chosen).logits, backend=graphs)
+    found = compiled(prompt())
+    assert len(graphs.seen) == 1  # a break would forget the choice
+    assert torch.allclose(found, model(prompt(), domain=chosen).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("executor", ["auto", "compact", "packed-all", "indexed"])
