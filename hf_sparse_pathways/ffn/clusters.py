@@ -150,6 +150,11 @@ class ClusteredBlock:
                     f"{part} of {name} is {tensor.dtype} {tuple(tensor.shape)}; it has to be "
                     f"torch.float32 {fitting[part]}."
                 )
+        share = self.router.share
+        if not share.is_meta and not (
+            bool((share >= 0).all()) and abs(float(share.sum()) - 1) < 0.01
+        ):
+            raise MismatchError(f"the clusters' shares of {name} do not add up to 1.")
         for number, expert in enumerate(self.experts):
             expert.check(f"{name}, cluster {number}", d_in, d_ff, d_out, branches)
 

@@ -27,6 +27,7 @@ from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME
 from hf_sparse_pathways.share.card import CardSettings, change_rows, render_card
 from tests.architectures import build, compensate, random_masks
+from tests.clustered import clustered
 from tests.pathways.corruption import rewrite
 from tests.pathways.hostile import parse_header, with_header
 
@@ -60,7 +61,8 @@ def make_pair(folder):
     paths = compensate(dense, random_masks(dense))
     text = {"source": "x", "digests": ["a"], "tokens": 5, "documents": 1}
     made = {"method": "obs", "compensation": "refit+bias", "text": text, "healing": [{"a": 1}]}
-    by_domain = {n: replace(p, provenance=made) for n, p in paths.by_domain.items()}
+    named = {**paths.by_domain, "clusters": clustered(dense)["code"]}
+    by_domain = {n: replace(p, provenance=made) for n, p in named.items()}
     control = {"pooled": replace(paths["law"], provenance=made)}
     paths = Pathways(base=paths.base, by_domain=by_domain, controls=control)
     paths.save_pretrained(folder)

@@ -61,6 +61,13 @@ def _tensor(name, change):
     return lambda path: change_tensors(path, lambda t: {**t, name: change(t[name])})
 
 
+def _without(name):
+    """Leave a tensor out."""
+    return lambda path: change_tensors(
+        path, lambda t: {key: tensor for key, tensor in t.items() if key != name}
+    )
+
+
 def _raw(name, data):
     """Replace the bytes of a tensor."""
 
@@ -228,8 +235,7 @@ TENSORS = {
         **t, "0.1.delta_outer": torch.zeros(32, 1000),
         "0.1.delta_inner": torch.zeros(1000, t["0.1.delta_inner"].shape[1])}),
     "ranks that differ": _tensor("0.1.delta_outer", lambda t: t[:, :-1].clone()),
-    "a factor missing": lambda path: change_tensors(
-        path, lambda t: {k: v for k, v in t.items() if k != "0.1.delta_outer"}),
+    "a factor missing": _without("0.1.delta_outer"),
     "a factor a vector": _tensor("0.1.delta_outer", lambda t: t[:, 0].clone()),
     "a factor a scalar": _tensor("0.1.delta_inner", lambda t: t[0, 0].clone()),
     "bypass of another width": _tensor("0.0.bypass_inner", lambda t: t[:, :-1].clone()),
@@ -237,5 +243,28 @@ TENSORS = {
     "incoming rows of another number": _tensor("0.0.incoming0", lambda t: t[:-1].clone()),
     "incoming rows without columns": _tensor("0.0.incoming0", lambda t: t[:, :0].clone()),
     "a whole bypass": _renamed_part("bypass_outer", "bypass"),
+}
+
+CLUSTERED = {
+    "router of no clusters": _tensor("0.0.router", lambda t: t[:0].clone()),
+    "router of fewer clusters": _tensor("0.0.router", lambda t: t[:-1].clone()),
+    "router of a billion clusters": _entry("0.0.router", shape=[2**30, 32]),
+    "router of more clusters": _tensor("0.0.router", lambda t: t.repeat(2, 1)),
+    "router of too many clusters": _tensor("0.0.router", lambda t: t[:1].repeat(1025, 1)),
+    "router a scalar": _tensor("0.0.router", lambda t: t[0, 0].clone()),
+    "router of another width": _tensor("0.0.router", lambda t: t[:, :-1].clone()),
+    "router of integers": _tensor("0.0.router", lambda t: t.int()),
+    "router of NaN": _raw("0.0.router", b"\xff"),
+    "router without a bias": _without("0.0.router_bias"),
+    "router with a bias too long": _tensor("0.0.router_bias", lambda t: t.repeat(2)),
+    "shares of NaN": _raw("0.0.share", b"\xff"),
+    "shares below zero": _tensor("0.0.share", lambda t: t - 1.0),
+    "an expert without a mask": _without("0.0.1.keep"),
+    "an expert that keeps nothing": _tensor("0.0.1.keep", torch.zeros_like),
+    "an expert's mask neither true nor false": _raw("0.0.1.keep", b"\x02"),
+    "an expert beyond the clusters": _more("0.0.3.keep", "BOOL", [48], 48),
+    "an expert below zero": _more("0.0.-1.keep", "BOOL", [48], 48),
+    "an expert's refit of another width": _tensor("0.0.1.delta", lambda t: t[:, :-1].clone()),
+    "a block with a mask beside its experts": _more("0.0.keep", "BOOL", [48], 48),
 }
 # fmt: on

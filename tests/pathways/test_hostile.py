@@ -25,8 +25,9 @@ from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.storage import write_pathways
 from hf_sparse_pathways.tensor_files import without_memory
 from tests.architectures import build, compensate, random_masks
+from tests.clustered import clustered
 from tests.pathways.corruption import read_meta, rewrite
-from tests.pathways.hostile import JSON, TENSORS, with_header
+from tests.pathways.hostile import CLUSTERED, JSON, TENSORS, with_header
 from tests.pathways.untouched import assert_same, snapshot
 
 CORPUS = {f"json: {name}": damage for name, damage in JSON.items()}
@@ -50,6 +51,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     pathways().save_pretrained(folder / "together")
     write_pathways(pathways(), folder / "apart", apart=True)
+    clustered(build("llama")).save_pretrained(folder / "clustered")
+    write_pathways(clustered(build("llama")), folder / "clustered apart", apart=True)
     return folder
 
 
@@ -111,6 +114,15 @@ def test_one_domain_alone_is_no_way_around(damage, saved, tmp_path, untouched):
     shutil.copytree(saved / "together", tmp_path / "x")
     TENSORS[damage](tmp_path / "x" / "pathways.json")
     _assert_refused(tmp_path / "x", untouched, only="code")
+
+
+@pytest.mark.parametrize("only", [{}, {"only": "code"}])
+@pytest.mark.parametrize("damage", CLUSTERED)
+def test_hostile_clusters_are_refused(damage, only, saved, tmp_path, untouched):
+    for name, place in (("clustered", ""), ("clustered apart", folder_for("code"))):
+        shutil.copytree(saved / name, tmp_path / name)
+        CLUSTERED[damage](tmp_path / name / place / "pathways.json")
+        _assert_refused(tmp_path / name, untouched, **only)
 
 
 @pytest.mark.parametrize(("architecture", "count", "rows"), [("llama", 1, 2), ("phi3", 2, 1)])
