@@ -249,3 +249,29 @@ def test_flops_are_the_mean_over_tokens(llama):
         dense += shape.d_ff * (shape.branches * shape.d_in + shape.d_out)
     assert pathways.flops("code") == pytest.approx(total / dense)
     assert "in 3 clusters" in str(pathways.sections()[0].rows)
+
+
+def test_by_default_the_columns_of_all_experts_fit(llama):
+    model, _ = llama
+    pathways, dense = model.pathways, model.to_dense()
+    code = pathways["code"]
+    many = sp.Pathway(
+        blocks=tuple(
+            sp.ClusteredBlock(
+                router=sp.TokenRouter(
+                    weight=block.router.weight.repeat(40, 1),
+                    bias=block.router.bias.repeat(40),
+                    share=block.router.share.repeat(40) / 40,
+                ),
+                experts=block.experts * 40,
+            )
+            for block in code.blocks
+        )
+    )
+    other = sp.SparsePathwaysForCausalLM.from_dense(
+        dense, sp.Pathways(base=pathways.base, by_domain={"code": code, "many": many})
+    )
+    size = sum(parameter.nbytes for parameter in dense.parameters())
+    assert other.max_resident_bytes > size
+    plain = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways.subset(["law"]))
+    assert plain.max_resident_bytes == size

@@ -17,7 +17,7 @@ from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
 from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
-from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
+from hf_sparse_pathways.ffn.forms import PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.residents import Residents
@@ -74,6 +74,11 @@ class Attachment:
             if any(isinstance(block, ClusteredBlock) for block in blocks)
         )
         self.reset()
+
+    def clustered_bytes(self, form: Form) -> int:
+        """Return how many bytes the copies of the largest pathway with clusters take in a form."""
+        sizes = (self.copies.form_bytes(index, form) for index in self._clustered)
+        return max(sizes, default=0)
 
     # -- executors --------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
-from hf_sparse_pathways.ffn.clusters import experts_of
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.stored import Stored, is_int8, stored_tensor
@@ -42,21 +41,8 @@ class Columns:
     pathway: int
 
 
-@dataclass(frozen=True)
-class Expert:
-    """Key of a leaf's copy for one cluster of a pathway's tokens.
-
-    Attributes:
-        pathway: The pathway.
-        number: The cluster.
-    """
-
-    pathway: int
-    number: int
-
-
-Own = Key | Columns | Expert
-"""Key of one copy of a leaf."""
+Own = Key | Columns
+"""Key of one copy of a leaf; of an expert's it is its number in ``BlockState.members``."""
 
 _INDEX_BYTES = 8
 
@@ -119,9 +105,7 @@ def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Own]:
     if key == WHOLE:
         yield key
     elif not isinstance(key, tuple):
-        clustered = key in leaf.state.clustered
-        experts = range(len(experts_of(leaf.state.pathways[key])))
-        yield from (Expert(key, number) for number in experts) if clustered else [key]
+        yield from leaf.state.members_of(key)
     elif leaf.neuron_dim == 1 and leaf.state.apart(key):
         yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
     elif leaf.state.union(key).index is not None:
@@ -130,15 +114,10 @@ def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Own]:
 
 def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
     """Drop all copies that a leaf has for a resident key."""
+    members = leaf.state.members_of(key) if isinstance(key, int) and key != WHOLE else [key]
     for own in list(leaf.copies):
-        if key == _resident_key(own):
+        if (own.mixture if isinstance(own, Columns) else own) in members:
             leaf.copies.pop(own, None)
-
-
-def _resident_key(own: Own) -> Key:
-    if isinstance(own, Columns):
-        return own.mixture
-    return own.pathway if isinstance(own, Expert) else own
 
 
 def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
@@ -173,10 +152,7 @@ def _neurons(leaf: "PathwayLeaf", key: Own) -> tuple[Tensor | None, BlockPathway
         return leaf.state.union(key).index, None
     if key == WHOLE:
         return None, None
-    member = key.pathway if isinstance(key, Columns) else key
-    if isinstance(member, Expert):
-        member = leaf.state.clustered[member.pathway] + member.number
-    own = leaf.state.members[member]
+    own = leaf.state.members[key.pathway if isinstance(key, Columns) else key]
     return own.keep.nonzero().flatten(), own
 
 

@@ -33,7 +33,7 @@ from hf_sparse_pathways.ffn.copies import Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
-from hf_sparse_pathways.ffn.routing import Routing, grouped_incoming, grouped_outgoing
+from hf_sparse_pathways.ffn.routing import Routing, grouped_incoming, grouped_outgoing, route
 from hf_sparse_pathways.ffn.sharding import check_gathered
 from hf_sparse_pathways.ffn.slices import Sliced
 from hf_sparse_pathways.ffn.state import BlockState
@@ -108,8 +108,8 @@ class Compact:
         self.everywhere = everywhere
 
     def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
-        """Return the groups of tokens with one expert each, if the pathway has clusters."""
-        return Routing.of(state, pathway, x) if pathway in state.clustered else pathway
+        """Return the member that computes all tokens, or their groups with one expert each."""
+        return route(state, pathway, x) if pathway in state.clustered else pathway
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""

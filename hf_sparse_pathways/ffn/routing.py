@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sparse_pathways.ffn.copies import Expert, kept_weights
+from hf_sparse_pathways.ffn.copies import kept_weights
 from hf_sparse_pathways.ffn.forms import Form
 
 if TYPE_CHECKING:
@@ -20,61 +20,76 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class Group:
+    """The tokens of one expert.
+
+    Attributes:
+        member: The expert, by its number in ``BlockState.members``.
+        run: Where its tokens stand when they are sorted.
+        width: How many neurons it keeps.
+    """
+
+    member: int
+    run: slice
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Which expert of one pathway computes each token of a block's input.
 
     Attributes:
-        order: The tokens, those of one expert together, int64; None if there is one expert.
-        groups: Each expert that has tokens, and the run of its tokens in that order.
-        widths: How many neurons each of them keeps.
+        order: The tokens, those of one expert together, int64.
+        groups: One entry per expert that has tokens.
     """
 
-    order: Tensor | None
-    groups: tuple[tuple[Expert, slice], ...]
-    widths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, state: "BlockState", pathway: int, x: Tensor) -> "Routing":
-        """Route a block's input ``(..., d_in)``."""
-        experts = state.router(pathway, x.device)(x).flatten()
-        if len(experts) == 1:
-            counts, order = {int(experts): 1}, None
-        else:
-            order = experts.argsort(stable=True)
-            counted = experts.bincount().tolist()
-            counts = {number: count for number, count in enumerate(counted) if count}
-        first, start, groups = state.clustered[pathway], 0, []
-        for number, count in counts.items():
-            groups.append((Expert(pathway, number), slice(start, start + count)))
-            start += count
-        widths = tuple(state.members[first + number].kept for number in counts)
-        return cls(order if len(groups) > 1 else None, tuple(groups), widths)
+    order: Tensor
+    groups: tuple[Group, ...]
 
     def sort(self, x: Tensor) -> Tensor:
         """Return ``(tokens, ...)`` of ``(..., width)`` in the order of the experts."""
-        flat = x.flatten(0, -2)
-        return flat if self.order is None else flat.index_select(0, self.order)
+        return x.flatten(0, -2).index_select(0, self.order)
 
-    def restore(self, sorted_: Tensor) -> Tensor:
+    def restore(self, tokens: Tensor) -> Tensor:
         """Return what ``sort`` has sorted, in the order of the tokens."""
-        if self.order is None:
-            return sorted_
-        return torch.empty_like(sorted_).index_copy_(0, self.order, sorted_)
+        return torch.empty_like(tokens).index_copy_(0, self.order, tokens)
+
+
+def route(state: "BlockState", pathway: int, x: Tensor) -> int | Routing:
+    """Return the member that computes all of a block's input ``(..., d_in)``, or who computes what.
+
+    Args:
+        state: The block's.
+        pathway: A pathway with clusters.
+        x: The input.
+    """
+    first, experts = state.clustered[pathway], state.router(pathway, x.device)(x)
+    if experts.numel() == 1:  # a step of decoding, of which nothing shall be lost
+        return first + int(experts)
+    experts = experts.flatten()
+    counts, groups, start = experts.bincount().tolist(), [], 0
+    for number, count in enumerate(counts):
+        if count:
+            width = state.widths[first + number]
+            groups.append(Group(first + number, slice(start, start + count), width))
+            start += count
+    if len(groups) == 1:
+        return groups[0].member
+    return Routing(experts.argsort(stable=True), tuple(groups))
 
 
 def grouped_incoming(leaf: "PathwayLeaf", x: Tensor, routing: Routing, form: Form) -> Tensor:
     """Return each token's kept neurons, in sorted order; zeros fill up narrower experts."""
     tokens, parts = routing.sort(x), leaf.rows_per_neuron
-    widest = max(routing.widths)
+    widest = max(group.width for group in routing.groups)
     outputs = []
-    for (expert, run), width in zip(routing.groups, routing.widths, strict=True):
-        output = kept_weights(leaf, expert, form)(tokens[run])
-        if width < widest:
-            split = output.view(len(output), parts, width)
-            output = functional.pad(split, (0, widest - width)).flatten(1)
+    for group in routing.groups:
+        output = kept_weights(leaf, group.member, form)(tokens[group.run])
+        if group.width < widest:
+            split = output.view(len(output), parts, group.width)
+            output = functional.pad(split, (0, widest - group.width)).flatten(1)
         outputs.append(output)
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.view(*x.shape[:-1], -1)
+    return torch.cat(outputs).view(*x.shape[:-1], -1)
 
 
 def grouped_outgoing(
@@ -84,10 +99,9 @@ def grouped_outgoing(
     tokens = x.flatten(0, -2)
     inputs = None if block_input is None else routing.sort(block_input)
     outputs = [
-        kept_weights(leaf, expert, form).with_bypass(
-            tokens[run, :width], None if inputs is None else inputs[run]
+        kept_weights(leaf, group.member, form).with_bypass(
+            tokens[group.run, : group.width], None if inputs is None else inputs[group.run]
         )
-        for (expert, run), width in zip(routing.groups, routing.widths, strict=True)
+        for group in routing.groups
     ]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return routing.restore(joined).view(*x.shape[:-1], -1)
+    return routing.restore(torch.cat(outputs)).view(*x.shape[:-1], -1)

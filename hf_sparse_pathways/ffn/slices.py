@@ -83,7 +83,7 @@ def has_views(leaf: "PathwayLeaf", pathway: int) -> bool:
 
 def _runs(leaf: "PathwayLeaf", pathway: int | Routing) -> tuple[Run, ...] | None:
     """Return the runs of neurons of which a leaf has views, or None if it is copied."""
-    if isinstance(pathway, Routing) or pathway in leaf.state.clustered:
+    if isinstance(pathway, Routing) or pathway >= len(leaf.state.pathways):  # experts
         return None
     own = leaf.state.members[pathway]
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]

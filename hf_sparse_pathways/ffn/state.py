@@ -33,7 +33,8 @@ class BlockState:
         d_ff: Number of neurons.
         pathways: What each pathway keeps of the block.
         members: The same by member: each pathway (or its first expert), then all experts.
-        clustered: The pathways that have experts, by their first member.
+        clustered: The pathways that have experts, with their first member.
+        widths: How many neurons each member keeps.
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         masked_only: Whether the block must be masked whatever executor is chosen.
@@ -48,6 +49,7 @@ class BlockState:
         self.pathways: tuple[Kept, ...] = ()
         self.members: tuple[BlockPathway, ...] = ()
         self.clustered: dict[int, int] = {}
+        self.widths: tuple[int, ...] = ()
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
         self.masked_only = False
@@ -76,6 +78,7 @@ class BlockState:
                 clustered[index] = len(members)
                 members.extend(pathway.experts)
         self.pathways, self.members, self.clustered = pathways, tuple(members), clustered
+        self.widths = tuple(member.kept for member in members)
         self._kept = _kept_of(members)
         self.runs = tuple(
             None if index in clustered else few_runs(pathway.keep)
@@ -93,6 +96,13 @@ class BlockState:
             self._own = tuple(map(shard.cut, self.members))
             self._own_kept = _kept_of(self._own)
         self._tables, self._additions, self._incoming = {}, {}, {}
+
+    def members_of(self, pathway: int) -> range:
+        """Return the members of a pathway: itself, or its experts."""
+        first = self.clustered.get(pathway)
+        if first is None:
+            return range(pathway, pathway + 1)
+        return range(first, first + len(experts_of(self.pathways[pathway])))
 
     def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
         """Return which members compute a block's input: one for all, one per row, or per token.

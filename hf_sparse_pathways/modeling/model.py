@@ -23,6 +23,7 @@ from hf_sparse_pathways.ffn.choices import (
     find_choice,
 )
 from hf_sparse_pathways.ffn.executors import has_own_dense
+from hf_sparse_pathways.ffn.forms import NATIVE
 from hf_sparse_pathways.modeling.adapting import Adapting
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
@@ -107,10 +108,15 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         self._limit_copies()
 
     def _limit_copies(self) -> None:
-        """Let copies take as much as the weights, if nothing else was said."""
+        """Let copies take as much as the weights, if nothing else was said.
+
+        Of a pathway with clusters they may take more: then as much as its experts' columns take,
+        beside rows that are read in place.
+        """
         if self._attachment.residents.limit is None:
-            sizes = (p.numel() * p.element_size() for p in self.parameters())
-            self._attachment.residents.limit = sum(sizes)
+            size = sum(p.numel() * p.element_size() for p in self.parameters())
+            own = self._attachment.clustered_bytes(NATIVE)
+            self._attachment.residents.limit = max(size, own)
 
     @property
     def domains(self) -> list[str]:
