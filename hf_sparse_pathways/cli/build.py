@@ -90,7 +90,7 @@ def run(  # noqa: PLR0913
     order: Annotated[str, typer.Option(help="auto, sequential or one-shot.")] = "auto",
     multiple: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 1,
     clusters: Annotated[
-        int, typer.Option(min=1, help="Of each block's tokens, with neurons of their own.")
+        int, typer.Option(min=1, help="Clusters of each block's tokens, each with own neurons.")
     ] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")

@@ -95,6 +95,7 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
         **provenance,
         "sparsity": pathways.sparsity(name),
         "flops": pathways.flops(name),
+        "clusters": pathways[name].clusters,
         "sparsity_per_block": pathways.sparsity(name, per_block=True),
         "text": text,
     }
@@ -114,6 +115,10 @@ def print_summary(source: str | PathLike[str]) -> None:
         typer.echo(f"  {executor}: {answer}")
     if facts["dense_experts"]:
         typer.echo(f"  routed experts in {len(facts['dense_experts'])} layers stay dense")
+    clusters = {arm["clusters"] for arm in facts["domains"].values()} - {1}
+    if clusters:
+        told = " or ".join(map(str, sorted(clusters)))
+        typer.echo(f"  each block's tokens go to {told} experts, with neurons of their own")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
     arms = {**facts["domains"], **controls}
     rows = [

@@ -75,7 +75,7 @@ class Recipe:
             "multiple": self.multiple,
             "precision": self.precision,
             "seed": self.seed,
-            **({"clusters": self.clustering.described()} if self.clustering else {}),
+            **({"clustering": self.clustering.described()} if self.clustering else {}),
         }
 
 

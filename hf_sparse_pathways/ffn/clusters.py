@@ -106,7 +106,8 @@ class ClusteredBlock:
 
     def mean(self, values: "list[int] | list[float]") -> float:
         """Return the mean over tokens of what each expert has a value of."""
-        return float(self.router.share.double() @ torch.tensor(values, dtype=torch.float64))
+        share = self.router.share.double()
+        return float(share @ torch.tensor(values, dtype=torch.float64) / share.sum())
 
     def parts(self) -> dict[str, Tensor]:
         """Return all tensors by name, those of experts as ``<number>.<part>``."""

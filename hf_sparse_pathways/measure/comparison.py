@@ -79,6 +79,10 @@ CONTENDERS: Mapping[str, Contender] = {
     for contender in (
         Contender(label=PATHWAY, options={"method": OBS}),
         Contender(label="one-shot", options={"method": OBS, "order": "one-shot"}),
+        *(
+            Contender(label=f"clusters-{count}", options={"method": OBS, "clusters": count})
+            for count in (2, 4, 8, 16, 32)
+        ),
         Contender(
             label="random+repair",
             options={"method": "random", "compensation": "refit+bias", "order": "sequential"},

@@ -206,6 +206,37 @@ def test_build_takes_any_rule(places, tmp_path, options, per_block, recipe):
     assert not facts["controls"]
 
 
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_build_clusters_tokens(places, tmp_path, quick):
+    options = (*UNIFORM, "--sparsity", 0.5, "--clusters", 3, *quick)
+    said = run_well("build", places.dense, *places.texts, *options, "--output", tmp_path / "built")
+    assert "each block's tokens go to 3 experts" in said
+    facts = _info(tmp_path / "built")
+    for arm in (*facts["domains"].values(), *facts["controls"].values()):
+        assert arm["clusters"] == arm["clustering"]["count"] == 3
+        assert arm["order"] == "sequential"
+        assert arm["flops"] <= 0.5
+    report = run_well("evaluate", tmp_path / "built", *places.texts, "--json")
+    assert "pooled" in report
+    said = run_well("generate", tmp_path / "built", "--domain", "code", "--prompt", "the", "--json")
+    assert "code" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--clusters", 3, "--order", "one-shot"), "Clusters of tokens"),
+        (("--clusters", 3, "--method", "wanda"), "Clusters of tokens"),
+        (("--clusters", 5000), "2 to 1024"),
+        (("--clusters", 3, "--target-speedup", 1.1), "without clusters"),
+    ],
+)
+def test_build_says_what_clusters_need(places, tmp_path, options, told):
+    ran = run("build", places.dense, *places.texts, *options, "--output", tmp_path / "built")
+    assert_error(ran, told)
+    assert not (tmp_path / "built").exists()
+
+
 def test_build_permutes_and_says_so(places, tmp_path):
     output = ("--output", tmp_path / "permuted", "--layout", "permuted")
     said = run_well("build", places.dense, *places.texts, *output, "--sparsity", "0.5")

@@ -128,7 +128,7 @@ def test_experts_beat_one_set_of_neurons_for_all(name):
         assert pathways.flops("code") <= 0.5 + 1e-9
     assert all(isinstance(block, ClusteredBlock) for block in made)
     assert losses[1] < 0.9 * losses[0]
-    assert pathways["code"].provenance["clusters"]["count"] == 4
+    assert pathways["code"].provenance["clustering"]["count"] == 4
     unchanged()
 
 
@@ -184,7 +184,7 @@ def test_expand_is_one_domain_of_any_text(tmp_path):
     )
     assert pathways.domains == ["expanded"]
     assert pathways["expanded"].clusters == 3
-    assert pathways["expanded"].provenance["clusters"]["dimensions"] == 5
-    assert pathways["expanded"].provenance["clusters"]["seed"] == 3
+    assert pathways["expanded"].provenance["clustering"]["dimensions"] == 5
+    assert pathways["expanded"].provenance["clustering"]["seed"] == 3
     pathways.save_pretrained(tmp_path)
     assert sp.Pathways.from_pretrained(tmp_path)["expanded"].clusters == 3
