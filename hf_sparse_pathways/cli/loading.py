@@ -15,10 +15,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_dense(name: str, dtype: str) -> tuple[Any, Any]:
-    """Load a dense causal LM and its tokenizer."""
-    from transformers import AutoTokenizer
+    """Load a dense causal LM, or that of a model with pathways, and its tokenizer."""
+    from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+    from hf_sparse_pathways.modeling.tokenizing import load_tokenizer
 
-    return load_model(name, dtype), AutoTokenizer.from_pretrained(name)
+    model = load_model(name, dtype)
+    if isinstance(model, SparsePathwaysForCausalLM):
+        model = model.to_dense()
+    return model, load_tokenizer(name)
 
 
 def load_model(name: str, dtype: str) -> Any:

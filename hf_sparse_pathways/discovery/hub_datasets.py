@@ -6,13 +6,15 @@ An address is streamed at the commit that its revision stands for now, and nothi
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.pathways.revision import commit_of
 from hf_sparse_pathways.transport import hub_errors
 
 SCHEME = "hf://"
@@ -74,7 +76,8 @@ class Address:
         """Yield the rows, which are read as they are asked for.
 
         Raises:
-            TextError: ``datasets`` is not installed, or does not know the configuration or split.
+            TextError: ``datasets`` is not installed, does not know the configuration or split, or
+                cannot read the files.
             HubError: The Hub cannot be reached any more.
         """
         try:
@@ -88,10 +91,11 @@ class Address:
         try:
             with hub_errors(f"{self} cannot be read"):
                 yield from load_dataset(self.id, self.config, **place, streaming=True)
-        except ValueError as error:
-            if isinstance(error, PathwaysError):
-                raise
-            raise TextError(f"{self} cannot be read: {error}") from error
+        except PathwaysError:
+            raise
+        except Exception as error:  # whatever the readers of all kinds of files raise
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise TextError(f"{self} cannot be read: {told}") from error
 
     def described(self) -> dict[str, str]:
         """Return what is known, to be saved with what is made of the text."""
@@ -112,25 +116,40 @@ def describe_dataset(source: Any) -> dict[str, str]:
     info: Any = getattr(source, "info", None)
     if not getattr(info, "dataset_name", None):
         return {}
-    found = next(filter(None, map(_FILE.match, map(str, _files(source)))), None)
     known = {
         "name": info.dataset_name,
         "config": getattr(info, "config_name", None),
         "split": getattr(source, "split", None),
-        **(found.groupdict() if found else {}),
+        **next(filter(None, map(_origin, map(str, _files(source)))), {}),
     }
     return {name: str(value) for name, value in known.items() if value is not None}
 
 
-def _files(source: Any) -> Iterable[Any]:
-    """Return the files of a ``datasets`` object: those that were downloaded, or are streamed.
+def _origin(file: str) -> dict[str, str]:
+    """Return the repository and commit of one of a dataset's files, if it tells.
+
+    A file that ``datasets`` has prepared lies in a folder that is called by the commit, and the
+    cache of the Hub knows the repository that has it.
+    """
+    if found := _FILE.match(file):
+        return found.groupdict()
+    commit = commit_of(Path(file))
+    cached = Path(constants.HF_HUB_CACHE).glob(f"datasets--*/snapshots/{commit}")
+    kept = next(cached, None) if commit else None
+    if kept is None:
+        return {}
+    _, *name = kept.parts[-3].split(constants.REPO_ID_SEPARATOR)
+    return {"id": "/".join(name), "revision": kept.name}
+
+
+def _files(source: Any) -> Iterator[Any]:
+    """Yield the files of a ``datasets`` object: those that were downloaded, or are streamed.
 
     Of a stream only ``datasets``' own attributes tell; without them nothing is known.
     """
-    checksums = getattr(source.info, "download_checksums", None)
-    if isinstance(checksums, Mapping):
-        return checksums
+    yield from source.info.download_checksums or ()
+    yield from (cached["filename"] for cached in getattr(source, "cache_files", ()))
     rows: Any = getattr(source, "_ex_iterable", None)
     while hasattr(rows, "ex_iterable"):  # shuffled, mapped, ...
         rows = rows.ex_iterable
-    return getattr(rows, "kwargs", {}).get("base_files") or ()
+    yield from getattr(rows, "kwargs", {}).get("base_files") or ()

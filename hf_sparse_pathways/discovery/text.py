@@ -340,6 +340,7 @@ def _text_column(row: dict[str, Any], origin: str, chosen: str | None) -> str:
     if chosen is not None and chosen not in row:
         raise TextError(f"{origin} has no column {chosen!r}; its columns are {', '.join(row)}.")
     if chosen is not None:
+        _check_text(row[chosen], f"{origin}: column {chosen!r}")
         return chosen
     strings = [name for name, value in row.items() if isinstance(value, str)]
     for name in ("text", "content"):
@@ -352,6 +353,15 @@ def _text_column(row: dict[str, Any], origin: str, chosen: str | None) -> str:
         "the one that holds the documents: dataset.select_columns(['NAME']), or :SPLIT:NAME behind "
         "a dataset's address; of other rows pass a list of its strings."
     )
+
+
+def _check_text(value: Any, place: str) -> None:
+    """Refuse what stands in a column if it is neither a text nor missing."""
+    if not (isinstance(value, str) or _is_missing(value)):
+        raise TextError(
+            f"{place} holds a {type(value).__name__}, not text. Choose another one; of chats pass "
+            "a list of what tokenizer.apply_chat_template(..., tokenize=False) makes of them."
+        )
 
 
 def _is_missing(value: Any) -> bool:

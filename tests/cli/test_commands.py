@@ -59,6 +59,22 @@ def test_info_says_what_was_built(places):
     assert facts["bytes"] == sum((places.built / name).stat().st_size for name in files)
 
 
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_what_starts_from_the_dense_model_finds_it_in_a_folder_with_pathways(
+    places, tmp_path, kind
+):
+    folder = places.built
+    if kind == "adapter":
+        folder = tmp_path / "adapter"
+        sp.Pathways.from_pretrained(places.built).save_pretrained(folder)
+    options = [*places.texts[:2], "--sparsity", "0.5", "--method", "wanda", "--max-tokens", "300"]
+    for source, output in ((places.dense, "expected"), (folder, "found")):
+        run_well("build", source, *options, "--output", tmp_path / output)
+    found, expected = (sp.Pathways.from_pretrained(tmp_path / of) for of in ("found", "expected"))
+    assert found.domains == ["code"]
+    assert all(map(torch.equal, found["code"].keep, expected["code"].keep))
+
+
 def test_info_prints_a_row_per_arm_and_block(places):
     shown = run_well("info", places.built)
     for word in ("code", "law", "pooled", "50.0%", *_info(places.built)["blocks"]):

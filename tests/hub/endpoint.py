@@ -15,9 +15,12 @@ from tests.hub.server import Server
 SERVER = Server()
 
 _CACHE = tempfile.mkdtemp(prefix="hub-cache-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+_DATASETS = tempfile.mkdtemp(prefix="datasets-cache-")
+for _folder in (_CACHE, _DATASETS):
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 os.environ.update(
+    HF_DATASETS_CACHE=_DATASETS,
     HF_ENDPOINT=SERVER.url,
     HF_HUB_CACHE=_CACHE,
     HF_HUB_DISABLE_TELEMETRY="1",

@@ -11,22 +11,23 @@ import yaml
 
 from tests.hub.store import Blob, Hub, Refusal, Repo
 
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
+_API = rf"/api/(models/|(?=datasets/)){_REPO}"
 _ROUTES: list[tuple[str, str, str]] = [
     ("GET", r"/api/whoami-v2", "who"),
     ("POST", r"/api/repos/create", "create"),
     ("DELETE", r"/api/repos/delete", "delete"),
     ("POST", r"/api/validate-yaml", "validate"),
-    ("GET", rf"/api/models/{_REPO}(/revision/(?P<revision>.+))?", "info"),
-    ("GET", rf"/api/models/{_REPO}/refs", "refs"),
-    ("GET", rf"/api/models/{_REPO}/commits/(?P<revision>[^/]+)", "history"),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
-    ("POST", rf"/api/models/{_REPO}/paths-info/(?P<revision>[^/]+)", "paths"),
-    ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", "commit"),
-    ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", "branch"),
-    ("POST", rf"/api/models/{_REPO}/tag/(?P<revision>[^/]+)", "tag"),
-    ("PUT", rf"/api/models/{_REPO}/settings", "settings"),
+    ("GET", rf"{_API}(/revision/(?P<revision>.+))?", "info"),
+    ("GET", rf"{_API}/refs", "refs"),
+    ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "history"),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
+    ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths"),
+    ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
+    ("POST", rf"{_API}/branch/(?P<name>.+)", "branch"),
+    ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "tag"),
+    ("PUT", rf"{_API}/settings", "settings"),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/large/(?P<oid>[0-9a-f]{64})", "upload"),
     ("POST", r"/large/(?P<oid>[0-9a-f]{64})/verify", "verify"),
@@ -132,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _named(self) -> str:
         """Return the repository that a body names in two parts."""
         given = self._given
-        return f"{given.get('organization') or self.account}/{given['name']}"
+        kind = "datasets/" if given.get("type") == "dataset" else ""
+        return f"{kind}{given.get('organization') or self.account}/{given['name']}"
 
     def _repo(self, name: str, *, write: bool = False) -> Repo:
         return self.server.hub.repo(name, self.account, write=write)
@@ -161,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         given = self._given
         found = self._repo(repo, write=True)
         found.private = bool(given.get("private")) or given.get("visibility") == "private"
-        self._json({"private": found.private})
+        found.gated = given.get("gated", False)
+        self._json({"private": found.private, "gated": found.gated})
 
     def _validate(self) -> None:
         text = self._given["content"]
@@ -181,13 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(
             {
                 "_id": hashlib.sha1(repo.encode()).hexdigest()[:24],
-                "id": repo,
+                "id": repo.removeprefix("datasets/"),
                 "modelId": repo,
                 "author": found.owner,
                 "sha": commit.sha,
                 "private": found.private,
                 "disabled": False,
-                "gated": False,
+                "gated": found.gated,
                 "downloads": 0,
                 "likes": 0,
                 "tags": data.get("tags") or [],
@@ -250,7 +253,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json([_entry(path, files[path]) for path in wanted if path in files])
 
     def _resolve(self, repo: str, revision: str, path: str) -> None:
-        commit = self._repo(repo).at(revision)
+        found = self._repo(repo)
+        if found.gated and found.owner != self.account:
+            raise Refusal(403 if self.account else 401, "GatedRepo", "Access is restricted.")
+        commit = found.at(revision)
         blob = commit.files.get(path)
         headers = {"X-Repo-Commit": commit.sha, "Content-Type": "application/octet-stream"}
         if blob is None:

@@ -56,10 +56,11 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository."""
+    """A repository; that of a dataset is called ``datasets/OWNER/NAME``."""
 
     name: str
     private: bool
+    gated: str | bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     pulls: int = 0
@@ -67,7 +68,7 @@ class Repo:
     @property
     def owner(self) -> str:
         """Return its account."""
-        return self.name.split("/")[0]
+        return self.name.split("/")[-2]
 
     def at(self, revision: str) -> Commit:
         """Return the commit that a branch, tag or hash names."""
@@ -132,10 +133,10 @@ class Hub:
         """Create a repository with a first commit."""
         if account is None:
             raise Refusal(401, "", "Invalid username or password.")
-        if name.split("/")[0] != account:
-            raise Refusal(403, "", f"You don't have the rights to create a model under {name}")
+        if name.split("/")[-2] != account:
+            raise Refusal(403, "", f"You don't have the rights to create a repo under {name}")
         if name in self.repos:
-            raise Refusal(409, "", "You already created this model repo")
+            raise Refusal(409, "", "You already created this repo")
         repo = self.repos[name] = Repo(name, private)
         attributes = Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", large=False)
         repo.add("refs/heads/main", None, "initial commit", {".gitattributes": attributes})

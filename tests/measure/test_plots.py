@@ -120,6 +120,16 @@ def test_every_picture_is_written_as_a_picture(tmp_path, domains, monkeypatch):
         assert pixels[..., :3].std() > 0.01, "not one colour"
 
 
+@pytest.mark.parametrize("domains", [("code",), DOMAINS])
+@pytest.mark.parametrize("make", [_quality, _several], ids=["alone", "sets"])
+def test_titles_and_legends_lie_within_the_picture(domains, make):
+    report = replace(make(domains), base="org/a-model-135m-instruct")
+    for name, figure in plots.draw_all(report).items():
+        figure.draw_without_rendering()
+        box, size = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(box.x0, box.y0, *(size - box.max)) > -0.05, name
+
+
 def test_what_was_not_measured_is_not_drawn():
     bare = _analysis().with_measurements(experiments=None, shuffled=None)
     assert set(plots.draw_all(bare)) == {"skippable", "specialisation", "overlap"}

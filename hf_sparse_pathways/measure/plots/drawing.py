@@ -35,6 +35,9 @@ DPI = 150
 COLUMNS = 4
 """Most small multiples in a row."""
 
+LEAST_WIDTH = 6.4
+"""Inches in which a title with a model's name, and a legend of all roles, have room."""
+
 
 class Picture(Figure):
     """A figure that a notebook shows by itself, without pyplot."""

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_sparse_pathways.measure.plots.drawing import (
     COLUMNS,
+    LEAST_WIDTH,
     Picture,
     draw_map,
     hide_rest,
@@ -67,7 +68,8 @@ def plot_cosines(report: QualityReport) -> Figure:
     panels = [(label, domain) for label in sets or [None] for domain in report.domains]
     columns = min(len(report.domains), COLUMNS)
     lines = -(-len(panels) // columns)
-    figure = Picture(figsize=(2.6 * columns + 1.4, 2.4 * lines + 1.0), layout="constrained")
+    size = (max(LEAST_WIDTH, 2.6 * columns + 1.4), 2.4 * lines + 1.0)
+    figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for place, (axes, (label, domain)) in enumerate(zip(grid.flat, panels, strict=False)):
         for row in report.of(domain, label):

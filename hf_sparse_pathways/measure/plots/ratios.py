@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from hf_sparse_pathways.measure.plots.drawing import (
     COLOURS,
+    LEAST_WIDTH,
     MARKERS,
     Picture,
     hide_rest,
@@ -58,7 +59,7 @@ def _plot_ratios_of_sets(report: QualityReport) -> Figure:
     width = max(3.2, 0.8 + sum(max(0.9, 0.09 * len(label)) for label in report.sets))
     columns = min(len(domains), max(1, int(14 / width)))
     lines = -(-len(domains) // columns)
-    size = (columns * width + 0.6, 3.2 * lines + 0.8)
+    size = (max(LEAST_WIDTH, columns * width + 0.6), 3.2 * lines + 0.8)
     figure = Picture(figsize=size, layout="constrained")
     grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     shown = [row for row in report.rows if row.role != "random"]
