@@ -49,7 +49,7 @@ class Executing(_Base):
     def max_resident_bytes(self) -> int:
         """Most bytes that copies of kept weights take; by default the bytes of all weights.
 
-        By default it is more where a pathway with clusters takes more: its experts' columns.
+        Where there is a pathway with clusters, the columns of its experts come on top.
         Where a pathway does not fit, others that were used longer ago give way; if it does not
         fit alone, or because other threads are using theirs, it is computed by ``masked``.
         """

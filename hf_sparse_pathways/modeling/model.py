@@ -110,13 +110,12 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
     def _limit_copies(self) -> None:
         """Let copies take as much as the weights, if nothing else was said.
 
-        Of a pathway with clusters they may take more: then as much as its experts' columns take,
-        beside rows that are read in place.
+        Beside that there is room for one pathway with clusters, whose experts' columns take much,
+        while their rows are read in place.
         """
         if self._attachment.residents.limit is None:
             size = sum(p.numel() * p.element_size() for p in self.parameters())
-            own = self._attachment.clustered_bytes(NATIVE)
-            self._attachment.residents.limit = max(size, own)
+            self._attachment.residents.limit = size + self._attachment.clustered_bytes(NATIVE)
 
     @property
     def domains(self) -> list[str]:
