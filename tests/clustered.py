@@ -1,6 +1,7 @@
 """Pathways whose tokens are clustered, at random, and a plain model that computes them."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,8 +14,12 @@ from tests.architectures import compensate, random_masks, repaired
 CLUSTERS = 3
 
 
-def clustered(model, seed=0, *, keeps=(0.5, 0.5, 0.3)):
-    """Return pathways of a domain with clusters, ``code``, and one without, ``law``."""
+def clustered(model, seed=0, *, change_rows=True):
+    """Return pathways of a domain with clusters, ``code``, and one without, ``law``.
+
+    Experts differ in width, and have every compensation; changed rows if wanted.
+    """
+    keeps = (0.5, 0.5, 0.3)
     made = [
         compensate(model, random_masks(model, ("code", "law"), keep, seed + number), seed + number)
         for number, keep in enumerate(keeps)
@@ -29,6 +34,8 @@ def clustered(model, seed=0, *, keeps=(0.5, 0.5, 0.3)):
             share=torch.tensor([0.5, 0.3, 0.2]),
         )
         experts = tuple(pathways["code"].blocks[index] for pathways in made)
+        if not change_rows:
+            experts = tuple(replace(expert, incoming=()) for expert in experts)
         blocks.append(ClusteredBlock(router=router, experts=experts))
     code = sp.Pathway(blocks=tuple(blocks), provenance={"method": "drawn"})
     return sp.Pathways(base=made[0].base, by_domain={"code": code, "law": made[0]["law"]})

@@ -273,8 +273,8 @@ def test_by_default_the_columns_of_all_experts_fit(llama):
         dense, sp.Pathways(base=pathways.base, by_domain={"code": code, "many": many})
     )
     size = sum(parameter.nbytes for parameter in dense.parameters())
+    other.set_executor("indexed")
     for name in ("many", "code"):
-        other.set_executor("indexed")
         assert other.prepare(name)
     assert other.max_resident_bytes - size >= other.resident["many"]
     plain = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways.subset(["law"]))

@@ -64,7 +64,7 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
     large enough to gain from it: ``"indexed"``, which needs least memory, unless packing is much
     faster and fits ``max_resident_bytes``; then attention and head are packed only if every
     pathway fits beside them, so that none has to give way to them. Where not even plain copies
-    fit, it takes views if the neurons are in order for them.
+    fit, it takes views if the neurons are in order for them; and of experts rows in place.
 
     Where no block can be computed with copies, what is left is ``"masked"``.
 
@@ -95,8 +95,16 @@ def _choose_any(copies: ModelCopies) -> Execution:
         return Execution("sliced", f"{_room(copies)} hold no pathway, and views take nothing")
     if small := _find_too_small(copies):
         return Execution("compact", small)
+    return _choose_form(copies)
+
+
+def _choose_form(copies: ModelCopies) -> Execution:
+    """Return which form of weights is worth its memory."""
     native, packed = _judge(copies, NATIVE), _judge(copies, PACKED)
-    indexed = native.usable and _fits(copies, copies.most(NATIVE))
+    in_place = _fits(copies, copies.most(NATIVE))
+    if copies.clustered and native.gain and in_place and not _fits(copies, copies.most(PLAIN)):
+        return Execution("indexed", f"{_room(copies)} hold no plain copies of all experts")
+    indexed = native.usable and in_place
     if indexed and packed.gain < _WORTH_MEMORY * native.gain:
         return Execution("indexed", f"{native.reason}; {packed.reason}")
     if packed.usable and _fits(copies, copies.total()):

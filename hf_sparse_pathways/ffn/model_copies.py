@@ -83,6 +83,11 @@ class ModelCopies:
             for own in copy_keys(leaf, _of_leaf(key)):
                 kept_weights(leaf, own, form)
 
+    @property
+    def clustered(self) -> bool:
+        """Whether any pathway has clusters of tokens."""
+        return any(attached.state.clustered for attached in self.blocks)
+
     def are_possible(self) -> bool:
         """Whether any block can be computed with copies, as of the last ``settle``."""
         return any(attached.compact_leaves for attached in self.blocks)

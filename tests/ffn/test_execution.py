@@ -7,7 +7,8 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.ffn import execution, verdicts
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN
-from tests.architectures import build, prompt, random_masks
+from tests.architectures import build, compensate, prompt, random_masks
+from tests.clustered import clustered
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,25 @@ def test_auto_weighs_gains_and_memory(packed, native, choices, monkeypatch):
     expected = _sparse(executor="masked")(prompt(), domain="code").logits
     assert torch.allclose(model(prompt(), domain="code").logits, expected, atol=1e-5)
     assert model.resident == {}
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("kind", ["clustered", "plain"])
+def test_auto_reads_experts_in_place_where_copies_of_all_do_not_fit(kind, monkeypatch):
+    _gain(monkeypatch, packed=0.9, native=0.8)
+    monkeypatch.setattr(execution, "_WORTH_BYTES", 0)
+    dense = build("llama")
+    pathways = compensate(dense, random_masks(dense))
+    if kind == "clustered":
+        pathways = clustered(dense, change_rows=False)
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
+    copies = model._attachment.copies
+    model.max_resident_bytes = copies.most(PLAIN)
+    assert model.execution.executor == "compact"
+    model.max_resident_bytes = copies.most(PLAIN) - 1
+    assert model.execution.executor == ("indexed" if kind == "clustered" else "compact")
+    model.max_resident_bytes = copies.most(NATIVE) - 1
+    assert model.execution.executor == "compact"
 
 
 @pytest.mark.needs_compiler
