@@ -35,7 +35,7 @@ VOCABULARY_SHARE = 0.1
 ORDER_OFFSET = 200.0
 """A token's likelihood by its order is one over its place plus this: the first ones are bytes."""
 
-_PARTS = ("probabilities", "samples", "ignored", "prefix", "suffix")
+PARTS = ("probabilities", "samples", "ignored", "prefix", "suffix")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +58,7 @@ class Background:
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return {name: getattr(self, name) for name in _PARTS}
+        return {name: getattr(self, name) for name in PARTS}
 
     def check(self) -> None:
         """Check what was read from a file.

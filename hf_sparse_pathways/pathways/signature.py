@@ -1,8 +1,7 @@
 """A domain's signature: what tells its text from other text, and how surely.
 
-A token, and each pair of neighbours, has a weight: the logarithm of how much more likely it is in
-the domain than in what the model itself writes (its *background*). A text's score is the mean over
-its tokens. What held-out text of the domain scores, and what the background does, is kept as
+A token has a weight: the logarithm of how much more likely it is in the domain than in what the
+model itself writes (its *background*). A text's score is the mean over its tokens. What held-out text of the domain scores, and what the background does, is kept as
 quantiles by the number of tokens, so that a threshold means an error rate. Nothing of it depends on
 other domains: they come, go and are renamed, and this stays as it is.
 """
@@ -16,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.errors import ArtefactError, MismatchError
 from hf_sparse_pathways.limits import MOST_FRAME, MOST_WIDTH
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -24,9 +23,6 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 
 LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Which quantiles are kept."""
-
-BUCKETS = 2**15
-"""How many weights of pairs there are; pairs share them by a hash."""
 
 _GRID = (len(LENGTHS), len(LEVELS))
 
@@ -39,7 +35,6 @@ class Signature:
 
     Attributes:
         tokens: Weights of tokens in nats, float16 ``(vocabulary,)``.
-        pairs: Weights of pairs of neighbours in nats, by their hash, float16 ``(BUCKETS,)``.
         own: Quantiles of the scores of held-out text of the domain, float32
             ``(len(LENGTHS), len(LEVELS))``.
         background: The same of what the model writes by itself.
@@ -49,7 +44,6 @@ class Signature:
     """
 
     tokens: Tensor
-    pairs: Tensor
     own: Tensor
     background: Tensor
     ignored: Tensor
@@ -73,7 +67,6 @@ class Signature:
         """
         sizes: dict[str, tuple[torch.dtype, tuple[int, ...] | int]] = {
             "tokens": (torch.float16, MOST_WIDTH),
-            "pairs": (torch.float16, (BUCKETS,)),
             "own": (torch.float32, _GRID),
             "background": (torch.float32, _GRID),
             **dict.fromkeys(_IDS, (torch.int32, MOST_FRAME)),
@@ -82,6 +75,7 @@ class Signature:
             found = getattr(self, name)
             if isinstance(size, int):
                 fits = found.dim() == 1 and found.numel() <= size
+                fits = fits and (found.numel() > 0 or name in _IDS)
             else:
                 fits = found.shape == size
             if found.dtype != dtype or not fits:
@@ -91,10 +85,36 @@ class Signature:
                     f"{dtype} {wanted}."
                 )
 
+    def check_values(self) -> None:
+        """Check what ids and quantiles say.
+
+        Raises:
+            ArtefactError: An id is negative, or quantiles do not ascend.
+        """
+        if any(bool((getattr(self, name) < 0).any()) for name in _IDS):
+            raise ArtefactError("a signature names a negative token id.")
+        if any(bool((grid.diff(dim=1) < 0).any()) for grid in (self.own, self.background)):
+            raise ArtefactError("a signature's quantiles do not ascend.")
+
     @property
     def size(self) -> int:
         """Bytes."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
+
+    def read(self, ids: Tensor) -> tuple[float, int]:
+        """Return the sum of a text's weights, and how many of its tokens say something.
+
+        Args:
+            ids: int64 ``(tokens,)``, without padding, on the CPU.
+        """
+        for frame, end in ((self.prefix, False), (self.suffix, True)):
+            size = len(frame)
+            part = ids[len(ids) - size :] if end else ids[:size]
+            if size and len(ids) >= size and bool((part == frame).all()):
+                ids = ids[: len(ids) - size] if end else ids[size:]
+        known = ids[(ids >= 0) & (ids < len(self.tokens))]
+        known = known[~torch.isin(known, self.ignored)]
+        return float(self.tokens[known].float().sum()), len(known)
 
     def thresholds(self, *, missed: float, taken: float) -> list[float]:
         """Return the least score that is taken to be the domain's, per number in ``LENGTHS``.
@@ -119,37 +139,22 @@ class Signature:
         return interpolate(score, values, LEVELS)
 
 
-def hash_pairs(ids: Tensor) -> Tensor:
-    """Return the bucket of each token and its predecessor.
-
-    Args:
-        ids: int64 token ids ``(..., tokens)``, none negative.
-
-    Returns:
-        int64 ``(..., tokens - 1)``.
-    """
-    mixed = ids[..., :-1] * 0x9E3779B1 + ids[..., 1:] * 0x85EBCA6B
-    mixed = (mixed ^ (mixed >> 15)) & 0x7FFFFFFF
-    return ((mixed * 0x2C1B3C6D) >> 17) & (BUCKETS - 1)
+PARTS = tuple(part.name for part in fields(Signature))
 
 
-def score_tokens(ids: Tensor, counted: Tensor, tokens: Tensor, pairs: Tensor) -> Tensor:
-    """Return the sums of the weights of texts' tokens and pairs.
+def sum_weights(ids: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums of the weights of texts' tokens.
 
     Args:
         ids: int64 ``(rows, tokens)``.
-        counted: bool, of the same shape: which of them say something.
-        tokens: Weights ``(domains, vocabulary)``.
-        pairs: Weights ``(domains, BUCKETS)``.
+        counted: bool, of the same shape: which of them say something; the others may be any.
+        weights: ``(domains, vocabulary)``.
 
     Returns:
         float32 ``(rows, domains)``.
     """
-    safe = ids.where(counted, 0)
-    alone = (tokens[:, safe].float() * counted).sum(-1)
-    both = counted[:, 1:] & counted[:, :-1]
-    together = (pairs[:, hash_pairs(safe)].float() * both).sum(-1)
-    return (alone + together).T
+    chosen = weights[:, ids.where(counted, 0)].float()
+    return (chosen * counted).sum(-1).T
 
 
 def at_length(values: Sequence[float], count: int) -> float:
