@@ -120,6 +120,7 @@ LAZY = {
     ("cli.report", "measure.speed.report"),
     ("cli.report", "share.page"),
     ("cli.rename_domain", "share.domains"),
+    ("cli.route_report", "measure.routing"),
     ("cli.serve", "serving.app"),
     ("cli.serve", "serving.service"),
     ("measure.plotting", "measure.plots"),

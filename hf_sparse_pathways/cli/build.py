@@ -105,7 +105,8 @@ def run(  # noqa: PLR0913
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",
     default_domain: Annotated[
-        str | None, typer.Option(help="Domain to use when none is named, or auto; dense if not given.")
+        str | None,
+        typer.Option(help="Domain to use when none is named, or auto; dense if not given."),
     ] = None,
     layout: Annotated[
         str,

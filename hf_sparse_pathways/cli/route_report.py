@@ -1,8 +1,9 @@
 """``sparse-pathways route-report``: where prompts of known and unknown text go."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +15,11 @@ from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.outputs import check_output
 
+if TYPE_CHECKING:
+    from hf_sparse_pathways.measure.routing_report import RoutingReport
+
 QUALITY_PROMPTS = 32
+"""Per text: behind each four passes are made."""
 
 
 def run(  # noqa: PLR0913
@@ -50,12 +55,7 @@ def run(  # noqa: PLR0913
     from hf_sparse_pathways.measure.routing import measure_routing
 
     model, tokenizer = load_sparse(folder, dtype)
-    for name in known:
-        if name not in model.domains:
-            raise UnknownNameError("domain", name, model.domains)
-    for name in others:
-        if name in model.domains:
-            raise PathwaysError(f"--unknown {name!r} is a domain. Give its text with --domain.")
+    _check_names(known, others, model.domains)
     report = measure_routing(
         model,
         tokenizer,
@@ -67,20 +67,33 @@ def run(  # noqa: PLR0913
         seed=seed,
     )
     if report_folder is not None:
-        drawing = load_plots_if_possible() if plots else None
-        figures = drawing.draw_all(report) if drawing else None
-        write_report(
-            report_folder,
-            "routing",
-            report.to_dict(),
-            lambda pictures: "\n\n".join([report.to_markdown(), *map(_show, pictures)]) + "\n",
-            figures,
-        )
+        _write(report_folder, report, plots)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
         return
     for section in report.sections():
         print_table(section.title, section.header, section.rows)
+
+
+def _check_names(known: opt.Sources, others: opt.Sources, domains: Sequence[str]) -> None:
+    for name in known:
+        if name not in domains:
+            raise UnknownNameError("domain", name, domains)
+    for name in others:
+        if name in domains:
+            raise PathwaysError(f"--unknown {name!r} is a domain. Give its text with --domain.")
+
+
+def _write(folder: Path, report: "RoutingReport", wanted: bool) -> None:
+    """Write a report, with a picture if it is wanted and can be drawn."""
+    drawing = load_plots_if_possible() if wanted else None
+    write_report(
+        folder,
+        "routing",
+        report.to_dict(),
+        lambda pictures: "\n\n".join([report.to_markdown(), *map(_show, pictures)]) + "\n",
+        drawing.draw_all(report) if drawing else None,
+    )
 
 
 def _show(picture: str) -> str:

@@ -92,7 +92,7 @@ def write_background(model: nn.Module, tokenizer: Any, *, seed: int) -> Backgrou
     device = find_device(model)
     texts: list[Tensor] = []
     with torch.no_grad(), all_dense(), evaluation_mode(model), _without_defaults(model):
-        for ids in writing.draw_first(len(tokenizer), special).split(BATCH):
+        for ids in torch.split(writing.draw_first(len(tokenizer), special), BATCH):
             texts.append(_continue(model, ids.to(device), writing).cpu())
     likely = writing.average()
     prefix, suffix = find_frame(tokenizer)

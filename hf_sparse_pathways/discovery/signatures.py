@@ -2,9 +2,9 @@
 
 A token's weight is the logarithm of its likelihood in the domain over that in the background. The
 domain's likelihood is counted and mixed with the background's, so that a token that was seen once
-says little, and one that was not seen says not much either. What held-out text scores is seen on the
-validation windows, and on the calibration windows by leaving a fold of the documents out of the
-counts.
+says little, and one that was not seen says not much either. What held-out text scores is seen on
+the validation windows, and on the calibration windows by leaving a fold of the documents out of
+the counts.
 """
 
 from collections.abc import Iterator, Sequence

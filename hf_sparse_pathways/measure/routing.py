@@ -7,7 +7,7 @@ go nowhere.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -113,9 +113,7 @@ def measure_routing(  # noqa: PLR0913
     )
 
 
-def _draw_prompts(
-    documents: Any, tokenizer: Any, *, length: int, most: int, seed: int
-) -> Tensor:
+def _draw_prompts(documents: Any, tokenizer: Any, *, length: int, most: int, seed: int) -> Tensor:
     """Return token ids ``(prompts, length)`` from windows all over the documents."""
     windows = draw_windows(
         documents, tokenizer, max_tokens=4 * length * most, max_length=2 * length, seed=seed
@@ -176,7 +174,10 @@ def _time(model: Any, length: int) -> RoutingCost:
     device = find_device(model)
     size = model.get_input_embeddings().num_embeddings
     ids = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    calls = (lambda: model.route(ids), lambda: model(ids, domain=None, logits_to_keep=1))
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: model.route(ids),
+        lambda: model(ids, domain=None),
+    )
     for call in calls:
         call()
     taken: tuple[list[float], list[float]] = ([], [])

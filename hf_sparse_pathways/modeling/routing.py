@@ -2,8 +2,8 @@
 
 A prompt goes to the domain of which its tokens give the most evidence (``pathways/signature.py``),
 if it scores as that domain's text does and as the model's own text does not, and no other domain
-comes near. Otherwise it goes nowhere, and the dense model answers: a wrong pathway is far worse than
-none. Unknown domains need not be known for that.
+comes near. Otherwise it goes nowhere, and the dense model answers: a wrong pathway is far worse
+than none. Unknown domains need not be known for that.
 """
 
 import logging
@@ -142,7 +142,7 @@ def asks_router(domain: Any) -> bool:
     return isinstance(domain, list | tuple) and AUTO in domain
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def route_call(
     router: Router, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[str | None]:

@@ -1,9 +1,10 @@
 """A domain's signature: what tells its text from other text, and how surely.
 
 A token has a weight: the logarithm of how much more likely it is in the domain than in what the
-model itself writes (its *background*). A text's score is the mean over its tokens. What held-out text of the domain scores, and what the background does, is kept as
-quantiles by the number of tokens, so that a threshold means an error rate. Nothing of it depends on
-other domains: they come, go and are renamed, and this stays as it is.
+model itself writes (its *background*). A text's score is the mean over its tokens. What held-out
+text of the domain scores, and what the background does, is kept as quantiles by the number of
+tokens, so that a threshold means an error rate. Nothing of it depends on other domains: they come,
+go and are renamed, and this stays as it is.
 """
 
 import math
