@@ -83,6 +83,7 @@ LAZY = {
     ("cli.build", "modeling.permutation"),
     ("cli.build", "modeling.structure"),
     ("cli.build", "pathways.base"),
+    ("cli.build", "pathways.pathway"),
     ("cli.compare", "discovery.goal"),
     ("cli.compare", "files"),
     ("cli.compare", "measure.comparison"),

@@ -70,7 +70,10 @@ def test_a_frame_and_special_tokens_say_nothing():
 def test_thresholds_are_quantiles_and_typicality_is_their_inverse():
     signature = make_signature()
     at = signature.thresholds(missed=0.25, taken=0.0)
-    assert at == torch.maximum(signature.own[:, LEVELS.index(0.25)], signature.background[:, -1]).tolist()
+    assert (
+        at
+        == torch.maximum(signature.own[:, LEVELS.index(0.25)], signature.background[:, -1]).tolist()
+    )
     middle = float(signature.own[2, LEVELS.index(0.5)])
     assert signature.typicality(middle, LENGTHS[2]) == pytest.approx(0.5)
 
