@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -215,7 +216,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         if not asks_router(domain):
             return None
         router = self._router_for(domain)
-        return route_call(router, domain, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        return route_call(router, domain, args, kwargs, compiling=compiling)
 
     @contextmanager
     def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[Choice]:

@@ -144,7 +144,12 @@ def asks_router(domain: Any) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def route_call(
-    router: Router, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    router: Router,
+    domain: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    compiling: bool,
 ) -> list[str | None]:
     """Return one name per row of a call, with what is decided in place of ``"auto"``.
 
@@ -153,10 +158,16 @@ def route_call(
         domain: As the call names it, with ``"auto"`` in it.
         args: The call's.
         kwargs: The call's.
+        compiling: Whether a graph is being traced, in which nothing may depend on token ids.
 
     Raises:
-        PathwaysError: The call has no prompts, or another number of them.
+        PathwaysError: The call has no prompts, or another number of them, or is compiled.
     """
+    if compiling:
+        raise PathwaysError(
+            f"domain={AUTO!r} cannot be decided within a compiled pass. Decide before it: "
+            "domain=model.route(input_ids, attention_mask)."
+        )
     ids, mask = find_prompts(args, kwargs)
     named = [AUTO] * len(ids) if isinstance(domain, str) else list(domain)
     if len(named) != len(ids):
