@@ -41,3 +41,7 @@ MOST_PATH = 4096
 
 MOST_CLUSTERS = 1024
 """Clusters of an FFN block's tokens, each with kept neurons of its own."""
+
+MOST_FRAME = 65536
+"""Token ids in a list of a domain's signature. Chat templates begin with a few dozen; some
+tokenizers have tens of thousands of special tokens."""

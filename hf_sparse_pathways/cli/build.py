@@ -1,5 +1,6 @@
 """``sparse-pathways build``: profile, select, and save the full checkpoint in one go."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,7 +108,8 @@ def run(  # noqa: PLR0913
     seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto",
     default_domain: Annotated[
-        str | None, typer.Option(help="Domain to use when none is named; dense if not given.")
+        str | None,
+        typer.Option(help="Domain to use when none is named, or auto; dense if not given."),
     ] = None,
     layout: Annotated[
         str,
@@ -145,8 +147,8 @@ def run(  # noqa: PLR0913
     }
     limits.check()
     _check_rule(rule, limits)
-    if texts and default_domain is not None and default_domain not in texts:
-        raise UnknownNameError("default domain", default_domain, texts)
+    if texts:
+        _check_default(default_domain, texts)
     default_tokens = QUICK_TOKENS if quick else opt.CALIBRATION_TOKENS
     sampling = Sampling(
         max_tokens=default_tokens if max_tokens is None else max_tokens,
@@ -238,9 +240,15 @@ class _Job:
         from hf_sparse_pathways.discovery.profiles import Profile
 
         taken = Profile.from_pretrained(folder)
-        if self.default_domain is not None and self.default_domain not in taken.domains:
-            raise UnknownNameError("default domain", self.default_domain, taken.domains)
+        _check_default(self.default_domain, taken.domains)
         return taken
+
+
+def _check_default(domain: str | None, known: Iterable[str]) -> None:
+    from hf_sparse_pathways.pathways.pathway import AUTO
+
+    if domain not in (None, AUTO, *known):
+        raise UnknownNameError("default domain", domain, known)
 
 
 def _parse_ridge(text: str) -> str | float:

@@ -17,7 +17,7 @@ def run(  # noqa: PLR0913
         str | None, typer.Option(help="Text to continue; read from stdin if not given.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain to use; the default domain if not given.")
+        str | None, typer.Option(help="Domain to use, or auto; the default domain if not given.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Use all neurons.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
@@ -49,11 +49,18 @@ def run(  # noqa: PLR0913
         sampling = {"do_sample": True, "temperature": temperature}
     set_seed(seed)
     inputs = tokenizer(text, return_tensors="pt")
-    output = model.generate(**inputs, **chosen, **sampling, max_new_tokens=max_new_tokens)
-    new = output[0, inputs["input_ids"].shape[1] :]
+    output = model.generate(
+        **inputs,
+        **chosen,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+    )
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
     continuation = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
-        used = chosen.get("domain", model.config.default_domain)
+        named = chosen.get("domain", model.config.default_domain)
+        used = getattr(output, "domains", [named])[0]
         record = {"domain": used, "prompt": text, "continuation": continuation, "tokens": len(new)}
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:

@@ -50,6 +50,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
         "weight_bytes": _weight_bytes(source),
         "executors": _describe_executors(source, pathways),
         "blocks": [block.name for block in pathways.base.blocks],
+        "routed": pathways.routed,
         "dense_experts": list(pathways.base.routed),
         "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
         "controls": {name: _describe_one(pathways, name) for name in pathways.controls},
@@ -119,6 +120,7 @@ def print_summary(source: str | PathLike[str]) -> None:
     if clusters:
         told = " or ".join(map(str, sorted(clusters)))
         typer.echo(f"  each block's tokens go to {told} experts, with neurons of their own")
+    typer.echo(f"  domain=auto: {_describe_router(facts)}")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
     arms = {**facts["domains"], **controls}
     rows = [
@@ -137,6 +139,15 @@ def print_summary(source: str | PathLike[str]) -> None:
     if any("allocation" in arm for arm in arms.values()):
         chosen = [[name, *_choices(arm)] for name, arm in arms.items()]
         print_table("what was chosen", ["domain", *CHOICES], chosen)
+
+
+def _describe_router(facts: dict[str, Any]) -> str:
+    """Say between which domains a router can choose."""
+    if not facts["routed"]:
+        return "no; the domains' text is not known"
+    missing = [name for name in facts["domains"] if name not in facts["routed"]]
+    beside = f"; never {', '.join(map(plain, missing))}" if missing else ""
+    return f"chooses {', '.join(map(plain, facts['routed']))} or dense, by the prompt{beside}"
 
 
 def _choices(arm: dict[str, Any]) -> list[str]:

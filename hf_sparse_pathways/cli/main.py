@@ -33,6 +33,7 @@ for command in (
     "heal",
     "evaluate",
     "compare",
+    "route-report",
     "generate",
     "serve",
     "benchmark",

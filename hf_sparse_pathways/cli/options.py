@@ -82,13 +82,17 @@ def refuse_beside(ctx: typer.Context, option: str, names: Sequence[str]) -> None
         raise PathwaysError(f"With {option} these do nothing: {', '.join(given)}. Leave them out.")
 
 
-def parse_texts(pairs: list[str]) -> Sources:
+def parse_texts(pairs: list[str], option: str = "--domain") -> Sources:
     """Turn ``NAME=PATH`` options into a dictionary.
+
+    Args:
+        pairs: What was given.
+        option: The option, for messages.
 
     Raises:
         PathwaysError: One has no ``=``, or a name stands twice.
     """
-    found = parse_pairs(pairs, "--domain", "glob or folder")
+    found = parse_pairs(pairs, option, "glob or folder")
     return {name: path if path.startswith("hf://") else Path(path) for name, path in found.items()}
 
 

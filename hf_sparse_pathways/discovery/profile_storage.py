@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sparse_pathways.discovery.background import PARTS, Background
 from hf_sparse_pathways.discovery.grams import (
     GRAM_NAME,
     GramFile,
@@ -37,6 +38,7 @@ FORMAT_VERSION = 2
 JSON_NAME = "profile.json"
 GRAMS_FOLDER = "grams"
 SPLITS = ("windows", "validation")
+BACKGROUND = "background"
 
 
 def write_profile(profile: Profile, folder: Path) -> None:
@@ -64,6 +66,9 @@ def write_profile(profile: Profile, folder: Path) -> None:
             }
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
+    if profile.background is not None:
+        meta[BACKGROUND] = True
+        tensors |= {f"{BACKGROUND}.{n}": part for n, part in profile.background.parts().items()}
     write_pair(folder / JSON_NAME, meta, tensors)
     _delete_others(folder / GRAMS_FOLDER, profile, entries)
 
@@ -103,7 +108,16 @@ def read_profile(cls: type[Profile], folder: Path) -> Any:
         raise ArtefactError(f"{path} lacks or misuses {plain(str(error))}.") from error
     if len(by_domain) < len(meta["domains"]):
         raise ArtefactError(f"{path} names a domain twice.")
-    return cls(base=base, by_domain=by_domain)
+    return cls(base=base, by_domain=by_domain, background=_background(meta, tensors))
+
+
+def _background(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Background | None:
+    """Return what the model wrote; nothing of it is in older profiles."""
+    if not meta.get(BACKGROUND):
+        return None
+    background = Background(**{part: tensors[f"{BACKGROUND}.{part}"] for part in PARTS})
+    background.check()
+    return background
 
 
 def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
@@ -120,6 +134,8 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
         for name in (f"{index}.{split}.{part}" for split in SPLITS for part in ("ids", "lengths")):
             length = header[name].numel()  # whatever it is
             expected[name] = without_memory(torch.int32, length)
+    for name in (f"{BACKGROUND}.{part}" for part in PARTS if meta.get(BACKGROUND)):
+        expected[name] = header[name]  # Background.check says what they have to be
     check_header(header, expected)
     return list(expected)
 

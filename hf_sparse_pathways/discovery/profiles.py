@@ -7,12 +7,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
+from hf_sparse_pathways.discovery.signatures import learn_signature
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.signature import Signature
 from hf_sparse_pathways.tables import ShownAsTables, Table
 
 if TYPE_CHECKING:
@@ -82,10 +85,13 @@ class Profile(ShownAsTables):
     Attributes:
         base: The model they were taken from.
         by_domain: Domain name -> statistics.
+        background: What the model writes by itself, from which a domain's text is told; None if
+            that is not known.
     """
 
     base: BaseModel
     by_domain: Mapping[str, DomainProfile]
+    background: Background | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -115,7 +121,7 @@ class Profile(ShownAsTables):
             if name in together:
                 _check_differ(name, together[name], theirs)
             together[name] = together[name].merged(theirs) if name in together else theirs
-        return replace(self, by_domain=together)
+        return replace(self, by_domain=together, background=self.background or other.background)
 
     def subset(self, domains: Iterable[str]) -> Self:
         """Return a copy with some of the domains. Pure.
@@ -124,6 +130,19 @@ class Profile(ShownAsTables):
             UnknownNameError: There is none of a name.
         """
         return replace(self, by_domain={name: self[name] for name in domains})
+
+    def signature(self, domain: str) -> Signature | None:
+        """Return what tells a domain's text, always the same object; None if that is not known."""
+        if domain not in self._signatures:
+            taken, learnt = self[domain], None
+            if self.background is not None and taken.windows:
+                learnt = learn_signature(taken.windows, taken.validation, self.background)
+            self._signatures[domain] = learnt
+        return self._signatures[domain]
+
+    @cached_property
+    def _signatures(self) -> dict[str, Signature | None]:
+        return {}
 
     def pooled(self) -> DomainProfile:
         """Return the statistics of all domains' text together, always the same object. Pure."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_sparse_pathways.discovery.background import write_background
 from hf_sparse_pathways.discovery.collection import Collection, Sample
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
 from hf_sparse_pathways.discovery.passes import calibration_precision
@@ -125,7 +126,8 @@ def profile(  # noqa: PLR0913
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
         }
-    return Profile(base=base, by_domain=by_domain)
+        background = write_background(model, tokenizer, seed=seed)
+    return Profile(base=base, by_domain=by_domain, background=background)
 
 
 def group_blocks(

@@ -154,7 +154,12 @@ def select(  # noqa: PLR0913
             pathways |= _carry_out(dense, drafts, recipe)
     return Pathways(
         base=profile.base,
-        by_domain={name: pathways[name] for name in profile.by_domain},
+        by_domain={
+            name: replace(
+                pathways[name], signature=profile.signature(name) or pathways[name].signature
+            )
+            for name in profile.by_domain
+        },
         controls={name: pathways[name] for name in pooled},
     )
 

@@ -38,6 +38,9 @@ class Choice:
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
+        asked: What a scope asks each call within to decide from its own prompt, ``"auto"`` for all
+            rows or some; None where all is decided.
+        routed: The domain of each row, where a router has decided.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
         routes: Where the tokens of those with clusters go, with the input that was routed.
     """
@@ -51,6 +54,8 @@ class Choice:
     below: "Choice | None" = None
     ended: bool = False
     held: int | None = None
+    asked: Any = None
+    routed: list[str | None] | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
 

@@ -211,7 +211,8 @@ class _Job:
             blocks = self._fold(trained)
             loss = self._loss(blocks)
         report = self._report(trained, loss, partner, curve)
-        healed = Pathway(blocks=blocks, provenance=self._provenance(pathway, report))
+        provenance = self._provenance(pathway, report)
+        healed = replace(pathway, blocks=blocks, provenance=provenance)
         tuned = None
         if partner is not None and adapter is None:
             provenance = {**healed.provenance, "method": "dense, tuned equally"}

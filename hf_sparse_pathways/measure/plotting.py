@@ -19,6 +19,7 @@ def plot(thing: Any, kind: str | None = None) -> "Figure":
     ``Profile``             ``specialisation``, ``skippable``, ``overlap`` of skipped neurons
     ``sp.evaluate``'s       ``matrix`` of text by pathway, ``ratios`` to dense, ``cosines``
     ``sp.benchmark``'s      ``speed``, beside its ceiling
+    ``RoutingReport``       ``confusion`` of where prompts went
     an ``Analysis``         those of a profile, ``preservation``, ``selection``
     several of them         ``scale``
     ======================  ====================================================================

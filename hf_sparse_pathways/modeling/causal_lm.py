@@ -22,6 +22,7 @@ from hf_sparse_pathways.modeling.model import (
     batch_size,
     made_class,
 )
+from hf_sparse_pathways.modeling.routing import agreed, tell_domains
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
     check_convertible,
@@ -100,6 +101,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()
         del dense._attachment, dense._pathways, dense._shape
+        dense.__dict__.pop("_router", None)
         dense.__class__ = type(self).__bases__[1]
         return dense
 
@@ -150,21 +152,26 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         Args:
             args: As the base's.
             domain: A domain's name, a list with a name or None per prompt, or None for dense;
-                omitted: the ambient ``pathway``, else the default domain. A sparse assistant
-                model uses the same domain if it has one of that name.
+                omitted: the ambient ``pathway``, else the default domain. ``"auto"`` in place of a
+                name: what ``route`` says of the prompt, for the whole generation; an output that
+                is returned as a dictionary has it as ``domains``. A sparse assistant model uses
+                the same domain if it has one of that name.
             kwargs: As the base's.
 
         Raises:
             UnknownNameError: An unknown domain.
             PathwaysError: A list whose length is not the number of prompts.
         """
+        routed = self._route_call(domain, args, kwargs)
+        if routed is not None:
+            domain = agreed(routed)
         with ExitStack() as stack:
             stack.enter_context(self._generating(domain, args, kwargs))
             signature = inspect.signature(super().generate)
             assistant = signature.bind_partial(*args, **kwargs).arguments.get("assistant_model")
             if isinstance(assistant, SparsePathwaysForCausalLM) and domain in assistant.domains:
                 stack.enter_context(assistant.pathway(domain))
-            return super().generate(*args, **kwargs)
+            return tell_domains(super().generate(*args, **kwargs), routed)
 
     @contextmanager
     def _generating(

@@ -17,6 +17,7 @@ from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, Unsupport
 from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
+from hf_sparse_pathways.pathways.pathway import AUTO
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -146,12 +147,12 @@ class SparsePathwaysConfig(PreTrainedConfig):
         return config
 
     def check_default_domain(self, domains: list[str]) -> None:
-        """Check that the default is one of some domains.
+        """Check that the default is one of some domains, or the router's choice.
 
         Raises:
             UnknownNameError: It is not.
         """
-        if self.default_domain is not None and self.default_domain not in domains:
+        if self.default_domain not in (None, AUTO, *domains):
             raise UnknownNameError("default domain", self.default_domain, domains)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -7,10 +7,11 @@ registered with the auto classes. Building one swaps the leaves of its FFN block
 the base's own code runs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -32,10 +33,17 @@ from hf_sparse_pathways.modeling.grouping import group_rows
 from hf_sparse_pathways.modeling.partial import (
     Partial,
 )
+from hf_sparse_pathways.modeling.routing import (
+    Decision,
+    Router,
+    agreed,
+    asks_router,
+    route_call,
+)
 from hf_sparse_pathways.modeling.saving import Saving
 from hf_sparse_pathways.modeling.structure import check_whole
 from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -53,6 +61,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
     _pathways: Pathways | None
     _shape: BaseModel
     _partial: Partial | None = None
+    _router: tuple[Pathways, Router] | None = None
 
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
         """Build the base model and swap its FFN leaves; pathways are given afterwards."""
@@ -150,16 +159,73 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         Coroutines on one thread share its scopes: pass ``domain=`` there instead.
 
         Args:
-            domain: A domain, a list with one per row, or None for dense.
+            domain: A domain, a list with one per row, or None for dense. ``"auto"`` is decided by
+            each call from its own prompt.
 
         Raises:
             UnknownNameError: An unknown domain.
+            PathwaysError: ``"auto"``, but the pathways do not know their domains' text.
         """
-        with self._holding(self._resolve(domain), expand=False):
-            yield self
+        if asks_router(domain):
+            self._router_for(domain)
+            with self._holding(None, expand=False) as choice:
+                choice.asked = domain
+                yield self
+        else:
+            with self._holding(self._resolve(domain), expand=False):
+                yield self
+
+    # -- routing ----------------------------------------------------------------------------
+
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str | None]:
+        """Return the domain that each prompt is of; None where it is of none, or hard to say.
+
+        Args:
+            input_ids: int64 ``(rows, tokens)``, padded on either side.
+            attention_mask: Which of them are no padding.
+
+        Raises:
+            PathwaysError: The pathways do not know their domains' text.
+        """
+        return [found.domain for found in self.decide(input_ids, attention_mask)]
+
+    def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
+        """Return what ``route`` does with the evidence for it; see ``modeling.routing``."""
+        return self._router_for(AUTO).decide(input_ids, attention_mask)
+
+    @property
+    def has_router(self) -> bool:
+        """Whether ``"auto"`` may stand for a domain."""
+        return self._pathways is not None and bool(self._pathways.routed)
+
+    def _router_for(self, domain: Any) -> Router:
+        """Return the router, for a call that names ``domain``."""
+        if self._partial is not None:
+            self._partial.check(domain)
+        pathways = self.pathways
+        if self._router is None or self._router[0] is not pathways:
+            self._router = pathways, Router.of(pathways)
+        router = self._router[1]
+        router.check()
+        if not isinstance(domain, str):
+            self._resolve([None if name == AUTO else name for name in domain])
+        return router
+
+    def _route_call(
+        self, domain: Domain | Unset, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[str | None] | None:
+        """Return what a call computes per row, if it asks for that to be decided; else None."""
+        if isinstance(domain, Unset):
+            ambient = find_choice(self._attachment.key)
+            domain = self.config.default_domain if ambient is None else ambient.asked
+        if not asks_router(domain):
+            return None
+        router = self._router_for(domain)
+        compiling = torch.compiler.is_compiling()
+        return route_call(router, domain, args, kwargs, compiling=compiling)
 
     @contextmanager
-    def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[None]:
+    def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[Choice]:
         """Make a choice for all passes on this thread within the block."""
         if chosen is not None or has_own_dense(self.config.executor):
             self._look_at_weights()
@@ -167,7 +233,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         name = self.config.executor
         choice = self._attachment.hold(chosen, name, plain=bool(compiled), expand=expand)
         try:
-            yield
+            yield choice
         finally:
             self._attachment.end(choice)
 
@@ -195,13 +261,16 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Choice:
         """Make the choice for one forward pass; ``leave_forward`` takes it back."""
-        chosen, expand = self._chosen(domain)
+        routed = self._route_call(domain, args, kwargs)
+        chosen, expand = self._chosen(domain if routed is None else agreed(routed))
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, batch_size(args, kwargs), expand=expand)
         if isinstance(chosen, Tensor) and self.device.type != "meta":  # where all is offloaded
             chosen = chosen.to(self.device)
         # generate has looked at the weights, for all its steps
-        return self._attachment.begin(chosen, self.config.executor, looked=expand)
+        choice = self._attachment.begin(chosen, self.config.executor, looked=expand)
+        choice.routed = routed
+        return choice
 
     def leave_forward(self, choice: Choice) -> None:
         """Take back what ``enter_forward`` did."""

@@ -25,6 +25,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.clusters import Kept, experts_of
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.entry import write_adapter_files
+from hf_sparse_pathways.pathways.signature import Signature
 from hf_sparse_pathways.pathways.summary import describe_pathways
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import ShownAsTables, Table
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 POOLED = "pooled"
 """Name of the control that is selected from all domains' statistics together."""
+
+AUTO = "auto"
+"""In place of a domain's name: whichever the prompt is of."""
+
+RESERVED = (AUTO, POOLED)
 
 TUNED = "tuned: "
 """Before a domain's name: the control that is the dense model, tuned as the domain was healed."""
@@ -48,10 +54,12 @@ class Pathway:
     Attributes:
         blocks: One entry per FFN block, in layer order.
         provenance: How it was made (text sources, tokens, score, ...); plain JSON values.
+        signature: What tells the domain's text, for ``domain="auto"``; None if that is not known.
     """
 
     blocks: tuple[Kept, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    signature: Signature | None = None
 
     @classmethod
     def from_keep(cls, keep: Iterable[Tensor], provenance: Mapping[str, Any] | None = None) -> Self:
@@ -191,6 +199,11 @@ class Pathways(ShownAsTables):
         """The domains' names, in the order of their indices."""
         return list(self.by_domain)
 
+    @property
+    def routed(self) -> list[str]:
+        """The domains whose text is known, between which ``domain="auto"`` chooses."""
+        return [name for name, pathway in self.by_domain.items() if pathway.signature is not None]
+
     def __getitem__(self, name: str) -> Pathway:
         """Return a domain's or a control's pathway.
 
@@ -282,10 +295,10 @@ def check_domain_name(name: object) -> None:
     Raises:
         PathwaysError: It cannot.
     """
-    if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name == POOLED:
+    if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name in RESERVED:
         raise PathwaysError(
             f"{name!r} cannot be a domain's name. Use 1 to 64 letters, digits, spaces or ._+- "
-            f"that start with a letter or digit; {POOLED!r} is reserved."
+            f"that start with a letter or digit; {AUTO!r} and {POOLED!r} are reserved."
         )
 
 

@@ -36,6 +36,15 @@ from hf_sparse_pathways.pathways.parts import (
 )
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.revision import commit_of
+from hf_sparse_pathways.pathways.signature_parts import (
+    FIELD as SIGNATURE,
+)
+from hf_sparse_pathways.pathways.signature_parts import (
+    choose_signatures,
+    name_signatures,
+    restore_signatures,
+    split_header,
+)
 from hf_sparse_pathways.tokens import check_token, hide_tokens
 from hf_sparse_pathways.version import __version__
 
@@ -67,6 +76,7 @@ def write_rest(pathways: Pathways, folder: Path, places: Mapping[str, str]) -> N
     tensors: dict[str, Tensor] = {}
     for group, named in groups.items():
         tensors |= name_tensors(group, named)
+    tensors |= name_signatures(pathways.by_domain)
     meta = {
         "format": FORMAT_VERSION,
         "written_by": f"hf-sparse-pathways {__version__}",
@@ -172,8 +182,9 @@ def _read_pair(
     """Read the domains of two files, or one of them."""
     files = locate(source, JSON_NAME, **hub), locate(source, TENSORS_NAME, **hub)
     try:
-        meta, tensors = read_pair(*files, FORMAT_VERSION, partial(choose_tensors, only))
+        meta, tensors = read_pair(*files, FORMAT_VERSION, partial(_choose, only))
         by_domain = restore_pathways("domains", meta, tensors, only)
+        by_domain = restore_signatures(meta, tensors, by_domain)
         if only not in (None, *by_domain):
             names = [entry["name"] for entry in meta["domains"]]
             raise UnknownNameError("domain", only, [*names, *places])
@@ -188,6 +199,12 @@ def _read_pair(
     except (KeyError, TypeError) as error:
         told = plain(str(error))
         raise ArtefactError(f"{JSON_NAME} in {source} lacks or misuses {told}.") from error
+
+
+def _choose(only: str | None, meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
+    """Check a file's header against its description; return the names of what is to be read."""
+    signatures, rest = split_header(header)
+    return choose_tensors(only, meta, rest) + choose_signatures(only, meta, signatures)
 
 
 def pathway_files(source: str | PathLike[str]) -> list[Path]:
@@ -232,6 +249,11 @@ def locate(source: str | PathLike[str], name: str, **hub: Any) -> Path:
 
 def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "provenance": dict(pathway.provenance), "holds": held_parts(pathway)}
+        {
+            "name": name,
+            "provenance": dict(pathway.provenance),
+            "holds": held_parts(pathway),
+            **({SIGNATURE: True} if pathway.signature is not None else {}),
+        }
         for name, pathway in group.items()
     ]

@@ -83,6 +83,7 @@ def render_card(
         domains=_table(rows),
         quality=None if evaluation is None else evaluation.to_markdown(),
         example=next(iter(pathways.domains), "code"),
+        routed=bool(pathways.routed),
     )
 
 

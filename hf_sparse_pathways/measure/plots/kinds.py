@@ -22,8 +22,10 @@ from hf_sparse_pathways.measure.plots.drawing import literal_names, short_name
 from hf_sparse_pathways.measure.plots.pathways import plot_overlap, plot_sparsity
 from hf_sparse_pathways.measure.plots.quality import plot_cosines, plot_matrix
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
+from hf_sparse_pathways.measure.plots.routing import plot_confusion
 from hf_sparse_pathways.measure.plots.speed import plot_speed
 from hf_sparse_pathways.measure.quality_report import QualityReport
+from hf_sparse_pathways.measure.routing_report import RoutingReport
 from hf_sparse_pathways.measure.scale import ScaleComparison
 from hf_sparse_pathways.measure.skipping import measure_overlap, measure_skippable
 from hf_sparse_pathways.measure.specialisation import measure_specialisation
@@ -127,6 +129,7 @@ KINDS: Mapping[type, tuple[str, ...]] = MappingProxyType(
         Profile: _PROFILE,
         QualityReport: ("matrix", "ratios", "cosines"),
         BenchmarkReport: ("speed",),
+        RoutingReport: ("confusion",),
         Analysis: (*_PROFILE, "preservation", "selection"),
         ScaleComparison: ("scale",),
     }
@@ -138,6 +141,7 @@ _READY: Mapping[type, Callable[[Any], Ready]] = MappingProxyType(
         Pathways: _of_pathways,
         Profile: _of_profile,
         QualityReport: _of_quality,
+        RoutingReport: lambda report: {"confusion": partial(plot_confusion, report)},
         BenchmarkReport: lambda report: {"speed": partial(plot_speed, report)},
         Analysis: _of_analysis,
         ScaleComparison: lambda compared: {"scale": partial(plot_scale, compared)},

@@ -1,0 +1,121 @@
+"""From a domain's windows to its signature, without training.
+
+A token's weight is the logarithm of its likelihood in the domain over that in the background. The
+domain's likelihood is counted and mixed with the background's, so that a token that was seen once
+says little, and one that was not seen says not much either. What held-out text scores is seen on
+the validation windows, and on the calibration windows by leaving a fold of the documents out of
+the counts.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hf_sparse_pathways.discovery.background import Background
+from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, sum_weights
+
+COUNTED = 1 / 3
+"""Part of a domain's likelihoods that is counted; the rest is the background's."""
+
+FOLDS = 5
+
+LEAST_TEXTS = 32
+"""Of fewer texts of a length no quantiles are taken: those of the length before stand for them."""
+
+SHORT = 32
+"""Short texts begin at every so many tokens of a window; longer ones stand side by side."""
+
+_Scores = dict[int, list[Tensor]]
+
+
+def learn_signature(
+    windows: Sequence[Window], validation: Sequence[Window], background: Background
+) -> Signature:
+    """Learn what tells a domain's text from the background.
+
+    Args:
+        windows: The domain's calibration windows.
+        validation: Windows of other documents of the domain; there may be none.
+        background: What the model writes.
+    """
+    weights = _weigh(windows, background)
+    own: _Scores = {length: [] for length in LENGTHS}
+    for kept, held_out in ((weights, validation), *_folds(windows, background)):
+        for window in held_out:
+            _add_scores(own, torch.tensor(window.ids), kept, background.ignored)
+    written: _Scores = {length: [] for length in LENGTHS}
+    samples = background.samples.long()
+    for start in range(len(samples)):
+        ids = samples.roll(-start, 0).flatten()
+        for length in LENGTHS:
+            text = ids[None, :length]
+            written[length].append(_score(text, weights, background.ignored))
+    return Signature(
+        tokens=weights.half(),
+        own=_quantiles(own),
+        background=_quantiles(written),
+        ignored=background.ignored,
+        prefix=background.prefix,
+        suffix=background.suffix,
+    )
+
+
+def _weigh(windows: Sequence[Window], background: Background) -> Tensor:
+    """Return the weights of tokens, float32 ``(vocabulary,)``; special ones have none."""
+    usual = background.probabilities.double()
+    ids = torch.tensor([token for window in windows for token in window.ids], dtype=torch.int64)
+    ids = ids[(ids < len(usual)) & ~torch.isin(ids, background.ignored.long())]
+    counts = ids.bincount(minlength=len(usual)).double()
+    counted = counts / counts.sum().clamp_min(1.0)
+    weights = (1 - COUNTED + COUNTED * counted / usual).log()
+    weights[background.ignored[background.ignored < len(usual)].long()] = 0.0
+    return weights.float()
+
+
+def _folds(
+    windows: Sequence[Window], background: Background
+) -> Iterator[tuple[Tensor, list[Window]]]:
+    """Yield the weights without each fold of the documents, and that fold's windows.
+
+    Where a stored profile does not know the windows' documents, each window is one.
+    """
+    keys = [
+        str(index) if window.document is None else window.document.digest
+        for index, window in enumerate(windows)
+    ]
+    folds = {key: index % FOLDS for index, key in enumerate(dict.fromkeys(keys))}
+    for number in range(min(FOLDS, len(folds))):
+        inside = [folds[key] == number for key in keys]
+        rest = [window for window, held in zip(windows, inside, strict=True) if not held]
+        held_out = [window for window, held in zip(windows, inside, strict=True) if held]
+        yield _weigh(rest, background), held_out
+
+
+def _add_scores(scores: _Scores, ids: Tensor, weights: Tensor, ignored: Tensor) -> None:
+    """Add the scores of the texts of each length within a window."""
+    for length in LENGTHS:
+        if len(ids) >= length:
+            texts = ids.unfold(0, length, max(length, SHORT))
+            scores[length].append(_score(texts, weights, ignored))
+
+
+def _score(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:
+    """Return the mean weights of texts, ``(texts,)``."""
+    counted = ~torch.isin(ids, ignored.long()) & (ids < len(weights))
+    return sum_weights(ids, counted, weights[None])[:, 0] / counted.sum(1).clamp_min(1)
+
+
+def _quantiles(scores: _Scores) -> Tensor:
+    """Return the quantiles of texts' scores, ``(len(LENGTHS), len(LEVELS))``.
+
+    Where there are too few texts of a length, those of the length before; where there are none at
+    all, no score is high enough.
+    """
+    rows = [torch.full((len(LEVELS),), torch.finfo(torch.float32).max)]
+    for parts in scores.values():
+        found = torch.cat([*parts, torch.empty(0)]).float()
+        enough = len(found) >= LEAST_TEXTS or (len(rows) == 1 and len(found) > 0)
+        rows.append(found.quantile(torch.tensor(LEVELS)) if enough else rows[-1])
+    return torch.stack(rows[1:])

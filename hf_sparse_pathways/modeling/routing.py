@@ -1,0 +1,240 @@
+"""Which domain a prompt is of, or none: the decision behind ``domain="auto"``.
+
+A prompt goes to the domain of which its tokens give the most evidence (``pathways/signature.py``),
+if it scores as that domain's text does and as the model's own text does not, and no other domain
+comes near. Otherwise it goes nowhere, and the dense model answers: a wrong pathway is far worse
+than none. Unknown domains need not be known for that.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
+from hf_sparse_pathways.pathways.signature import LENGTHS, Signature, at_length
+
+MISSED = 0.08
+"""Fraction of a domain's own held-out text below whose score nothing is taken to be its."""
+
+TAKEN = 0.01
+"""Fraction of the model's own text that may be taken to be a domain's."""
+
+ERROR = 0.01
+"""How likely another domain may be, beside the one that is chosen."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Where one prompt goes.
+
+    Attributes:
+        domain: The domain; None for the dense model.
+        tokens: How many of the prompt's tokens say something.
+        scores: Domain -> mean evidence per token, in nats beside the model's own text.
+        typicality: Fraction of the nearest domain's held-out text that scores less, in [0, 1];
+            None where there are too few tokens to say.
+    """
+
+    domain: str | None
+    tokens: int
+    scores: Mapping[str, float]
+    typicality: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Router:
+    """Decides between domains by their signatures.
+
+    Attributes:
+        signatures: Domain -> what tells its text; domains without one are never chosen.
+        thresholds: Domain -> least scores, one per number of tokens in ``LENGTHS``.
+    """
+
+    signatures: Mapping[str, Signature]
+    thresholds: Mapping[str, Sequence[float]]
+
+    @classmethod
+    def of(cls, pathways: Pathways) -> "Router":
+        """Return the router of some pathways."""
+        signatures = {
+            name: pathway.signature
+            for name, pathway in pathways.by_domain.items()
+            if pathway.signature is not None
+        }
+        thresholds = {
+            name: signature.thresholds(missed=MISSED, taken=TAKEN)
+            for name, signature in signatures.items()
+        }
+        return cls(signatures=signatures, thresholds=thresholds)
+
+    def check(self) -> None:
+        """Check that there is a domain to choose.
+
+        Raises:
+            PathwaysError: There is none.
+        """
+        if not self.signatures:
+            raise PathwaysError(
+                f"domain={AUTO!r} needs to know the domains' text, and these pathways do not: they "
+                "were made from masks, or by an earlier version. Build them anew with "
+                "`sparse-pathways build` (or sp.profile and sp.select), or name the domain."
+            )
+
+    def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
+        """Decide for each row.
+
+        Args:
+            input_ids: int64 ``(rows, tokens)``, padded on either side.
+            attention_mask: Which of them are no padding, of the same shape; without it all are
+                taken, and what is special says nothing anyhow.
+
+        Raises:
+            PathwaysError: There is no router, or these are no prompts.
+        """
+        self.check()
+        ids = check_prompts(input_ids).cpu()
+        if attention_mask is None:
+            rows = list(ids)
+        else:
+            if attention_mask.shape != ids.shape:
+                raise PathwaysError(
+                    f"attention_mask has the shape {tuple(attention_mask.shape)}, and input_ids "
+                    f"{tuple(ids.shape)}: domain={AUTO!r} needs a mask of the same shape, or none."
+                )
+            kept = attention_mask.cpu() > 0
+            rows = [row[mask] for row, mask in zip(ids, kept, strict=True)]
+        decisions = [self._decide(row) for row in rows]
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("Routed %s.", _describe(decisions))
+        return decisions
+
+    def _decide(self, ids: Tensor) -> Decision:
+        sums: dict[str, float] = {}
+        count = 0
+        for name, signature in self.signatures.items():
+            sums[name], count = signature.read(ids)
+        best = max(sums, key=sums.__getitem__)
+        scores = {name: total / max(1, count) for name, total in sums.items()}
+        if count < LENGTHS[0]:
+            return Decision(domain=None, tokens=count, scores=scores, typicality=None)
+        usual = scores[best] >= at_length(self.thresholds[best], count)
+        rest = (sums[best] - total for name, total in sums.items() if name != best)
+        alone = all(lead >= -math.log(ERROR) for lead in rest)
+        typicality = self.signatures[best].typicality(scores[best], count)
+        domain = best if usual and alone else None
+        return Decision(domain=domain, tokens=count, scores=scores, typicality=typicality)
+
+
+def asks_router(domain: Any) -> bool:
+    """Whether ``"auto"`` stands for a domain, for all rows or for some."""
+    if isinstance(domain, str):
+        return domain == AUTO
+    return isinstance(domain, list | tuple) and AUTO in domain
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def route_call(
+    router: Router,
+    domain: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    compiling: bool,
+) -> list[str | None]:
+    """Return one name per row of a call, with what is decided in place of ``"auto"``.
+
+    Args:
+        router: Decides.
+        domain: As the call names it, with ``"auto"`` in it.
+        args: The call's.
+        kwargs: The call's.
+        compiling: Whether a graph is being traced, in which nothing may depend on token ids.
+
+    Raises:
+        PathwaysError: The call has no prompts, or another number of them, or is compiled.
+    """
+    if compiling:
+        raise PathwaysError(
+            f"domain={AUTO!r} cannot be decided within a compiled pass. Decide before it: "
+            "domain=model.route(input_ids, attention_mask)."
+        )
+    ids, mask = find_prompts(args, kwargs)
+    named = [AUTO] * len(ids) if isinstance(domain, str) else list(domain)
+    if len(named) != len(ids):
+        raise PathwaysError(
+            f"domain has {len(named)} entries, but the batch has {len(ids)} rows. Give one entry "
+            "per row, or a single name for all."
+        )
+    found = [decision.domain for decision in router.decide(ids, mask)]
+    pairs = zip(named, found, strict=True)
+    return [other if name == AUTO else name for name, other in pairs]
+
+
+def agreed(names: Sequence[str | None]) -> Any:
+    """Return the one name of all rows, or the list."""
+    return names[0] if len({*names}) == 1 else list(names)
+
+
+def tell_domains(output: Any, routed: list[str | None] | None) -> Any:
+    """Return an output which, if it is more than tensors, has the decisions as ``domains``."""
+    if routed is not None and isinstance(output, ModelOutput):
+        output.domains = routed
+    return output
+
+
+def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return a call's token ids and its attention mask.
+
+    Raises:
+        PathwaysError: There are no token ids, or they continue a text whose beginning is in a
+            cache: a choice is made once, from the prompt.
+    """
+    named = (kwargs.get(name) for name in ("input_ids", "inputs"))
+    ids = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    if ids is None:
+        raise PathwaysError(
+            f"domain={AUTO!r} reads the prompt's tokens, and this call has none (inputs_embeds are "
+            "no tokens). Pass input_ids, or name the domain: model.route(input_ids) decides apart."
+        )
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    if hasattr(cache, "get_seq_length") and cache.get_seq_length() >= ids.shape[-1]:
+        raise PathwaysError(
+            f"domain={AUTO!r} is decided once, from the prompt, and this call continues a text "
+            "whose beginning is in the cache. Keep what model.route(input_ids) says of the prompt, "
+            "and name that domain."
+        )
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    check_prompts(ids)
+    return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def check_prompts(input_ids: Any) -> Tensor:
+    """Return token ids as they are.
+
+    Raises:
+        PathwaysError: They are no ``(rows, tokens)`` of whole numbers.
+    """
+    fits = isinstance(input_ids, Tensor) and input_ids.dim() == 2
+    if not fits or input_ids.is_floating_point():
+        told = f"{input_ids.dtype} {tuple(input_ids.shape)}" if hasattr(input_ids, "dtype") else ""
+        raise PathwaysError(
+            f"Token ids have to be whole numbers of shape (rows, tokens), got "
+            f"{told or type(input_ids).__name__}."
+        )
+    checked: Tensor = input_ids
+    return checked
+
+
+def _describe(decisions: Sequence[Decision]) -> str:
+    counts = Counter(decision.domain or "dense" for decision in decisions)
+    return ", ".join(f"{count} to {name}" for name, count in counts.items())

@@ -1,0 +1,180 @@
+"""A domain's signature: what tells its text from other text, and how surely.
+
+A token has a weight: the logarithm of how much more likely it is in the domain than in what the
+model itself writes (its *background*). A text's score is the mean over its tokens. What held-out
+text of the domain scores, and what the background does, is kept as quantiles by the number of
+tokens, so that a threshold means an error rate. Nothing of it depends on other domains: they come,
+go and are renamed, and this stays as it is.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hf_sparse_pathways.errors import ArtefactError, MismatchError
+from hf_sparse_pathways.limits import MOST_FRAME, MOST_WIDTH
+
+LENGTHS = (8, 16, 32, 64, 128, 256, 512)
+"""Numbers of tokens for which quantiles are kept. Of fewer than the first nothing is said."""
+
+LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
+"""Which quantiles are kept."""
+
+_GRID = (len(LENGTHS), len(LEVELS))
+
+_IDS = ("ignored", "prefix", "suffix")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Signature:
+    """What text of one domain looks like.
+
+    Attributes:
+        tokens: Weights of tokens in nats, float16 ``(vocabulary,)``.
+        own: Quantiles of the scores of held-out text of the domain, float32
+            ``(len(LENGTHS), len(LEVELS))``.
+        background: The same of what the model writes by itself.
+        ignored: int32 ids of special tokens, which say nothing.
+        prefix: int32 ids with which the chat template begins a prompt; they say nothing either.
+        suffix: int32 ids with which it ends one.
+    """
+
+    tokens: Tensor
+    own: Tensor
+    background: Tensor
+    ignored: Tensor
+    prefix: Tensor
+    suffix: Tensor
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor]) -> Self:
+        """Build from tensors by name; ``check`` is to follow."""
+        return cls(**parts)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def check(self) -> None:
+        """Check dtypes and shapes.
+
+        Raises:
+            MismatchError: A tensor's do not fit.
+        """
+        sizes: dict[str, tuple[torch.dtype, tuple[int, ...] | int]] = {
+            "tokens": (torch.float16, MOST_WIDTH),
+            "own": (torch.float32, _GRID),
+            "background": (torch.float32, _GRID),
+            **dict.fromkeys(_IDS, (torch.int32, MOST_FRAME)),
+        }
+        for name, (dtype, size) in sizes.items():
+            found = getattr(self, name)
+            if isinstance(size, int):
+                fits = found.dim() == 1 and found.numel() <= size
+                fits = fits and (found.numel() > 0 or name in _IDS)
+            else:
+                fits = found.shape == size
+            if found.dtype != dtype or not fits:
+                wanted = f"at most ({size},)" if isinstance(size, int) else str(size)
+                raise MismatchError(
+                    f"a signature's {name!r} is {found.dtype} {tuple(found.shape)}; it has to be "
+                    f"{dtype} {wanted}."
+                )
+
+    def check_values(self) -> None:
+        """Check what ids and quantiles say.
+
+        Raises:
+            ArtefactError: An id is negative, or quantiles do not ascend.
+        """
+        if any(bool((getattr(self, name) < 0).any()) for name in _IDS):
+            raise ArtefactError("a signature names a negative token id.")
+        if any(bool((grid.diff(dim=1) < 0).any()) for grid in (self.own, self.background)):
+            raise ArtefactError("a signature's quantiles do not ascend.")
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(part.numel() * part.element_size() for part in self.parts().values())
+
+    def read(self, ids: Tensor) -> tuple[float, int]:
+        """Return the sum of a text's weights, and how many of its tokens say something.
+
+        Args:
+            ids: int64 ``(tokens,)``, without padding, on the CPU.
+        """
+        for frame, end in ((self.prefix, False), (self.suffix, True)):
+            size = len(frame)
+            part = ids[len(ids) - size :] if end else ids[:size]
+            if size and len(ids) >= size and bool((part == frame).all()):
+                ids = ids[: len(ids) - size] if end else ids[size:]
+        known = ids[(ids >= 0) & (ids < len(self.tokens))]
+        known = known[~torch.isin(known, self.ignored)]
+        return float(self.tokens[known].float().sum()), len(known)
+
+    def thresholds(self, *, missed: float, taken: float) -> list[float]:
+        """Return the least score that is taken to be the domain's, per number in ``LENGTHS``.
+
+        Args:
+            missed: Fraction of the domain's own text that may score less.
+            taken: Fraction of the background that may score as much.
+        """
+        own = _levels(self.own, missed)
+        background = _levels(self.background, 1.0 - taken)
+        return [max(pair) for pair in zip(own, background, strict=True)]
+
+    def typicality(self, score: float, count: int) -> float:
+        """Return the fraction of the domain's held-out text of that length that scores less.
+
+        Args:
+            score: A text's.
+            count: Its tokens.
+        """
+        columns = self.own.T.tolist()
+        values = [at_length(column, count) for column in columns]
+        return interpolate(score, values, LEVELS)
+
+
+PARTS = tuple(part.name for part in fields(Signature))
+
+
+def sum_weights(ids: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums of the weights of texts' tokens.
+
+    Args:
+        ids: int64 ``(rows, tokens)``.
+        counted: bool, of the same shape: which of them say something; the others may be any.
+        weights: ``(domains, vocabulary)``.
+
+    Returns:
+        float32 ``(rows, domains)``.
+    """
+    chosen = weights[:, ids.where(counted, 0)].float()
+    return (chosen * counted).sum(-1).T
+
+
+def at_length(values: Sequence[float], count: int) -> float:
+    """Return the value for a number of tokens, of values for the numbers in ``LENGTHS``."""
+    return interpolate(math.log(max(1, count)), _LOGARITHMS, values)
+
+
+def interpolate(place: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Return a value between those at ascending places; outside of them, the nearest one's."""
+    above = bisect_right(places, place)
+    if above == 0 or above == len(places):
+        return values[0 if above == 0 else -1]
+    low, high = places[above - 1], places[above]
+    share = (place - low) / (high - low)
+    return values[above - 1] + share * (values[above] - values[above - 1])
+
+
+_LOGARITHMS = [math.log(length) for length in LENGTHS]
+
+
+def _levels(grid: Tensor, level: float) -> list[float]:
+    return [interpolate(level, LEVELS, row) for row in grid.tolist()]

@@ -1,0 +1,122 @@
+"""Signatures: saved with their domains, and refused if anybody has put something else there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, interpolate
+from tests.architectures import build, random_masks
+from tests.pathways.corruption import change_tensors, set_field
+
+PATHS = ("code", "law")
+
+
+def make_signature(seed=0):
+    """Return a signature of random weights over 99 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randn(len(LENGTHS), len(LEVELS), generator=generator).sort(dim=1).values
+    return Signature(
+        tokens=torch.randn(99, generator=generator).half(),
+        own=grid,
+        background=grid - 1.0,
+        ignored=torch.tensor([0, 1], dtype=torch.int32),
+        prefix=torch.tensor([5, 6], dtype=torch.int32),
+        suffix=torch.tensor([7], dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder of two domains, of which the second has a signature, and what was saved."""
+    dense = build("llama")
+    paths = sp.Pathways.from_masks(dense, random_masks(dense, PATHS))
+    signed = replace(paths["law"], signature=make_signature())
+    paths = replace(paths, by_domain={**paths.by_domain, "law": signed})
+    paths.save_pretrained(tmp_path)
+    return tmp_path, paths
+
+
+def assert_same(first, second):
+    for name, part in first.parts().items():
+        assert torch.equal(part, second.parts()[name]), name
+
+
+@pytest.mark.parametrize("only", [None, "law"])
+def test_what_is_saved_is_read(saved, only):
+    folder, paths = saved
+    read = sp.Pathways.from_pretrained(folder, only=only)
+    assert read.routed == ["law"]
+    assert_same(paths["law"].signature, read["law"].signature)
+
+
+def test_a_domain_keeps_its_signature_whatever_the_others_do(saved):
+    _, paths = saved
+    assert paths.subset(["law"]).routed == ["law"]
+    assert paths.subset(["code"]).merged(paths.subset(["law"])).routed == ["law"]
+    assert paths.with_controls({"pooled": paths["code"]}).routed == ["law"]
+
+
+def test_a_frame_and_special_tokens_say_nothing():
+    signature = make_signature()
+    said = signature.tokens[[20, 30]].float().sum()
+    for ids in ([20, 30], [5, 6, 20, 30, 7], [0, 20, 1, 30], [20, 30, 99, 1000]):
+        total, count = signature.read(torch.tensor(ids))
+        assert (total, count) == (pytest.approx(float(said)), 2)
+
+
+def test_thresholds_are_quantiles_and_typicality_is_their_inverse():
+    signature = make_signature()
+    at = signature.thresholds(missed=0.25, taken=0.0)
+    assert (
+        at
+        == torch.maximum(signature.own[:, LEVELS.index(0.25)], signature.background[:, -1]).tolist()
+    )
+    middle = float(signature.own[2, LEVELS.index(0.5)])
+    assert signature.typicality(middle, LENGTHS[2]) == pytest.approx(0.5)
+
+
+def test_interpolation_stays_within():
+    assert [interpolate(x, (1.0, 2.0), (10.0, 20.0)) for x in (0, 1, 1.5, 2, 3)] == [
+        10.0,
+        10.0,
+        15.0,
+        20.0,
+        20.0,
+    ]
+
+
+def _tensor(part, change):
+    return lambda path: change_tensors(
+        path, lambda t: {**t, f"signature.1.{part}": change(t[f"signature.1.{part}"])}
+    )
+
+
+DAMAGE = {
+    "dtype": _tensor("tokens", lambda t: t.float()),
+    "no token": _tensor("tokens", lambda t: t[:0]),
+    "two dimensions": _tensor("tokens", lambda t: t[None]),
+    "a short grid": _tensor("own", lambda t: t[:2]),
+    "NaN": _tensor("tokens", lambda t: t.fill_(torch.nan)),
+    "quantiles that fall": _tensor("background", lambda t: t.flip(1)),
+    "a negative id": _tensor("prefix", lambda t: -t),
+    "a part missing": lambda path: change_tensors(
+        path, lambda t: {name: part for name, part in t.items() if name != "signature.1.own"}
+    ),
+    "one of no domain": lambda path: change_tensors(
+        path, lambda t: {**t, "signature.0.own": t["signature.1.own"].clone()}
+    ),
+    "neither yes nor no": lambda path: set_field(path, ["domains", 1, "signature"], "yes"),
+    "said to be absent": lambda path: set_field(path, ["domains", 1, "signature"], False),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_was_damaged_is_refused(saved, name):
+    folder, _ = saved
+    DAMAGE[name](folder / "pathways.json")
+    with pytest.raises((ArtefactError, MismatchError)) as told:
+        sp.Pathways.from_pretrained(folder)
+    assert isinstance(told.value, PathwaysError)
