@@ -97,9 +97,8 @@ def measure_routing(  # noqa: PLR0913
             if not any(row.prompts for row in found):
                 raise TextError(f"{name!r}: no document has {min(lengths)} tokens.")
             if quality_prompts:
-                quality += _measure_quality(
-                    model, name, draw(QUALITY_LENGTH + SCORED, quality_prompts)
-                )
+                prompts = draw(QUALITY_LENGTH + SCORED, quality_prompts)
+                quality.append(_measure_quality(model, name, prompts))
         costs = [_time(model, length) for length in lengths] if cost else []
     signatures = [pathways[name].signature for name in pathways.routed]
     return RoutingReport(
@@ -134,10 +133,13 @@ def _route(model: Any, name: str, prompts: Tensor) -> RoutedText:
     )
 
 
-def _measure_quality(model: Any, name: str, ids: Tensor) -> list[RoutedQuality]:
-    """Return the perplexity behind the prompts, however the domain is chosen; none of no text."""
+def _measure_quality(model: Any, name: str, ids: Tensor) -> RoutedQuality:
+    """Return the perplexity behind the prompts, however the domain is chosen."""
     if not len(ids):
-        return []
+        raise TextError(
+            f"{name!r}: no document has {ids.shape[1]} tokens, {SCORED} of them behind a prompt, "
+            "on which quality is measured. Give longer ones, or leave quality out."
+        )
     own = name if name in model.domains else None
     ways: dict[str, Any] = {
         DENSE: [None] * len(ids),
@@ -148,15 +150,13 @@ def _measure_quality(model: Any, name: str, ids: Tensor) -> list[RoutedQuality]:
         ways[POOLED] = [POOLED] * len(ids)
     losses = {way: _loss(model, ids, chosen) for way, chosen in ways.items()}
     dense = losses.pop(DENSE)
-    return [
-        RoutedQuality(
-            text=name,
-            length=QUALITY_LENGTH,
-            tokens=SCORED * len(ids),
-            dense=math.exp(dense),
-            ratios={way: math.exp(loss - dense) for way, loss in losses.items()},
-        )
-    ]
+    return RoutedQuality(
+        text=name,
+        length=QUALITY_LENGTH,
+        tokens=SCORED * len(ids),
+        dense=math.exp(dense),
+        ratios={way: math.exp(loss - dense) for way, loss in losses.items()},
+    )
 
 
 def _loss(model: Any, ids: Tensor, chosen: Sequence[str | None]) -> float:

@@ -22,6 +22,7 @@ from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.revision import note_revision
 from hf_sparse_pathways.share import hub as sharing
 from tests.architectures import build, compensate, prompt, random_masks
+from tests.pathways.signatures import make_signature
 
 REPO = "me/x"
 IDS = prompt()
@@ -188,6 +189,11 @@ def test_a_domain_that_is_there_is_replaced_where_it_lies(hub):
 @pytest.mark.parametrize("together", [False, True])
 def test_removing_and_renaming(hub, together, tmp_path):
     paths = _pathways(("code", "law", "math"))
+    signed = {
+        name: replace(path, signature=make_signature(seed))
+        for seed, (name, path) in enumerate(paths.by_domain.items())
+    }
+    paths = replace(paths, by_domain=signed)
     if together:
         paths.save_pretrained(tmp_path)
         HfApi().create_repo(REPO)
@@ -202,10 +208,12 @@ def test_removing_and_renaming(hub, together, tmp_path):
     assert found.domains == ["Rust+C", "math"]
     for mine, theirs in (("Rust+C", "code"), ("math", "math")):
         assert all(map(torch.equal, found[mine].keep, paths[theirs].keep))
+        assert torch.equal(found[mine].signature.tokens, paths[theirs].signature.tokens)
     again = _pathways(("code",), seed=3)
     sp.add_domains(again, REPO)
     found = sp.Pathways.from_pretrained(REPO)
     assert sorted(found.domains) == ["Rust+C", "code", "math"]
+    assert sorted(found.routed) == ["Rust+C", "math"]
     assert all(map(torch.equal, found["code"].keep, again["code"].keep))
     assert all(map(torch.equal, found["Rust+C"].keep, paths["code"].keep))
     assert not [path for path in _files(hub) if folder_for("law") in path]

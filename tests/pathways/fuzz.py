@@ -30,6 +30,7 @@ from tests.architectures import build, compensate, random_masks
 from tests.clustered import clustered
 from tests.pathways.corruption import rewrite
 from tests.pathways.hostile import parse_header, with_header
+from tests.pathways.signatures import make_signature
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 48, 2**31, 2**63, 2**64, -(2**70), 10**400, 1.5, -0.0, 1e308),
@@ -62,6 +63,7 @@ def make_pair(folder):
     text = {"source": "x", "digests": ["a"], "tokens": 5, "documents": 1}
     made = {"method": "obs", "compensation": "refit+bias", "text": text, "healing": [{"a": 1}]}
     named = {**paths.by_domain, "clusters": clustered(dense)["code"]}
+    named["law"] = replace(named["law"], signature=make_signature())
     by_domain = {n: replace(p, provenance=made) for n, p in named.items()}
     control = {"pooled": replace(paths["law"], provenance=made)}
     paths = Pathways(base=paths.base, by_domain=by_domain, controls=control)

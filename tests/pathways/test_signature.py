@@ -7,25 +7,12 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, interpolate
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, interpolate
 from tests.architectures import build, random_masks
 from tests.pathways.corruption import change_tensors, set_field
+from tests.pathways.signatures import make_signature
 
 PATHS = ("code", "law")
-
-
-def make_signature(seed=0):
-    """Return a signature of random weights over 99 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    grid = torch.randn(len(LENGTHS), len(LEVELS), generator=generator).sort(dim=1).values
-    return Signature(
-        tokens=torch.randn(99, generator=generator).half(),
-        own=grid,
-        background=grid - 1.0,
-        ignored=torch.tensor([0, 1], dtype=torch.int32),
-        prefix=torch.tensor([5, 6], dtype=torch.int32),
-        suffix=torch.tensor([7], dtype=torch.int32),
-    )
 
 
 @pytest.fixture

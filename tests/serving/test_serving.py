@@ -5,11 +5,13 @@ import json
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 
+from tests.pathways.signatures import make_signature
 from tests.serving.running import CHAT, Gate, running, tiny_model, wait_until
 
 PROMPT = "return class"
@@ -53,6 +55,20 @@ def test_the_models_are_the_name_and_each_domain(server):
     assert [model.id for model in server.client.models.list()] == list(MODELS)
     with urllib.request.urlopen(f"{server.url}/health", timeout=30) as answer:
         assert json.load(answer) == {"status": "ok"}
+
+
+def test_the_prompt_chooses_if_its_domains_are_known():
+    model = tiny_model()
+    paths = model.pathways
+    for seed, name in enumerate(paths.domains):
+        signed = replace(paths[name], signature=make_signature(seed))
+        paths = replace(paths, by_domain={**paths.by_domain, name: signed})
+    model.set_pathways(paths)
+    with running(model) as server:
+        assert [one.id for one in server.client.models.list()] == [*MODELS, "me/tiny@auto"]
+        for prompt in (PROMPT, "a", "the court of the law " * 3):
+            text = _complete(server, "me/tiny@auto", prompt=prompt).choices[0].text
+            assert text == server.alone(prompt, "auto")
 
 
 @pytest.mark.parametrize("model", MODELS)

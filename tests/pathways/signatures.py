@@ -1,0 +1,19 @@
+"""Signatures at random."""
+
+import torch
+
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature
+
+
+def make_signature(seed=0):
+    """Return a signature of random weights over 99 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randn(len(LENGTHS), len(LEVELS), generator=generator).sort(dim=1).values
+    return Signature(
+        tokens=torch.randn(99, generator=generator).half(),
+        own=grid,
+        background=grid - 1.0,
+        ignored=torch.tensor([0, 1], dtype=torch.int32),
+        prefix=torch.tensor([5, 6], dtype=torch.int32),
+        suffix=torch.tensor([7], dtype=torch.int32),
+    )
