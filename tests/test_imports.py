@@ -139,6 +139,7 @@ LAZY_OUTSIDE = {
     ("cli.launch", "transformers"),
     ("discovery.hub_datasets", "datasets"),
     ("discovery.text", "pyarrow"),
+    ("discovery.clustering", "sklearn"),
     ("healing.adapters", "peft"),
     ("modeling.adapting", "peft"),
 }
@@ -234,7 +235,15 @@ def test_imports_in_functions_are_the_listed_ones():
     assert outside == LAZY_OUTSIDE
 
 
-HEAVY_MODULES = {"torch", "transformers", "numpy", "safetensors", "datasets", "matplotlib"}
+HEAVY_MODULES = {
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+}
 
 
 def test_no_command_imports_anything_heavy():

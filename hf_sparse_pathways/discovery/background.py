@@ -6,19 +6,26 @@ place, and none of it has to be read. A part is the order of the vocabulary: in 
 goes by frequency, also in languages that the model does not begin by itself.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device
+from hf_sparse_pathways.discovery.resumption import digest_plan
+from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.ffn.choices import all_dense
+from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.limits import MOST_FRAME, MOST_WIDTH
+from hf_sparse_pathways.tensor_files import open_tensors
 
 ROWS = 256
 """Texts that are begun."""
@@ -75,6 +82,57 @@ class Background:
             raise ArtefactError("The profile's background has other tensors than it has to have.")
         if bool((written < 0).any()) or bool((written >= len(likely)).any()):
             raise ArtefactError("The profile's background holds ids outside of its vocabulary.")
+
+
+def take_background(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    seed: int,
+    precision: str,
+    work_folder: "str | os.PathLike[str] | None",
+) -> Background | None:
+    """Let a model write, or read what it wrote in an earlier run with the same settings.
+
+    Args:
+        model: As in ``write_background``.
+        tokenizer: As there.
+        seed: As there.
+        precision: Of the model's products.
+        work_folder: Where it is stored; None for nowhere.
+
+    Raises:
+        ArtefactError: What is stored is damaged.
+    """
+    if work_folder is None:
+        return write_background(model, tokenizer, seed=seed)
+    plan = {
+        "weights": weight_digest(model),
+        "vocabulary": len(tokenizer),
+        "special": sorted({*getattr(tokenizer, "all_special_ids", ())}),
+        "frame": find_frame(tokenizer),
+        "precision": precision,
+        "seed": seed,
+    }
+    path = Path(work_folder, f"background-{digest_plan(plan)}.safetensors")
+    if path.is_file():
+        return _read(path)
+    written = write_background(model, tokenizer, seed=seed)
+    if written is not None:
+        write_atomically(path, save(written.parts()))
+    return written
+
+
+def _read(path: Path) -> Background:
+    try:
+        with open_tensors(path) as file:
+            if {*file.header} != {*PARTS}:
+                raise ArtefactError(f"it holds {sorted(file.header)}")
+            found = Background(**file.read(PARTS))
+        found.check()
+    except ArtefactError as error:
+        raise ArtefactError(f"{path} is damaged ({error}). Delete it to begin anew.") from error
+    return found
 
 
 def write_background(model: nn.Module, tokenizer: Any, *, seed: int) -> Background | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse_pathways.discovery.background import write_background
+from hf_sparse_pathways.discovery.background import take_background
 from hf_sparse_pathways.discovery.collection import Collection, Sample
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
 from hf_sparse_pathways.discovery.passes import calibration_precision
@@ -126,7 +126,9 @@ def profile(  # noqa: PLR0913
         by_domain = {
             domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
         }
-        background = write_background(model, tokenizer, seed=seed)
+        background = take_background(
+            model, tokenizer, seed=seed, precision=precision, work_folder=work_folder
+        )
     return Profile(base=base, by_domain=by_domain, background=background)
 
 

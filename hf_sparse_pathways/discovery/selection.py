@@ -155,9 +155,9 @@ def select(  # noqa: PLR0913
     return Pathways(
         base=profile.base,
         by_domain={
-            name: replace(
-                pathways[name], signature=profile.signature(name) or pathways[name].signature
-            )
+            name: pathways[name]
+            if name in (made or {})
+            else replace(pathways[name], signature=profile.signature(name))
             for name in profile.by_domain
         },
         controls={name: pathways[name] for name in pooled},

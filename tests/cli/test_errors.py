@@ -61,7 +61,6 @@ BUILDS = {
     "no memory": (("{dense}", "{texts}", "--max-memory", "1"), "raise max_memory (--max-memory)"),
     "no batch": (("{dense}", "{texts}", "--batch-size", "0"), "batch_size"),
     "absent profile": (("{dense}", "--profile", "{tmp}/absent"), "profile.json"),
-    "a model with pathways": (("{built}", "{texts}"), "pathways"),
 }
 
 

@@ -21,12 +21,12 @@ def served(monkeypatch):
 
 def test_it_listens_on_this_machine_only_and_says_the_names(places, served):
     out = run_well("serve", places.built)
-    assert out == "built, built@code, built@law at http://127.0.0.1:8000/v1\n"
+    assert out == "built, built@code, built@law, built@auto at http://127.0.0.1:8000/v1\n"
     [(app, options)] = served
     assert (options["host"], options["port"]) == ("127.0.0.1", 8000)
     assert "/v1/chat/completions" in {route.path for route in app.routes}
     out = run_well("serve", places.built, "--name", "me/x", "--host", "0.0.0.0", "--port", 81)
-    assert out == "me/x, me/x@code, me/x@law at http://0.0.0.0:81/v1\n"
+    assert out == "me/x, me/x@code, me/x@law, me/x@auto at http://0.0.0.0:81/v1\n"
 
 
 @pytest.mark.usefixtures("served")

@@ -2,12 +2,14 @@
 
 import copy
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sparse_pathways.discovery import profiling, resumption
+from hf_sparse_pathways.discovery.background import BATCH, ROWS, TOKENS
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import group_blocks, profile
 from hf_sparse_pathways.discovery.statistics import TENSORS
@@ -19,6 +21,7 @@ from tests.texts import documents, tiny_tokenizer
 TOKENIZER = tiny_tokenizer()
 TEXTS = {name: [*documents(name, 5, 17), *documents(name, 3, 8)] for name in ("code", "law")}
 BATCHES = 4  # of each domain
+WRITING = ROWS // BATCH * (TOKENS - 1)  # passes in which the model writes by itself
 ONE_BLOCK = 4 * (48 + 32 + 1) ** 2  # bytes of a tiny Llama's matrix
 
 
@@ -85,7 +88,7 @@ def test_a_pass_ends_at_its_groups_last_block(tmp_path):
 
         block.layer.register_forward_pre_hook(count)
     _take(model, {"code": TEXTS["code"]}, max_memory=_memory(1), work_folder=tmp_path)
-    assert seen == [3 * BATCHES, 2 * BATCHES, BATCHES]
+    assert [passes - WRITING for passes in seen] == [3 * BATCHES, 2 * BATCHES, BATCHES]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_an_interrupted_run_goes_on_where_it_was(blocks, at, tmp_path):
     interrupt.handle.remove()
     after = _Interrupt(model)
     _assert_equal(_take(model, **options), whole)
-    assert after.passes == passes - (at - 1)
+    assert after.passes == passes - (at - 1) + WRITING
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -149,6 +152,22 @@ def test_a_finished_run_is_read_without_any_pass(tmp_path):
     after = _Interrupt(model)
     _assert_equal(_take(model, work_folder=tmp_path), first)
     assert after.passes == 0
+
+
+def test_what_the_model_writes_is_stored_too(tmp_path):
+    model = build("llama")
+    first = _take(model, work_folder=tmp_path)
+    again = _take(model, work_folder=tmp_path, max_length=9)
+    other = _take(model, work_folder=tmp_path, seed=1)
+    for name, part in first.background.parts().items():
+        assert torch.equal(again.background.parts()[name], part)
+    assert not torch.equal(other.background.samples, first.background.samples)
+    paths = [*tmp_path.glob("background-*")]
+    assert len(paths) == 2
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ArtefactError, match="Delete it to begin anew"):
+        _take(model, work_folder=tmp_path)
 
 
 def _with_changed(name):
@@ -225,7 +244,7 @@ def test_a_run_that_is_stopped_while_it_stores_goes_on_to_the_same(at, tmp_path,
     monkeypatch.setattr(resumption, "save_file", save_file)
     after = _Interrupt(model)
     _assert_equal(_take(model, work_folder=tmp_path), _take(tiny_llama()))
-    assert after.passes <= 2 * BATCHES
+    assert after.passes <= 2 * BATCHES + WRITING
 
 
 def _stored(change=lambda tensors: tensors, batches="2"):
@@ -292,9 +311,7 @@ def test_nothing_is_half_written(tmp_path):
 def test_a_profile_from_a_work_folder_is_copied_when_it_is_saved(tmp_path):
     taken = _take(tiny_llama(), work_folder=tmp_path / "work")
     taken.save_pretrained(tmp_path / "profile")
-    for folder in os.scandir(tmp_path / "work"):
-        for file in os.scandir(folder):
-            os.unlink(file)
+    shutil.rmtree(tmp_path / "work")
     _assert_equal(Profile.from_pretrained(tmp_path / "profile"), _take(tiny_llama()))
     with pytest.raises(ArtefactError, match=r"missing|cannot be read"):
         taken["code"].grams[0].load()

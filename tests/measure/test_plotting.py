@@ -11,6 +11,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
 from hf_sparse_pathways.measure.overlap import measure_kept_overlap
 from hf_sparse_pathways.measure.plots import KINDS, as_svg, plot_strip
+from hf_sparse_pathways.measure.routing_report import RoutedText, RoutingReport
 from tests.architectures import build, random_masks
 from tests.discovery.profiles import random_profile
 from tests.measure.speed.reports import REPORT
@@ -20,6 +21,19 @@ from tests.test_tables import _scale
 MASKED = sp.Pathways.from_masks(
     build("llama"), random_masks(build("llama"), ["code", "law", "math"])
 )
+
+
+def _routing():
+    rows = [
+        RoutedText(text="code", known=True, length=n, prompts=9, decided={"code": 8, "dense": 1})
+        for n in (8, 64)
+    ]
+    rows.append(
+        RoutedText(text="x", known=False, length=64, prompts=5, decided={"law": 1, "dense": 4})
+    )
+    return RoutingReport(domains=("code", "law"), rows=tuple(rows))
+
+
 DRAWN = (
     MASKED,
     random_profile(build("llama"), ("code", "law", "math")),
@@ -27,6 +41,7 @@ DRAWN = (
     REPORT,
     _analysis(),
     _scale(),
+    _routing(),
 )
 
 
