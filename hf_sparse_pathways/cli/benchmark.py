@@ -60,14 +60,9 @@ def run(  # noqa: PLR0913
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     dtype: opt.Dtype = "auto",
-    report_folder: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write JSON, Markdown and a plot there."),
-    ] = None,
+    report_folder: opt.ReportFolder = None,
     plots: opt.Plots = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier report in DIR.")
-    ] = False,
+    overwrite: opt.OverwriteReport = False,
     as_json: opt.Json = False,
 ) -> None:
     """Time decoding and prefilling, dense and with every executor in turn, and switching domains.

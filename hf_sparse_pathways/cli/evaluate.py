@@ -42,14 +42,9 @@ def run(  # noqa: PLR0913
         str, typer.Option(help="Calibration documents: exclude, include or refuse them.")
     ] = "exclude",
     dtype: opt.Dtype = "auto",
-    report_folder: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write JSON, Markdown and plots there."),
-    ] = None,
+    report_folder: opt.ReportFolder = None,
     plots: opt.Plots = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier report in DIR.")
-    ] = False,
+    overwrite: opt.OverwriteReport = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure perplexity on each domain's held-out text; calibration documents are left out."""

@@ -50,6 +50,13 @@ Seed = Annotated[int, typer.Option(help="Seed of splits, windows and random scor
 Dtype = Annotated[
     str, typer.Option(help="Weights' dtype: auto (as saved), float32, bfloat16 or float16.")
 ]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="DIR", help="Write JSON, Markdown and plots there."),
+]
+OverwriteReport = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier report in DIR.")
+]
 Plots = Annotated[bool, typer.Option(help="Draw pictures beside the JSON and Markdown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, such as me/model.")]

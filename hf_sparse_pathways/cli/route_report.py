@@ -37,14 +37,9 @@ def run(  # noqa: PLR0913
     cost: Annotated[bool, typer.Option(help="Time deciding beside the prefill.")] = True,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     dtype: opt.Dtype = "auto",
-    report_folder: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="DIR", help="Write JSON, Markdown and a picture there."),
-    ] = None,
+    report_folder: opt.ReportFolder = None,
     plots: opt.Plots = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier report in DIR.")
-    ] = False,
+    overwrite: opt.OverwriteReport = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure domain=auto on documents that nothing was calibrated or validated on."""

@@ -11,7 +11,7 @@ inputs; moments that shrink towards the block's are ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,10 +67,6 @@ class Clustering:
                     "clusters, at least one dimension, and a positive prior."
                 )
         _import_sklearn()
-
-    def described(self) -> dict[str, Any]:
-        """Return the numbers as JSON values."""
-        return asdict(self)
 
     def check(self, blocks: Sequence[FfnBlock]) -> None:
         """Check that a model's moments of all clusters fit into memory.

@@ -47,7 +47,10 @@ class Change:
 
 
 class ClusteredChange:
-    """The same where each token has one of several experts."""
+    """The same where each token has one of several experts.
+
+    Their changes are made when they are needed: together they take as much as so many whole blocks.
+    """
 
     def __init__(self, block: FfnBlock, pathway: ClusteredBlock) -> None:
         self.block, self.pathway = block, pathway

@@ -8,7 +8,7 @@ kept neurons can (``repair.py``), and the *allocation* divides the budget over t
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_sparse_pathways.discovery.allocation import resolve_allocation
@@ -75,7 +75,7 @@ class Recipe:
             "multiple": self.multiple,
             "precision": self.precision,
             "seed": self.seed,
-            **({"clustering": self.clustering.described()} if self.clustering else {}),
+            **({"clustering": asdict(self.clustering)} if self.clustering else {}),
         }
 
 
@@ -114,8 +114,7 @@ def make_recipe(  # noqa: PLR0913
     if isinstance(ridge, str) and ridge != "auto":
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
-    if order == "auto" and name != OBS:
-        order = "one-shot"
+    clustering = _resolve_clusters(clusters, name, order, seed)
     return Recipe(
         method=name,
         score=score,
@@ -123,12 +122,19 @@ def make_recipe(  # noqa: PLR0913
         compensation=compensation,
         repair=parse_compensation(compensation, Repair.ridge if fixed is None else fixed),
         ridge=fixed,
-        order=order,
+        order=_resolve_order(order, name, clustering),
         multiple=multiple,
         precision=precision,
         seed=seed,
-        clustering=_resolve_clusters(clusters, name, order, seed),
+        clustering=clustering,
     )
+
+
+def _resolve_order(order: str, method: str, clustering: Clustering | None) -> str:
+    """Return the order, ``"auto"`` only where the model and its text decide."""
+    if clustering is not None:
+        return "sequential"
+    return "one-shot" if order == "auto" and method != OBS else order
 
 
 def _resolve_clusters(
@@ -139,10 +145,12 @@ def _resolve_clusters(
         return None
     if not isinstance(clusters, Clustering):
         clusters = Clustering(count=clusters, seed=seed)
-    if method != OBS or order == "one-shot":
+    wrong = [] if method == OBS else [named("method", method)]
+    wrong += [named("order", order)] if order == "one-shot" else []
+    if wrong:
         raise PathwaysError(
             f"Clusters of tokens get neurons by {named('method', OBS)}, block after block: leave "
-            f"out {named('method', method)} and {named('order', order)}, or the clusters."
+            f"out {' and '.join(wrong)}, or the clusters."
         )
     return clusters
 

@@ -198,17 +198,13 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
     if order == "auto":
         has_text = all(draft.evidence.domain.windows for draft in drafts)
         order = "sequential" if has_text else "one-shot"
-    if recipe.clusters > 1:
-        order = "sequential"
     blocks: Mapping[str, Sequence[Kept]] = {}
     if order == "sequential":
         try:
             blocks = prune_sequentially(model, _arms(drafts))
         except UnsupportedModelError as error:
-            if recipe.order == "sequential" or recipe.clusters > 1:
-                way_out = "a build without clusters"
-                if recipe.clusters == 1:
-                    way_out = named("order", "one-shot")
+            if recipe.order == "sequential":
+                way_out = "no clusters" if recipe.clustering else named("order", "one-shot")
                 raise UnsupportedModelError(f"{error} Choose {way_out}.") from error
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"

@@ -207,8 +207,7 @@ class _Layer:
             return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         observers = [Observer(block, inputs=True) for _, block in self.blocks]
         inputs: list[list[Tensor]] = [[] for _ in observers]
-        numbers = streams.chosen[position]
-        for number in numbers[:: max(1, len(numbers) // self._sample(streams, numbers))]:
+        for number in self._sample(streams, streams.chosen[position]):
             batch = streams.batches[number]
             with attached(observers):
                 self.runner.run(self.index, batch, streams.pruned[position][number])
@@ -223,10 +222,10 @@ class _Layer:
         ]
 
     @staticmethod
-    def _sample(streams: _Streams, numbers: Sequence[int]) -> int:
-        """Return how many batches hold the tokens on which clusters are found."""
+    def _sample(streams: _Streams, numbers: Sequence[int]) -> Sequence[int]:
+        """Return batches from all over a text, with the tokens on which clusters are found."""
         tokens = sum(int(streams.batches[number].mask.sum()) for number in numbers)
-        return max(1, -(-SAMPLE * len(numbers) // tokens))
+        return numbers[:: max(1, tokens // SAMPLE)]
 
     def _moved(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.windows import Window
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, sum_weights
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature
 
 COUNTED = 1 / 3
 """Part of a domain's likelihoods that is counted; the rest is the background's."""
@@ -104,7 +104,7 @@ def _add_scores(scores: _Scores, ids: Tensor, weights: Tensor, ignored: Tensor) 
 def _score(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:
     """Return the mean weights of texts, ``(texts,)``."""
     counted = ~torch.isin(ids, ignored.long()) & (ids < len(weights))
-    return sum_weights(ids, counted, weights[None])[:, 0] / counted.sum(1).clamp_min(1)
+    return (weights[ids.where(counted, 0)] * counted).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def _quantiles(scores: _Scores) -> Tensor:

@@ -100,13 +100,7 @@ def needed_input(block_input: Tensor | None) -> Tensor:
     Raises:
         UnsupportedModelError: The incoming leaf did not run before the outgoing one.
     """
-    if block_input is None:
-        raise UnsupportedModelError(
-            "A pathway has a linear bypass, but the block's incoming leaf was not called before "
-            "its outgoing leaf, so the block's input is not known. Build the pathways without a "
-            "bypass for this model."
-        )
-    return block_input
+    return _needed(block_input, "a linear bypass")
 
 
 def needed_route(known: Any) -> Any:
@@ -115,11 +109,15 @@ def needed_route(known: Any) -> Any:
     Raises:
         UnsupportedModelError: The incoming leaf did not run before the outgoing one.
     """
+    return _needed(known, "clusters of tokens")
+
+
+def _needed(known: Any, what: str) -> Any:
     if known is None:
         raise UnsupportedModelError(
-            "A pathway has clusters of tokens, but the block's incoming leaf was not called before "
-            "its outgoing leaf, so the tokens are not known. Build the pathways without clusters "
-            "for this model."
+            f"A pathway has {what}, but the block's incoming leaf was not called before its "
+            "outgoing leaf, so the block's input is not known. Build the pathways without for this "
+            "model."
         )
     return known
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
-from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
+from hf_sparse_pathways.ffn.clusters import Kept
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
 from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
-from hf_sparse_pathways.ffn.forms import PACKED, PLAIN, Form
+from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.residents import Residents
@@ -45,7 +45,6 @@ class Attachment:
         self.copies = ModelCopies(model, self.key)
         self._execution: tuple[Any, Execution] | None = None
         self._mixtures: dict[Any, Mixture] = {}
-        self._clustered: frozenset[int] = frozenset()  # pathways with clusters of tokens
 
     @property
     def blocks(self) -> tuple[AttachedBlock, ...]:
@@ -68,17 +67,8 @@ class Attachment:
                 attached.block.check_leaves(part)
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
-        self._clustered = frozenset(
-            index
-            for index, blocks in enumerate(pathways)
-            if any(isinstance(block, ClusteredBlock) for block in blocks)
-        )
+        self.copies.clustered = frozenset().union(*(b.state.clustered for b in self.blocks))
         self.reset()
-
-    def clustered_bytes(self, form: Form) -> int:
-        """Return how many bytes the copies of the largest pathway with clusters take in a form."""
-        sizes = (self.copies.form_bytes(index, form) for index in self._clustered)
-        return max(sizes, default=0)
 
     # -- executors --------------------------------------------------------------------------
 
@@ -146,7 +136,7 @@ class Attachment:
         if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.blocks:
             return choice
         executor = self.execution(name).executor
-        if plain and pathway in self._clustered:  # where tokens go is not known while tracing
+        if plain and pathway in self.copies.clustered:  # where tokens go is not known while tracing
             return choice
         if executor != "masked" and self._pin(pathway):
             choice.held = pathway
@@ -185,7 +175,7 @@ class Attachment:
             if len(self._mixtures) >= _MOST_MIXTURES:
                 self._mixtures.clear()
             mixture = self._mixtures[rows] = Mixture.of(pathway)
-        if not self._clustered.isdisjoint(mixture.key):  # each token would need its own columns
+        if not self.copies.clustered.isdisjoint(mixture.key):  # tokens need columns of their own
             return None
         return mixture if self._pin(mixture.key) else None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.errors import MismatchError
-from hf_sparse_pathways.ffn.block_pathway import FLOATING, PARTS, BlockPathway
+from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
 from hf_sparse_pathways.limits import MOST_CLUSTERS
 
 
@@ -99,11 +99,6 @@ class ClusteredBlock:
         """Number of neurons that a token of the calibration text has on average, rounded."""
         return round(self.mean([expert.kept for expert in self.experts]))
 
-    @property
-    def widest(self) -> int:
-        """Most neurons that an expert keeps."""
-        return max(expert.kept for expert in self.experts)
-
     def mean(self, values: "list[int] | list[float]") -> float:
         """Return the mean over tokens of what each expert has a value of."""
         share = self.router.share.double()
@@ -146,7 +141,7 @@ class ClusteredBlock:
         count = len(self.experts)
         fitting = {"router": (count, d_in), "router_bias": (count,), "share": (count,)}
         for part, tensor in self.router.parts().items():
-            if tuple(tensor.shape) != fitting[part] or tensor.dtype not in FLOATING:
+            if tuple(tensor.shape) != fitting[part] or tensor.dtype != torch.float32:
                 raise MismatchError(
                     f"{part} of {name} is {tensor.dtype} {tuple(tensor.shape)}; it has to be "
                     f"torch.float32 {fitting[part]}."

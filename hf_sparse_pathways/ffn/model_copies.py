@@ -1,7 +1,7 @@
 """All copies of one model's weights: what they take, made, looked at, dropped."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class ModelCopies:
         residents: Which keys have copies.
         blocks: One entry per FFN block, in layer order.
         rest: The linear leaves outside of them.
+        clustered: The pathways that have clusters of tokens.
         executor: The executor that the copies are for.
     """
 
@@ -48,6 +49,7 @@ class ModelCopies:
             AttachedBlock(block, key, self.residents) for block in find_blocks(model)
         )
         self.rest = RestLeaves(model, key, self.residents)
+        self.clustered: frozenset[int] = frozenset()
         self.executor = "compact"
         self._samples: Tensor | None = None
 
@@ -64,9 +66,10 @@ class ModelCopies:
         self.blocks = ()
         self.rest.reduced = tuple(map(tuple, leaves))
 
-    def most(self, form: Form) -> int:
-        """Return how many bytes the largest pathway's copies take."""
-        return max((self.form_bytes(own, form) for own in self._pathways), default=0)
+    def most(self, form: Form, among: Iterable[int] | None = None) -> int:
+        """Return how many bytes the copies of the largest pathway take; of all, or among some."""
+        own = self._pathways if among is None else among
+        return max((self.form_bytes(index, form) for index in own), default=0)
 
     def total(self) -> int:
         """Return how many bytes everything takes that ``packed-all`` packs for all pathways."""
@@ -82,11 +85,6 @@ class ModelCopies:
         for leaf in self._leaves_of(key):
             for own in copy_keys(leaf, _of_leaf(key)):
                 kept_weights(leaf, own, form)
-
-    @property
-    def clustered(self) -> bool:
-        """Whether any pathway has clusters of tokens."""
-        return any(attached.state.clustered for attached in self.blocks)
 
     def are_possible(self) -> bool:
         """Whether any block can be computed with copies, as of the last ``settle``."""

@@ -124,7 +124,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """
         if self._attachment.residents.limit is None:
             size = sum(p.numel() * p.element_size() for p in self.parameters())
-            self._attachment.residents.limit = size + self._attachment.clustered_bytes(NATIVE)
+            copies = self._attachment.copies
+            self._attachment.residents.limit = size + copies.most(NATIVE, copies.clustered)
 
     @property
     def domains(self) -> list[str]:
@@ -160,7 +161,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
 
         Args:
             domain: A domain, a list with one per row, or None for dense. ``"auto"`` is decided by
-            each call from its own prompt.
+                each call from its own prompt.
 
         Raises:
             UnknownNameError: An unknown domain.

@@ -143,21 +143,6 @@ class Signature:
 PARTS = tuple(part.name for part in fields(Signature))
 
 
-def sum_weights(ids: Tensor, counted: Tensor, weights: Tensor) -> Tensor:
-    """Return the sums of the weights of texts' tokens.
-
-    Args:
-        ids: int64 ``(rows, tokens)``.
-        counted: bool, of the same shape: which of them say something; the others may be any.
-        weights: ``(domains, vocabulary)``.
-
-    Returns:
-        float32 ``(rows, domains)``.
-    """
-    chosen = weights[:, ids.where(counted, 0)].float()
-    return (chosen * counted).sum(-1).T
-
-
 def at_length(values: Sequence[float], count: int) -> float:
     """Return the value for a number of tokens, of values for the numbers in ``LENGTHS``."""
     return interpolate(math.log(max(1, count)), _LOGARITHMS, values)

@@ -28,6 +28,15 @@ def test_compare_leaves_other_folders_alone(places, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_compare_takes_clusters(places, tmp_path):
+    words = ("--sparsity", "0.5", "--method", "pathway", "--method", "clusters-2", *SMALL)
+    run_well("compare", places.dense, *places.texts, *words, "--output", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    flops = {row["quality"]["flops"] for row in rows if row["method"] == "clusters-2"}
+    assert flops
+    assert max(flops) <= 0.5
+
+
 def test_compare_takes_a_bypass(places, tmp_path):
     words = ("--sparsity", "0.3", "--compensation", "refit+bias+bypass:2", *SMALL)
     words = (*words, "--method", "pathway", "--method", "one-shot", "--output", tmp_path / "out")

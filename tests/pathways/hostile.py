@@ -253,6 +253,8 @@ CLUSTERED = {
     "router of too many clusters": _tensor("0.0.router", lambda t: t[:1].repeat(1025, 1)),
     "router a scalar": _tensor("0.0.router", lambda t: t[0, 0].clone()),
     "router of another width": _tensor("0.0.router", lambda t: t[:, :-1].clone()),
+    "router in half precision": _tensor("0.0.router", lambda t: t.half()),
+    "shares in half precision": _tensor("0.0.share", lambda t: t.bfloat16()),
     "router of integers": _tensor("0.0.router", lambda t: t.int()),
     "router of NaN": _raw("0.0.router", b"\xff"),
     "router without a bias": _without("0.0.router_bias"),

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from hf_sparse_pathways.measure.plots.drawing import Picture, draw_map, label_map
+from hf_sparse_pathways.measure.plots.drawing import LEAST_WIDTH, Picture, draw_map, label_map
 from hf_sparse_pathways.measure.routing_report import DENSE, RoutingReport
 
 
@@ -13,7 +13,7 @@ def plot_confusion(report: RoutingReport) -> Figure:
     columns = [*report.domains, DENSE]
     texts = list(dict.fromkeys(row.text for row in report.rows))
     width, height = 1.2 + 0.6 * len(columns), 1.8 + 0.4 * len(texts)
-    size = (max(width * len(report.lengths) + 1.2, 6.4), height)
+    size = (max(width * len(report.lengths) + 1.2, LEAST_WIDTH), height)
     figure = Picture(figsize=size, layout="constrained")
     grid = np.atleast_1d(figure.subplots(1, len(report.lengths), sharey=True))
     for axes, length in zip(grid, report.lengths, strict=True):
