@@ -80,7 +80,7 @@ class Benchmark:
             learning_rate=arguments.learning_rate,
         )
         self.base: Path = arguments.cache / arguments.model
-        self.work: Path = arguments.cache / "benchmarks" / arguments.model / "healing"
+        self.work: Path = arguments.cache / "benchmarks" / "healing" / arguments.model
 
     @cached_property
     def dense(self) -> Any:
