@@ -4,13 +4,14 @@ import itertools
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
 from hf_sparse_pathways.native import library, product
-from hf_sparse_pathways.native.product import linear_rows
+from hf_sparse_pathways.native.product import linear_rows, sum_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 130)
@@ -70,6 +71,43 @@ def test_products_are_those_of_linear(dtype, weights, many, monkeypatch):
             expected = _expected(x, weight, rows, scale, added)
             error = (found.double() - expected).abs().max()
             assert error <= limit * expected.abs().max() * (2e-6 if dtype.itemsize == 4 else 8e-3)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("many", [False, True], ids=["kernel", "gathered"])
+@pytest.mark.parametrize("weights", ["own", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_rows_are_products_with_the_transposed(dtype, weights, many, monkeypatch):
+    monkeypatch.setattr(product, "MOST_INPUTS", 0 if many else 100)
+    kind = torch.int8 if weights == "int8" else dtype
+    for n, d_out in itertools.product(SIZES, (*SIZES, 64, 256, 300)):
+        _, weight, rows, _, _ = _case(n, d_out, 1, dtype, kind)
+        x, _, _, scale, bias = _case(d_out, n, 1 + (n * d_out) % 11, dtype, kind)
+        scale = scale if weights == "int8" else None
+        for index, added in ((rows, bias), (rows, None), (None, bias)):
+            own = x if index is not None else x[:, :1].expand(-1, len(weight)).contiguous()
+            found = sum_rows(own, weight, index, scale, added)
+            assert found.dtype == dtype
+            chosen = weight if index is None else weight[index]
+            expected = _expected(own, chosen.T, None, scale, added)
+            limit = 3 if many and dtype == torch.bfloat16 else 1
+            error = (found.double() - expected).abs().max()
+            assert error <= limit * expected.abs().max() * (4e-6 if dtype.itemsize == 4 else 8e-3)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_share_the_columns(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for d_out in (3, 40, 300):
+            _, weight, rows, _, _ = _case(9, d_out, 1, torch.float32, torch.float32)
+            x = torch.randn(3, 9)
+            found = sum_rows(x, weight, rows)
+            assert _close(found, _expected(x, weight[rows].T, None, None, None))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.needs_compiler
@@ -337,7 +375,7 @@ def test_without_a_kernel_torch_multiplies(monkeypatch):
 
 
 def test_a_kernel_without_memory_is_an_error(monkeypatch):
-    monkeypatch.setattr(product, "find_kernel", lambda: lambda *_: 1)
+    monkeypatch.setattr(product, "find_kernel", lambda: SimpleNamespace(linear=lambda *_: 1))
     with pytest.raises(MemoryError, match="smaller batch"):
         linear_rows(torch.ones(1, 2), torch.ones(2, 2))
 

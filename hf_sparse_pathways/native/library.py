@@ -44,7 +44,7 @@ class NativeError(RuntimeError):
 
 
 def load_kernel() -> Any:
-    """Return the kernel as a ctypes function; ``linear.c`` says what its arguments are.
+    """Return the library, with ``linear`` and ``sum_rows``; ``linear.c`` says what they take.
 
     Raises:
         NativeError: There is no compiler, or what it makes does not load.
@@ -57,7 +57,7 @@ def load_kernel() -> Any:
 
 @functools.cache
 def find_kernel() -> Any:
-    """Return the kernel, or the error that says why there is none; tried once in a process."""
+    """Return the library, or the error that says why there is none; tried once in a process."""
     try:
         return _make_kernel()
     except NativeError as error:
@@ -176,11 +176,11 @@ def _digest(command: Sequence[str]) -> str:
 
 def _declare(library: ctypes.CDLL) -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    linear = library.linear
-    linear.argtypes = [pointer, ctypes.c_int, ctypes.c_ssize_t, pointer, pointer, pointer]
-    linear.argtypes += [pointer, ctypes.c_int, pointer, number, number, number, ctypes.c_int]
-    linear.restype = ctypes.c_int
-    return linear
+    for product in (library.linear, library.sum_rows):
+        product.argtypes = [pointer, ctypes.c_int, ctypes.c_ssize_t, pointer, pointer, pointer]
+        product.argtypes += [pointer, ctypes.c_int, pointer, number, number, number, ctypes.c_int]
+        product.restype = ctypes.c_int
+    return library
 
 
 def _describe(error: Exception) -> str:

@@ -1,4 +1,7 @@
-/* y = x W[rows]^T + bias for a few inputs, reading the wanted rows of W where they lie.
+/* For a few inputs, reading the wanted rows of W where they lie:
+ *
+ *     linear:    y = x W[rows]^T + bias
+ *     sum_rows:  y = x W[rows] + bias
  *
  * A product of one or a few vectors is as fast as the weights stream from memory. The rows that are
  * wanted lie apart, so the processor's own prefetcher loses them at each gap; here every row is
@@ -18,6 +21,8 @@
 #define AHEAD_ROWS 4
 #define LINE 64
 #define UNROLL _Pragma("GCC unroll 4") /* or sums are kept in memory */
+#define SUMMED 8 /* rows that are added up before a sum is put back */
+#define UNROLL_SUMMED _Pragma("GCC unroll 8")
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -212,22 +217,83 @@ static void run(const struct job *job, int type, long begin, long end, long inpu
     if (type == INT8) run_int8(job, begin, end, inputs);
 }
 
-/* Return 0, or 1 if there is no memory.
- *
- * weight: (any, k), rows `stride` elements apart; weight_type one of the enum.
- * rows: n of its rows, or NULL for the first n.
- * scale: n factors of the sums, float32, or NULL.
- * bias: n values of the inputs' type, or NULL.
- * x: (m, k), y: (m, n), both contiguous, of input_type (float32 or bfloat16).
- */
-int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t *rows,
-           const float *scale, const void *bias, const void *x, int input_type, void *y, long m,
-           long n, long k, int threads) {
+/* M inputs times some rows of W, added to a range of columns; M is a constant after inlining. */
+#define DEFINE_SUMS(TYPE, NAME)                                                                    \
+    static inline __attribute__((always_inline)) void add_##NAME(                                  \
+        const struct job *job, const TYPE *const *row, const TYPE *const *later,                   \
+        const float (*factor)[SUMMED], long begin, long end, long input, const int M) {            \
+        float *y = job->y + input * job->n;                                                        \
+        long i = begin;                                                                            \
+        for (; i + LANES <= end; i += LANES) {                                                     \
+            vec total[4];                                                                          \
+            UNROLL                                                                                 \
+            for (int m = 0; m < M; m++) total[m] = load_float32(y + m * job->n + i);               \
+            UNROLL_SUMMED                                                                          \
+            for (int r = 0; r < SUMMED; r++) {                                                     \
+                if (later && (i * sizeof(TYPE)) % LINE == 0)                                       \
+                    __builtin_prefetch(later[r] + i, 0, 2);                                        \
+                vec w = load_##NAME(row[r] + i);                                                   \
+                UNROLL                                                                             \
+                for (int m = 0; m < M; m++) total[m] += w * factor[m][r];                          \
+            }                                                                                      \
+            UNROLL                                                                                 \
+            for (int m = 0; m < M; m++) memcpy(y + m * job->n + i, &total[m], sizeof(vec));        \
+        }                                                                                          \
+        for (; i < end; i++)                                                                       \
+            for (int m = 0; m < M; m++)                                                            \
+                for (int r = 0; r < SUMMED; r++)                                                   \
+                    y[m * job->n + i] += one_##NAME(row[r] + i) * factor[m][r];                    \
+    }                                                                                              \
+    static void sum_##NAME(const struct job *job, long begin, long end, long inputs) {             \
+        for (long input = 0; input < inputs; input++)                                              \
+            memset(job->y + input * job->n + begin, 0, sizeof(float) * (size_t)(end - begin));     \
+        for (long first = 0; first < job->k; first += SUMMED) {                                    \
+            const TYPE *row[SUMMED], *later[SUMMED];                                               \
+            float factor[4][SUMMED];                                                               \
+            for (int r = 0; r < SUMMED; r++) {                                                     \
+                long at = first + r < job->k ? first + r : job->k - 1;                             \
+                long next = at + SUMMED < job->k ? at + SUMMED : job->k - 1;                       \
+                row[r] = (const TYPE *)job->weight +                                               \
+                         job->stride * (job->rows ? job->rows[at] : at);                           \
+                later[r] = (const TYPE *)job->weight +                                             \
+                           job->stride * (job->rows ? job->rows[next] : next);                     \
+            }                                                                                      \
+            for (long input = 0; input < inputs;) {                                                \
+                int many = inputs - input < 4 ? 1 : 4;                                             \
+                for (int m = 0; m < many; m++)                                                     \
+                    for (int r = 0; r < SUMMED; r++)                                               \
+                        factor[m][r] =                                                             \
+                            first + r < job->k ? job->x[(input + m) * job->k + first + r] : 0;     \
+                const TYPE *const *ahead = input ? NULL : later;                                   \
+                if (many == 4)                                                                     \
+                    add_##NAME(job, row, ahead, factor, begin, end, input, 4);                     \
+                else                                                                               \
+                    add_##NAME(job, row, ahead, factor, begin, end, input, 1);                     \
+                input += many;                                                                     \
+            }                                                                                      \
+        }                                                                                          \
+    }
+
+DEFINE_SUMS(float, float32)
+DEFINE_SUMS(uint16_t, bfloat16)
+DEFINE_SUMS(int8_t, int8)
+
+static void run_sums(const struct job *job, int type, long begin, long end, long inputs) {
+    if (type == FLOAT32) sum_float32(job, begin, end, inputs);
+    if (type == BFLOAT16) sum_bfloat16(job, begin, end, inputs);
+    if (type == INT8) sum_int8(job, begin, end, inputs);
+}
+
+/* What both products have in common: inputs in float32, threads, and what comes after the sums. */
+static int compute(struct job job, void (*run)(const struct job *, int, long, long, long),
+                   int weight_type, int widens, const float *scale, const void *bias, const void *x,
+                   int input_type, long m, int threads) {
     int narrow_inputs = input_type == BFLOAT16;
+    long n = job.n, k = job.k;
+    void *y = job.y;
     float *wide = NULL;
-    struct job job = {weight, stride, rows, n, k, x, narrow_inputs ? x : NULL, y};
     if (narrow_inputs) {
-        long widened = HAS_DOT && weight_type == BFLOAT16 ? 0 : m * k;
+        long widened = widens ? m * k : 0;
         wide = malloc(sizeof(float) * (size_t)(widened + m * n + 1));
         if (wide == NULL) return 1;
         for (long i = 0; i < widened; i++) wide[i] = widen(((const uint16_t *)x)[i]);
@@ -238,6 +304,7 @@ int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t 
         run(&job, weight_type, 0, n, m);
     } else {
         long share = (n + threads - 1) / threads;
+        share = (share + LANES - 1) / LANES * LANES;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
         for (int thread = 0; thread < threads; thread++) {
             long begin = share * thread, end = begin + share < n ? begin + share : n;
@@ -257,4 +324,28 @@ int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t 
         }
     free(wide);
     return 0;
+}
+
+/* Return 0, or 1 if there is no memory.
+ *
+ * weight: (any, k), rows `stride` elements apart; weight_type one of the enum.
+ * rows: n of its rows, or NULL for the first n.
+ * scale: n factors of the sums, float32, or NULL.
+ * bias: n values of the inputs' type, or NULL.
+ * x: (m, k), y: (m, n), both contiguous, of input_type (float32 or bfloat16).
+ */
+int linear(const void *weight, int weight_type, ptrdiff_t stride, const int64_t *rows,
+           const float *scale, const void *bias, const void *x, int input_type, void *y, long m,
+           long n, long k, int threads) {
+    int narrow_inputs = input_type == BFLOAT16, widens = !(HAS_DOT && weight_type == BFLOAT16);
+    struct job job = {weight, stride, rows, n, k, x, narrow_inputs ? x : NULL, y};
+    return compute(job, run, weight_type, widens, scale, bias, x, input_type, m, threads);
+}
+
+/* As above, but for the sums of rows: weight is (any, n), of which k rows are summed. */
+int sum_rows(const void *weight, int weight_type, ptrdiff_t stride, const int64_t *rows,
+             const float *scale, const void *bias, const void *x, int input_type, void *y, long m,
+             long n, long k, int threads) {
+    struct job job = {weight, stride, rows, n, k, x, NULL, y};
+    return compute(job, run_sums, weight_type, 1, scale, bias, x, input_type, m, threads);
 }

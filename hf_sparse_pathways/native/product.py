@@ -1,4 +1,4 @@
-"""``linear`` with some rows of a matrix, read where they lie.
+"""``linear`` with some rows of a matrix, and weighted sums of its rows, read where they lie.
 
 One or a few inputs, as in decoding, are multiplied by the kernel in C: no row is copied. For many,
 as in a prompt, arithmetic takes the time and not the memory: rows are gathered a tile at a time,
@@ -6,6 +6,7 @@ and torch multiplies.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,19 +49,58 @@ def linear_rows(
         return output
     inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     by_kernel = len(inputs) <= MOST_INPUTS and _can_multiply(inputs, weight)
-    multiply = _by_kernel if by_kernel and not torch.is_autocast_enabled("cpu") else _by_tiles
-    output = multiply(inputs, weight, rows, scale, bias)
+    if by_kernel and not torch.is_autocast_enabled("cpu"):
+        outputs = len(weight) if rows is None else len(rows)
+        output = _by_kernel(find_kernel().linear, outputs, inputs, weight, (rows, scale, bias))
+    else:
+        output = _by_tiles(inputs, weight, rows, scale, bias)
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def sum_rows(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``x @ weight[rows] * scale + bias``: rows of a matrix, added up. Pure.
+
+    Args:
+        x: Inputs ``(..., n)``, float32 or bfloat16, on the CPU.
+        weight: ``(any, d_out)``, of the inputs' dtype or int8; each row contiguous.
+        rows: Which of its rows, int64 ``(n,)``; None for all.
+        scale: A factor per output, float32 ``(d_out,)``; None for 1.
+        bias: Added per output, ``(d_out,)``.
+
+    Returns:
+        ``(..., d_out)``; for few inputs, and if there is a kernel, a sum in float32 rounded once.
+    """
+    inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    by_kernel = len(inputs) <= MOST_INPUTS and not torch.compiler.is_compiling()
+    if by_kernel and _can_read(inputs, weight) and not torch.is_autocast_enabled("cpu"):
+        outputs = weight.shape[1]
+        output = _by_kernel(find_kernel().sum_rows, outputs, inputs, weight, (rows, scale, bias))
+    else:
+        own = weight if rows is None else weight.index_select(0, rows)
+        output = functional.linear(inputs, own.T.to(inputs.dtype))
+        output = output if scale is None else output * scale.to(output.dtype)
+        output = output if bias is None else output + bias.to(output.dtype)
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can multiply inputs by rows of a matrix."""
+    return x.shape[1] == weight.shape[1] and _can_read(x, weight)
+
+
+def _can_read(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is there, knows the dtypes, and may read what it would read."""
     return (
         type(weight) in (Tensor, nn.Parameter)
         and x.layout is weight.layout is torch.strided
         and x.dtype in INPUT_DTYPES
         and weight.dtype in (x.dtype, torch.int8)
-        and x.shape[1] == weight.shape[1]
         and weight.stride(1) == 1
         and x.device.type == weight.device.type == "cpu"
         and not isinstance(find_kernel(), NativeError)
@@ -68,13 +108,14 @@ def _can_multiply(x: Tensor, weight: Tensor) -> bool:
 
 
 def _by_kernel(
-    x: Tensor, weight: Tensor, rows: Tensor | None, scale: Tensor | None, bias: Tensor | None
+    function: Any, n: int, x: Tensor, weight: Tensor, rest: tuple[Tensor | None, ...]
 ) -> Tensor:
-    n = len(weight) if rows is None else len(rows)
+    """Call a function of the library; ``n`` outputs, ``rest`` is rows, scale and bias."""
     output = x.new_empty(len(x), n)
-    rows = _vector(rows, n, torch.int64)
+    rows, scale, bias = rest
+    rows = None if rows is None else rows.to(torch.int64).contiguous()
     scale, bias = _vector(scale, n, torch.float32), _vector(bias, n, x.dtype)
-    failed = find_kernel()(
+    failed = function(
         weight.data_ptr(),
         WEIGHT_DTYPES.index(weight.dtype),
         weight.stride(0),
