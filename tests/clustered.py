@@ -8,16 +8,17 @@ from torch import nn
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
-from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter, experts_of
 from tests.architectures import compensate, random_masks, repaired
 
 CLUSTERS = 3
 
 
-def clustered(model, seed=0, *, change_rows=True):
+def clustered(model, seed=0, *, change_rows=True, shared=False):
     """Return pathways of a domain with clusters, ``code``, and one without, ``law``.
 
-    Experts differ in width, and have every compensation; changed rows if wanted.
+    Experts differ in width, and have every compensation; changed rows if wanted, and if wanted one
+    refit for all.
     """
     keeps = (0.5, 0.5, 0.3)
     made = [
@@ -36,7 +37,11 @@ def clustered(model, seed=0, *, change_rows=True):
         experts = tuple(pathways["code"].blocks[index] for pathways in made)
         if not change_rows:
             experts = tuple(replace(expert, incoming=()) for expert in experts)
-        blocks.append(ClusteredBlock(router=router, experts=experts))
+        common = None
+        if shared:
+            experts = tuple(replace(expert, delta=None) for expert in experts)
+            common = torch.randn(shape.d_out, shape.d_ff, generator=generator) * 0.1
+        blocks.append(ClusteredBlock(router=router, experts=experts, shared=common))
     code = sp.Pathway(blocks=tuple(blocks), provenance={"method": "drawn"})
     return sp.Pathways(base=made[0].base, by_domain={"code": code, "law": made[0]["law"]})
 
@@ -45,7 +50,7 @@ def reference(model, pathway):
     """Return a plain copy that computes a clustered pathway: all experts, then each token's own."""
     count = len(pathway.blocks[0].experts)
     copies = [
-        repaired(model, sp.Pathway(blocks=tuple(block.experts[number] for block in pathway.blocks)))
+        repaired(model, sp.Pathway(blocks=tuple(experts_of(b)[number] for b in pathway.blocks)))
         for number in range(count)
     ]
     result = copy.deepcopy(model)

@@ -31,10 +31,14 @@ def _torch_multiplies(monkeypatch):
     monkeypatch.setattr(product, "MOST_INPUTS", 0)
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+SHARED = ("bloom", "gemma3", "gpt2", "llama", "mpt", "phi3", "qwen3_moe")
+"""Architectures, of each kind of block one, that are tried with one refit for all experts."""
+
+
+@pytest.fixture(scope="module", params=[*sorted(ARCHITECTURES), *(f"{n}-shared" for n in SHARED)])
 def case(request):
-    dense = build(request.param)
-    pathways = clustered(dense)
+    dense = build(request.param.removesuffix("-shared"))
+    pathways = clustered(dense, shared="-shared" in request.param)
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
     model.max_resident_bytes = "1GB"
     with torch.no_grad():

@@ -36,7 +36,7 @@ class Draft:
         """Choose and repair one block; without a task from the profile alone."""
         if task is None and self.repairs.needs_grams:
             task = self.evidence.task(index)
-        keep = self._choose(index, task) if self.masks is None else self.masks[index]
+        keep = self.choose(index, task) if self.masks is None else self.masks[index]
         return BlockPathway(keep=keep) if task is None else repair(task, keep, self.repairs)
 
     def one_shot(self) -> list[BlockPathway]:
@@ -47,7 +47,7 @@ class Draft:
         """Return the one-shot pathway's loss on a text, nats per token."""
         return mean_loss(self.evidence.model, windows, self.one_shot(), self.evidence.blocks)
 
-    def _choose(self, index: int, task: BlockTask | None) -> Tensor:
+    def choose(self, index: int, task: BlockTask | None) -> Tensor:
         """Rank one block's neurons; with a bypass once more, knowing what it does."""
         width = self.widths[index]
         most = self.evidence.blocks[index].d_ff - width

@@ -13,7 +13,7 @@ from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock
-from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, experts_of
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
 
 
@@ -53,16 +53,16 @@ class ClusteredChange:
     """
 
     def __init__(self, block: FfnBlock, pathway: ClusteredBlock) -> None:
-        self.block, self.pathway = block, pathway
+        self.block, self.router, self.experts = block, pathway.router, experts_of(pathway)
 
     def of(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
         """Return the change, from what the FFN saw, flattened."""
         x = needed_input(block_input)
-        clusters = self.pathway.router.to(x.device)(x)
+        clusters = self.router.to(x.device)(x)
         change = x.new_zeros(len(x), self.block.d_out, dtype=torch.float32)
         for number in torch.unique(clusters).tolist():
             own = (clusters == number).nonzero().flatten()
-            expert = Change(self.block, self.pathway.experts[number])
+            expert = Change(self.block, self.experts[number])
             change[own] = expert.of(activation[own], x[own]).float()
         return change
 

@@ -16,14 +16,14 @@ from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.passes import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named, option
 
 OBS = "obs"
 MEASURED = ("auto", "sensitivity")
 """Allocations that run the model on validation text: ``planning.py``."""
 
 ORDERS = ("auto", "sequential", "one-shot")
-PARTS = ("none", "bias", "refit", "patch:RANK", "bypass:RANK")
+PARTS = ("none", "bias", "refit", "shared", "patch:RANK", "bypass:RANK")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,18 @@ def make_recipe(  # noqa: PLR0913
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
     clustering = _resolve_clusters(clusters, name, order, seed)
+    repair = parse_compensation(compensation, Repair.ridge if fixed is None else fixed)
+    if repair.shared and clustering is None:
+        raise PathwaysError(
+            f"compensation {compensation!r}: clusters have experts that could share a refit; give "
+            f"{option('clusters')}, or write 'refit'."
+        )
     return Recipe(
         method=name,
         score=score,
         allocation=allocation,
         compensation=compensation,
-        repair=parse_compensation(compensation, Repair.ridge if fixed is None else fixed),
+        repair=repair,
         ridge=fixed,
         order=_resolve_order(order, name, clustering),
         multiple=multiple,
@@ -175,7 +181,7 @@ def parse_compensation(text: str, ridge: float = Repair.ridge) -> Repair:
 
     Args:
         text: Parts joined by ``+``: ``none``, ``bias``, ``refit``, ``patch:RANK`` (a refit stored
-            with that rank), ``bypass:RANK``.
+            with that rank), ``shared`` (one refit for all experts of a block), ``bypass:RANK``.
         ridge: Of the least squares, in units of the mean second moment.
 
     Raises:
@@ -191,7 +197,7 @@ def parse_compensation(text: str, ridge: float = Repair.ridge) -> Repair:
         match = re.fullmatch(r"(patch|bypass):(\d+)", part.strip())
         if match and int(match[2]) > 0 and not ranks[match[1]]:
             ranks[match[1]] = int(match[2])
-        elif part.strip() in ("none", "bias", "refit"):
+        elif part.strip() in ("none", "bias", "refit", "shared"):
             plain.add(part.strip())
         else:
             raise PathwaysError(
@@ -200,10 +206,16 @@ def parse_compensation(text: str, ridge: float = Repair.ridge) -> Repair:
             )
     if "none" in plain and (len(plain) > 1 or any(ranks.values())):
         raise PathwaysError(f"compensation {text!r}: 'none' stands alone.")
+    if "shared" in plain and ("refit" in plain or any(ranks.values())):
+        raise PathwaysError(
+            f"compensation {text!r}: 'shared' is the refit of all experts and stands alone, or "
+            "with 'bias'."
+        )
     return Repair(
         ridge=ridge,
-        refit="refit" in plain or ranks["patch"] > 0,
+        refit=bool({"refit", "shared"} & plain) or ranks["patch"] > 0,
         bias="bias" in plain,
         bypass_rank=ranks["bypass"],
         patch_rank=ranks["patch"] or None,
+        shared="shared" in plain,
     )

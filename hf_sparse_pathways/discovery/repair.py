@@ -48,6 +48,7 @@ class Repair:
         bias: Whether the output's bias is.
         bypass_rank: Rank of the linear bypass; 0 for none.
         patch_rank: Rank to which the refit is truncated when it is stored; None for in full.
+        shared: Whether the experts of a block have one refit in common (``common_repair.py``).
     """
 
     ridge: float = 0.01
@@ -55,6 +56,7 @@ class Repair:
     bias: bool = True
     bypass_rank: int = 0
     patch_rank: int | None = None
+    shared: bool = False
 
     @property
     def target_ridge(self) -> float:

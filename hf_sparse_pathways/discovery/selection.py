@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_sparse_pathways.discovery.allocation import check_multiple
 from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
+from hf_sparse_pathways.discovery.common_repair import repair_together
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
@@ -34,7 +35,6 @@ from hf_sparse_pathways.errors import (
     UnsupportedModelError,
     named,
 )
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
@@ -91,9 +91,9 @@ def select(  # noqa: PLR0913
             validation text), or a function from ``BlockCosts`` and a ``Budget`` to widths. By
             default ``"auto"`` for ``"obs"``, else ``"uniform"``. ``"auto"`` needs the loss's
             metrics, which only ``"obs"`` measures: for other methods it is uniform.
-        compensation: Parts of ``none``, ``bias``, ``refit``, ``patch:RANK``, ``bypass:RANK``,
-            joined by ``+``. By default ``"refit+bias"`` for ``"obs"``, ``"bias"`` for ``"flap"``,
-            else ``"none"``.
+        compensation: Parts of ``none``, ``bias``, ``refit``, ``patch:RANK``, ``bypass:RANK``, and
+            with clusters ``shared`` (one refit for all their experts), joined by ``+``. By default
+            ``"refit+bias"`` for ``"obs"``, ``"bias"`` for ``"flap"``, else ``"none"``.
         ridge: Of the least squares, in units of the mean second moment; ``"auto"``: what has the
             least loss on validation text.
         order: ``"sequential"``, ``"one-shot"``, or ``"auto"``: sequential for ``"obs"`` where the
@@ -254,13 +254,15 @@ def _clustering(draft: Draft) -> Clustering | None:
 
 def _pruner(draft: Draft) -> PruneBlock:
     def prune(index: int, task: BlockTask | ClusteredTask) -> Kept:
-        if isinstance(task, ClusteredTask):
-            experts = tuple(expert(index, own) for own in task.tasks)
-            return ClusteredBlock(router=task.router, experts=experts)
-        return expert(index, task)
-
-    def expert(index: int, task: BlockTask) -> BlockPathway:
-        return draft.block(index, replace(task, metric=draft.evidence.metric(index)))
+        metric = draft.evidence.metric(index)
+        if not isinstance(task, ClusteredTask):
+            return draft.block(index, replace(task, metric=metric))
+        tasks = [replace(own, metric=metric) for own in task.tasks]
+        if draft.repairs.shared:
+            keeps = [draft.choose(index, own) for own in tasks]
+            return repair_together(task, keeps, draft.repairs)
+        experts = tuple(draft.block(index, own) for own in tasks)
+        return ClusteredBlock(router=task.router, experts=experts)
 
     return prune
 

@@ -46,9 +46,34 @@ class LowRank:
         return LowRank(self.outer.to(like), self.inner.to(like))
 
 
-def as_matrix(matrix: Tensor | LowRank) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class SharedColumns:
+    """The kept columns of a matrix that is the same for several experts.
+
+    Attributes:
+        matrix: ``(d_out, d_ff)``.
+        keep: Which of its columns, bool ``(d_ff,)``.
+    """
+
+    matrix: Tensor
+    keep: Tensor
+
+    def product(self) -> Tensor:
+        """Return the kept columns, float32 ``(d_out, kept)``."""
+        return self.matrix[:, self.keep.to(self.matrix.device)].float()
+
+    def to(self, like: Tensor) -> Tensor:
+        """Return the kept columns with the dtype and device of a tensor."""
+        return self.product().to(like)
+
+
+Matrix = Tensor | LowRank | SharedColumns
+"""A change of weights, in one of the forms in which it is held."""
+
+
+def as_matrix(matrix: Matrix) -> Tensor:
     """Return a matrix whole, float32."""
-    return matrix.product() if isinstance(matrix, LowRank) else matrix.float()
+    return matrix.float() if isinstance(matrix, Tensor) else matrix.product()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +83,8 @@ class BlockPathway:
     Attributes:
         keep: Keep mask ``(d_ff,)``, bool, True = kept.
         delta: Added to the kept columns of the outgoing leaf's weight, ``(d_out, kept)`` in
-            ascending order of the neurons; or as ``LowRank``.
+            ascending order of the neurons; or as ``LowRank``, or as ``SharedColumns`` of a matrix
+            that its owner stores.
         bias: Added to the output, ``(d_out,)``.
         bypass: A linear map from the block's input to its output, of width d_in.
         incoming: Added to the kept rows of each incoming leaf's weight, ``(rows, d_in)`` in
@@ -66,7 +92,7 @@ class BlockPathway:
     """
 
     keep: Tensor
-    delta: Tensor | LowRank | None = None
+    delta: Matrix | None = None
     bias: Tensor | None = None
     bypass: LowRank | None = None
     incoming: tuple[Tensor | LowRank | None, ...] = ()
@@ -90,7 +116,7 @@ class BlockPathway:
         """Return all tensors by name, as they are stored."""
         named: dict[str, Tensor | LowRank | None] = {
             "keep": self.keep,
-            "delta": self.delta,
+            "delta": None if isinstance(self.delta, SharedColumns) else self.delta,
             "bias": self.bias,
             "bypass": self.bypass,
             **{f"incoming{index}": delta for index, delta in enumerate(self.incoming)},
@@ -145,7 +171,8 @@ class BlockPathway:
         if not kept.start:
             raise MismatchError(f"the mask of {name} keeps no neuron; keep at least one.")
         outputs, inputs = _exactly(d_out), _exactly(d_in)
-        _check_matrix(f"the refit of {name}", self.delta, outputs, kept)
+        if not isinstance(self.delta, SharedColumns):
+            _check_matrix(f"the refit of {name}", self.delta, outputs, kept)
         _check_matrix(f"the bypass of {name}", self.bypass, outputs, inputs)
         if self.bias is not None and tuple(self.bias.shape) != (d_out,):
             raise MismatchError(

@@ -6,21 +6,22 @@ principal components P about the mean m; as a comparison of linear functions of 
 
     argmin_c |P (x - m) - z_c|^2  =  argmax_c  z_c P x - z_c P m - |z_c|^2 / 2
 
-Each expert is a ``BlockPathway`` of its own, on the block's shared weights.
+Each expert is a ``BlockPathway`` of its own, on the block's shared weights. Its refit is its own as
+well, or all experts have one in common: ``W + shared``, of which each keeps its columns.
 
 Source: Sawmya et al. 2025, "Sparse Expansion", arXiv:2405.15756, routes so between one-shot pruned
 copies of the weights; kept neurons with a repair of their own in the copies' place are ours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.errors import MismatchError
-from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
+from hf_sparse_pathways.ffn.block_pathway import FLOATING, PARTS, BlockPathway, SharedColumns
 from hf_sparse_pathways.limits import MOST_CLUSTERS
 
 
@@ -76,6 +77,9 @@ _FIELDS = {"router": "weight", "router_bias": "bias", "share": "share"}
 ROUTER_PARTS = tuple(_FIELDS)
 """Names of a router's tensors."""
 
+SHARED = "shared"
+"""Name of the refit that all experts have in common."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClusteredBlock:
@@ -83,11 +87,14 @@ class ClusteredBlock:
 
     Attributes:
         router: Gives every token to an expert.
-        experts: What is kept for it, one per cluster.
+        experts: What is kept for it, one per cluster; without what they share.
+        shared: Added to the outgoing leaf's weight, ``(d_out, d_ff)``, whichever of its columns an
+            expert keeps; None if each has a refit of its own, or none.
     """
 
     router: TokenRouter
     experts: tuple[BlockPathway, ...]
+    shared: Tensor | None = None
 
     @property
     def keep(self) -> Tensor:
@@ -107,6 +114,8 @@ class ClusteredBlock:
     def parts(self) -> dict[str, Tensor]:
         """Return all tensors by name, those of experts as ``<number>.<part>``."""
         parts = self.router.parts()
+        if self.shared is not None:
+            parts[SHARED] = self.shared
         for number, expert in enumerate(self.experts):
             parts |= {f"{number}.{name}": tensor for name, tensor in expert.parts().items()}
         return parts
@@ -124,13 +133,14 @@ class ClusteredBlock:
         own: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for name, tensor in parts.items():
             number, _, part = name.partition(".")
-            if name in ROUTER_PARTS:
+            if name in (*ROUTER_PARTS, SHARED):
                 continue
             if not number.isdecimal() or int(number) >= count or part not in PARTS:
                 raise MismatchError(f"A block of {count} clusters cannot hold {name!r}.")
             own[int(number)][part] = tensor
         router = TokenRouter(**{field: parts[name] for name, field in _FIELDS.items()})
-        return cls(router=router, experts=tuple(map(BlockPathway.from_parts, own)))
+        experts = tuple(map(BlockPathway.from_parts, own))
+        return cls(router=router, experts=experts, shared=parts.get(SHARED))
 
     def check(self, name: str, d_in: int, d_ff: int, d_out: int, branches: int) -> None:
         """Check that every part fits a block; see ``BlockPathway.check``.
@@ -151,8 +161,19 @@ class ClusteredBlock:
             bool((share >= 0).all()) and abs(float(share.sum()) - 1) < 0.01
         ):
             raise MismatchError(f"the clusters' shares of {name} do not add up to 1.")
+        if self.shared is not None:
+            self._check_shared(name, self.shared, (d_out, d_ff))
         for number, expert in enumerate(self.experts):
             expert.check(f"{name}, cluster {number}", d_in, d_ff, d_out, branches)
+
+    def _check_shared(self, name: str, shared: Tensor, fitting: tuple[int, int]) -> None:
+        if tuple(shared.shape) != fitting or shared.dtype not in FLOATING:
+            raise MismatchError(
+                f"the shared refit of {name} is {shared.dtype} {tuple(shared.shape)}; it has to be "
+                f"floating-point {fitting}."
+            )
+        if any(expert.delta is not None for expert in self.experts):
+            raise MismatchError(f"{name} has a shared refit, and experts with one of their own.")
 
     def check_leaves(self, name: str, leaves: int, *, fused: bool) -> None:
         """Check the changed rows of every expert; see ``BlockPathway.check_leaves``."""
@@ -179,5 +200,11 @@ Kept = BlockPathway | ClusteredBlock
 
 
 def experts_of(block: Kept) -> tuple[BlockPathway, ...]:
-    """Return the experts of a block; of one without clusters it is the only one."""
-    return block.experts if isinstance(block, ClusteredBlock) else (block,)
+    """Return the experts of a block, with what they share; one without clusters is its own."""
+    if not isinstance(block, ClusteredBlock):
+        return (block,)
+    if block.shared is None:
+        return block.experts
+    return tuple(
+        replace(expert, delta=SharedColumns(block.shared, expert.keep)) for expert in block.experts
+    )

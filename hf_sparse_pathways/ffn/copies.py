@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
-from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
+from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows, Sums
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.stored import Stored, is_int8, stored_tensor
 
@@ -41,7 +41,18 @@ class Columns:
     pathway: int
 
 
-Own = Key | Columns
+@dataclass(frozen=True)
+class Shared:
+    """Key of an outgoing leaf's copy of which all experts of a pathway read rows in place.
+
+    Attributes:
+        pathway: The pathway.
+    """
+
+    pathway: int
+
+
+Own = Key | Columns | Shared
 """Key of one copy of a leaf; of an expert's it is its number in ``BlockState.members``."""
 
 _INDEX_BYTES = 8
@@ -100,12 +111,26 @@ def kept_weights(leaf: "PathwayLeaf", key: Own, form: Form) -> KeptWeights:
     return copy
 
 
-def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Own]:
+def _shared_sums(leaf: "PathwayLeaf", member: int, form: Form, stamp: tuple[object, ...]) -> Sums:
+    """Return the matrix of which an expert reads rows; called while copies are made."""
+    pathway = leaf.state.shared(member)
+    assert pathway is not None  # or nothing is shared
+    copy = leaf.copies.get(Shared(pathway))
+    if copy is None or not copy.fits(stamp, form):
+        copy = leaf.copies[Shared(pathway)] = _copy(leaf, Shared(pathway), form, stamp)
+    assert isinstance(copy.product, Sums)
+    return copy.product
+
+
+def copy_keys(leaf: "PathwayLeaf", key: Key, form: Form) -> Iterator[Own]:
     """Yield the keys of all copies that a leaf has for a resident key."""
     if key == WHOLE:
         yield key
     elif not isinstance(key, tuple):
-        yield from leaf.state.members_of(key)
+        members = leaf.state.members_of(key)
+        if _reads_shared(leaf, members[0], form):
+            yield Shared(key)
+        yield from members
     elif leaf.neuron_dim == 1 and leaf.state.apart(key):
         yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
     elif leaf.state.union(key).index is not None:
@@ -114,15 +139,17 @@ def copy_keys(leaf: "PathwayLeaf", key: Key) -> Iterator[Own]:
 
 def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
     """Drop all copies that a leaf has for a resident key."""
-    members = leaf.state.members_of(key) if isinstance(key, int) and key != WHOLE else [key]
+    theirs: set[object] = {key}
+    if isinstance(key, int) and key != WHOLE:
+        theirs = {Shared(key), *leaf.state.members_of(key)}
     for own in list(leaf.copies):
-        if (own.mixture if isinstance(own, Columns) else own) in members:
+        if (own.mixture if isinstance(own, Columns) else own) in theirs:
             leaf.copies.pop(own, None)
 
 
 def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
     """Return how many bytes a leaf's copies take; at most, if they are packed."""
-    return sum(_bytes(leaf, own, form) for own in copy_keys(leaf, key))
+    return sum(_bytes(leaf, own, form) for own in copy_keys(leaf, key, form))
 
 
 def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
@@ -138,9 +165,13 @@ def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
         extra += 0 if own.bias is None else own.bias.numel()
         extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
     whole, extra = index is None, extra * itemsize
+    if isinstance(key, int) and key != WHOLE and _reads_shared(leaf, key, form):
+        return columns * _INDEX_BYTES + extra
     if is_int8(leaf.weight):
         extra += rows * _SCALE_BYTES
         itemsize = 1
+    if isinstance(key, Shared):
+        return form.size(rows, columns, itemsize) + extra
     if form is NATIVE and _is_in_place(leaf, index, own):
         return (0 if whole else rows * _INDEX_BYTES) + extra
     return form.size(rows, columns, itemsize) + extra
@@ -150,7 +181,7 @@ def _neurons(leaf: "PathwayLeaf", key: Own) -> tuple[Tensor | None, BlockPathway
     """Return the neurons that a copy holds (None: all), and the pathway that changes them."""
     if isinstance(key, tuple):
         return leaf.state.union(key).index, None
-    if key == WHOLE:
+    if key == WHOLE or isinstance(key, Shared):
         return None, None
     own = leaf.state.members[key.pathway if isinstance(key, Columns) else key]
     return own.keep.nonzero().flatten(), own
@@ -160,6 +191,11 @@ def _stamp(weight: Tensor) -> tuple[object, ...]:
     tensor = stored_tensor(weight)
     version = 0 if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
+
+
+def _reads_shared(leaf: "PathwayLeaf", member: int, form: Form) -> bool:
+    """Whether an expert's columns are rows of one matrix of all experts."""
+    return form is NATIVE and leaf.neuron_dim == 1 and leaf.state.shared(member) is not None
 
 
 def _is_in_place(leaf: "PathwayLeaf", index: Tensor | None, own: BlockPathway | None) -> bool:
@@ -179,6 +215,10 @@ def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) 
     with torch.inference_mode(False), torch.no_grad():
         index, own = _neurons(leaf, key)
         stored = Stored.of(leaf)
+        if isinstance(key, Shared):
+            block = leaf.state.pathways[key.pathway]
+            sums = Sums.of(stored.changed(block.shared))  # type: ignore[union-attr]
+            return KeptWeights(form, sums, None, None, stamp)
         if index is None:
             return KeptWeights(form, form.make(stored), leaf.bias, None, stamp)
         leaf.check_whole()
@@ -189,12 +229,15 @@ def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) 
                 return KeptWeights(form, Rows.of(stored, rows), bias, None, stamp)
             kept = stored.rows(rows).changed(_change(leaf, own))
             return KeptWeights(form, form.make(kept), bias, None, stamp)
-        columns = stored.columns(index.to(stored.values.device))
+        index = index.to(stored.values.device)
+        if own is not None and isinstance(key, int) and _reads_shared(leaf, key, form):
+            product: Product = _shared_sums(leaf, key, form, stamp).rows_at(index)
+            return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
+        columns = stored.columns(index)
         if own is None:
             return KeptWeights(form, form.make(columns), leaf.bias, None, stamp)
         product = form.make(columns.changed(own.delta))
-        bypass = None if own.bypass is None else own.bypass.to(_like(leaf))
-        return KeptWeights(form, product, _added_bias(leaf, own), bypass, stamp)
+        return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
 
 
 def _added_bias(leaf: "PathwayLeaf", own: BlockPathway) -> Tensor | None:
@@ -205,6 +248,7 @@ def _added_bias(leaf: "PathwayLeaf", own: BlockPathway) -> Tensor | None:
     return (added if leaf.bias is None else leaf.bias.float() + added).to(leaf.weight.dtype)
 
 
-def _like(leaf: "PathwayLeaf") -> Tensor:
-    """Return an empty tensor of the dtype and on the device that a leaf computes in."""
-    return torch.empty(0, dtype=leaf.weight.dtype, device=leaf.weight.device)
+def _bypass(leaf: "PathwayLeaf", own: BlockPathway) -> LowRank | None:
+    """Return a pathway's bypass in the dtype and on the device that a leaf computes in."""
+    like = torch.empty(0, dtype=leaf.weight.dtype, device=leaf.weight.device)
+    return None if own.bypass is None else own.bypass.to(like)

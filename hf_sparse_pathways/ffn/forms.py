@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hf_sparse_pathways.ffn import packing
 from hf_sparse_pathways.ffn.stored import Stored
-from hf_sparse_pathways.native.product import INPUT_DTYPES, linear_rows
+from hf_sparse_pathways.native.product import INPUT_DTYPES, linear_rows, sum_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,35 @@ class Rows:
         return linear_rows(x, self.weight, self.rows, self.scale, bias)
 
 
-Product = Plain | packing.Packed | Rows
+@dataclass(frozen=True)
+class Sums:
+    """Columns of a matrix, multiplied as rows of its transpose where they lie.
+
+    Attributes:
+        transposed: ``(any, outputs)``, each row contiguous.
+        rows: Which of its rows, int64; None for all.
+        scale: A factor per output, float32; None for 1.
+    """
+
+    transposed: Tensor
+    rows: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, stored: Stored) -> "Sums":
+        """Take all columns of a matrix, copied once."""
+        return cls(stored.values.T.contiguous(), None, stored.scale)
+
+    def rows_at(self, index: Tensor) -> "Sums":
+        """Return some of the columns, of the same copy."""
+        return Sums(self.transposed, index, self.scale)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``linear`` of ``(..., columns)``."""
+        return sum_rows(x, self.transposed, self.rows, self.scale, bias)
+
+
+Product = Plain | packing.Packed | Rows | Sums
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class ModelCopies:
     def make(self, key: Key, form: Form) -> None:
         """Make the copies of a key that are not there or out of date."""
         for leaf in self._leaves_of(key):
-            for own in copy_keys(leaf, _of_leaf(key)):
+            for own in copy_keys(leaf, _of_leaf(key), form):
                 kept_weights(leaf, own, form)
 
     def are_possible(self) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, as_matrix
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, Matrix, as_matrix
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.runs import Run, find_runs
@@ -114,7 +114,7 @@ class ReducedBlock:
         if part.bypass is not None:
             _add_bypass(self.block, part.bypass)
 
-    def _add(self, leaf: nn.Module, dim: int, change: Tensor | LowRank) -> None:
+    def _add(self, leaf: nn.Module, dim: int, change: Matrix) -> None:
         """Add a change of kept rows or columns to a leaf's weight, in float32."""
         weight = linear_weight(leaf).detach()
         delta = as_matrix(change).to(weight.device)

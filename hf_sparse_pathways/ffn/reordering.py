@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, Matrix, SharedColumns
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 
@@ -23,7 +23,9 @@ def reorder_pathway(part: Kept, order: Tensor) -> Kept:
         order: int64 ``(d_ff,)``, the neuron that stands at each place.
     """
     if isinstance(part, ClusteredBlock):
-        return replace(part, experts=tuple(_reorder(expert, order) for expert in part.experts))
+        experts = tuple(_reorder(expert, order) for expert in part.experts)
+        shared = None if part.shared is None else part.shared[:, order]
+        return replace(part, experts=experts, shared=shared)
     return _reorder(part, order)
 
 
@@ -34,7 +36,8 @@ def _reorder(part: BlockPathway, order: Tensor) -> BlockPathway:
     return replace(part, keep=keep, delta=_reorder_columns(part.delta, columns), incoming=incoming)
 
 
-def _reorder_columns(matrix: Tensor | LowRank | None, columns: Tensor) -> Tensor | LowRank | None:
+def _reorder_columns(matrix: Matrix | None, columns: Tensor) -> Tensor | LowRank | None:
+    assert not isinstance(matrix, SharedColumns)  # it belongs to the block
     if isinstance(matrix, LowRank):
         return LowRank(matrix.outer, matrix.inner[:, columns])
     return None if matrix is None else matrix[:, columns]

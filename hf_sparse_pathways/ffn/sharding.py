@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, SharedColumns
 from hf_sparse_pathways.ffn.runs import Run
 
 
@@ -35,13 +35,15 @@ class BlockShard:
         """Return a pathway's part for the outgoing leaf, without changes of incoming ones. Pure."""
         start, stop = self.neurons
         columns = slice(int(pathway.keep[:start].sum()), int(pathway.keep[:stop].sum()))
-        delta = pathway.delta
-        if isinstance(delta, LowRank):
+        keep, delta = pathway.keep[start:stop], pathway.delta
+        if isinstance(delta, SharedColumns):
+            delta = SharedColumns(delta.matrix[:, start:stop], keep)
+        elif isinstance(delta, LowRank):
             delta = LowRank(delta.outer, delta.inner[:, columns])
         elif delta is not None:
             delta = delta[:, columns]
         return BlockPathway(
-            keep=pathway.keep[start:stop],
+            keep=keep,
             delta=delta,
             bias=pathway.bias if self.adds else None,
             bypass=pathway.bypass if self.adds else None,

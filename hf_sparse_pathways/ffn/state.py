@@ -72,11 +72,12 @@ class BlockState:
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
-        members, clustered = [experts_of(pathway)[0] for pathway in pathways], {}
+        members = [experts_of(pathway)[0] for pathway in pathways]
+        clustered: dict[int, int] = {}
         for index, pathway in enumerate(pathways):
             if isinstance(pathway, ClusteredBlock):
                 clustered[index] = len(members)
-                members.extend(pathway.experts)
+                members.extend(experts_of(pathway))
         self.pathways, self.members, self.clustered = pathways, tuple(members), clustered
         self.widths = tuple(member.kept for member in members)
         self._kept = _kept_of(members)
@@ -103,6 +104,13 @@ class BlockState:
         if first is None:
             return range(pathway, pathway + 1)
         return range(first, first + len(experts_of(self.pathways[pathway])))
+
+    def shared(self, member: int) -> int | None:
+        """Return the pathway whose experts have one refit, if a member is one of them."""
+        owners = (pathway for pathway in self.clustered if member in self.members_of(pathway))
+        owner = next(owners, None)
+        own = None if owner is None else self.pathways[owner]
+        return owner if isinstance(own, ClusteredBlock) and own.shared is not None else None
 
     def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
         """Return which members compute a block's input: one for all, one per row, or per token.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.ffn.block_pathway import LowRank, as_matrix
+from hf_sparse_pathways.ffn.block_pathway import Matrix, as_matrix
 from hf_sparse_pathways.ffn.layouts import linear_weight
 
 _LARGEST = 127
@@ -60,7 +60,7 @@ class Stored:
             return Stored(gathered.view(values.dtype), self.scale)
         return Stored(values.index_select(1, index).contiguous(), self.scale)
 
-    def changed(self, delta: Tensor | LowRank | None) -> "Stored":
+    def changed(self, delta: Matrix | None) -> "Stored":
         """Add a change in float32, rounded as the weights are."""
         if delta is None:
             return self

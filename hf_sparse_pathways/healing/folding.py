@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, SharedColumns
 from hf_sparse_pathways.healing.adapters import lora_change
 from hf_sparse_pathways.healing.settings import HealingSettings
 from hf_sparse_pathways.healing.students import Student, StudentLeaf, base_weight
@@ -55,6 +55,7 @@ def add_changes(first: Change | None, second: LowRank) -> Change:
 def _earlier(pathway: BlockPathway, leaves: int) -> tuple[Change | None, ...]:
     """Return a pathway's changes so far, one per leaf, the outgoing one last."""
     missing = leaves - 1 - len(pathway.incoming)
+    assert not isinstance(pathway.delta, SharedColumns)  # experts are not healed
     return (*pathway.incoming, *[None] * missing, pathway.delta)
 
 

@@ -15,13 +15,19 @@ from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.ffn.block_pathway import PARTS, BlockPathway
-from hf_sparse_pathways.ffn.clusters import ROUTER_PARTS, ClusteredBlock, Kept, count_clusters
+from hf_sparse_pathways.ffn.clusters import (
+    ROUTER_PARTS,
+    SHARED,
+    ClusteredBlock,
+    Kept,
+    count_clusters,
+)
 from hf_sparse_pathways.files import check_finite
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.description import base_from_json, check_entries
 from hf_sparse_pathways.pathways.pathway import Pathway, check_block
 
-KNOWN = (*PARTS, *ROUTER_PARTS)
+KNOWN = (*PARTS, *ROUTER_PARTS, SHARED)
 """Kinds of parts that this version reads."""
 
 GROUPS = {"domains": "", "controls": "c"}
@@ -135,7 +141,8 @@ def _parts(tensors: Mapping[str, Tensor], prefix: str, holds: list[str]) -> dict
     names = own
     if router is not None:
         experts = range(count_clusters(router))
-        names = [*ROUTER_PARTS, *(f"{number}.{part}" for number in experts for part in own)]
+        names = [*ROUTER_PARTS, SHARED]
+        names += [f"{number}.{part}" for number in experts for part in own]
     parts = {part: tensors[f"{prefix}.{part}"] for part in names if f"{prefix}.{part}" in tensors}
     if "keep" not in map(_kind, parts):
         raise ArtefactError(f"the tensors lack '{prefix}.keep'.")

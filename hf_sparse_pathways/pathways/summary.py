@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, SharedColumns
 from hf_sparse_pathways.ffn.clusters import experts_of
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
@@ -81,7 +81,9 @@ def describe_compensation(pathway: "Pathway") -> str:
 
 def _added(block: BlockPathway) -> list[str]:
     """Name what is added to one block, as ``compensation`` spells it."""
-    refit = f"patch:{block.delta.rank}" if isinstance(block.delta, LowRank) else "refit"
+    refit = "shared" if isinstance(block.delta, SharedColumns) else "refit"
+    if isinstance(block.delta, LowRank):
+        refit = f"patch:{block.delta.rank}"
     bypass = "" if block.bypass is None else f"bypass:{block.bypass.rank}"
     named = {
         refit: block.delta is not None,
