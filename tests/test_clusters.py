@@ -283,3 +283,46 @@ def test_by_default_the_columns_of_all_experts_fit(llama):
     assert other.max_resident_bytes - size >= other.resident["many"]
     plain = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways.subset(["law"]))
     assert plain.max_resident_bytes == size
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+@torch.no_grad()
+def test_experts_with_one_refit_read_its_rows_in_place(architecture, monkeypatch):
+    monkeypatch.undo()  # the kernel multiplies
+    dense = build(architecture)
+    pathways = clustered(dense, shared=True)
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways, executor="indexed")
+    model.max_resident_bytes = "1GB"
+    expected = reference(dense, pathways["code"])
+    for ids in (IDS, IDS[:1, :1]):
+        logits = model(ids, domain="code", use_cache=False).logits
+        assert _difference(logits, expected(ids, use_cache=False).logits) <= 5 * TOLERANCE
+    assert model.prepare("code")
+    for block in model._attachment.copies.blocks:
+        leaf = block.leaves[block.block.layout.outgoing]
+        assert len({kept.product.transposed.data_ptr() for kept in leaf.copies.values()}) == 1
+    assert model.resident["code"] == _native_bytes(model)
+    model._attachment.residents.clear()
+    assert not any(leaf.copies for leaf in model._attachment.copies.leaves)
+    model.prepare("code")
+    weight = find_blocks(model)[0].outgoing.weight
+    weight.mul_(2.0)  # what was copied is out of date
+    changed = model(IDS, domain="code", use_cache=False).logits
+    model.set_executor("masked")
+    assert _difference(changed, model(IDS, domain="code", use_cache=False).logits) <= 5 * TOLERANCE
+
+
+def _native_bytes(model):
+    """Return what the copies of ``indexed`` take, each tensor once."""
+    held = {}
+    for leaf in model._attachment.copies.leaves:
+        own = {leaf.weight.data_ptr()} | (
+            {leaf.bias.data_ptr()} if leaf.bias is not None else set()
+        )
+        for kept in leaf.copies.values():
+            tensors = [kept.bias, *vars(kept.product).values()]
+            tensors += [] if kept.bypass is None else [kept.bypass.outer, kept.bypass.inner]
+            held |= {t.data_ptr(): t.nbytes for t in tensors if t is not None}
+    return sum(size for place, size in held.items() if place not in own)
+    return sum(held.values())

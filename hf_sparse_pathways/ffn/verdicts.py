@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows
+from hf_sparse_pathways.ffn.forms import NATIVE, Form, Product, Rows, Sums
 from hf_sparse_pathways.ffn.stored import Stored, quantise
 from hf_sparse_pathways.ffn.timing import matrices, time_ratio
 from hf_sparse_pathways.native.library import load_kernel
@@ -86,8 +86,8 @@ def find_problem(form: Form, shape: tuple[int, int], dtype: torch.dtype) -> str 
     if stored.scale is not None:
         weight = (stored.values.float() * stored.scale[:, None]).to(inputs)
     try:
-        (product,) = _make(form, stored, 1)
-        for rows, added in itertools.product((1, 3), (bias, None)):
+        products = _make(form, stored, 1) + ([Sums.of(stored)] if form is NATIVE else [])
+        for product, rows, added in itertools.product(products, (1, 3), (bias, None)):
             x = torch.randn(rows, shape[1], generator=generator).to(inputs)
             expected = functional.linear(x, weight, added)
             error = (product(x, added) - expected).abs().max()

@@ -41,7 +41,7 @@ def test_what_is_slower_or_wrong_is_not_usable(form, monkeypatch):
     verdict = verdicts.judge(form, (8, 8), torch.float32, CPU)
     assert (verdict.usable, verdict.gain) == (True, 1.5)
     verdicts._judge.cache_clear()
-    monkeypatch.setattr(*BREAKABLE[form], lambda x, *_: torch.zeros(len(x), 8))
+    monkeypatch.setattr(*BREAKABLE[form], lambda *_: torch.zeros(8))
     verdict = verdicts.judge(form, (8, 8), torch.float32, CPU)
     assert (verdict.usable, verdict.gain) == (False, 0.0)
     assert "something else" in verdict.reason

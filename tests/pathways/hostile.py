@@ -268,5 +268,16 @@ CLUSTERED = {
     "an expert below zero": _more("0.0.-1.keep", "BOOL", [48], 48),
     "an expert's refit of another width": _tensor("0.0.1.delta", lambda t: t[:, :-1].clone()),
     "a block with a mask beside its experts": _more("0.0.keep", "BOOL", [48], 48),
+    "a shared refit that nobody speaks of": _more("0.0.shared", "F32", [32, 48], 4 * 32 * 48),
+}
+
+SHARED = {
+    "a shared refit of another width": _tensor("0.0.shared", lambda t: t[:, :-1].clone()),
+    "a shared refit a vector": _tensor("0.0.shared", lambda t: t[0].clone()),
+    "a shared refit of integers": _tensor("0.0.shared", lambda t: t.int()),
+    "a shared refit of NaN": _raw("0.0.shared", b"\xff"),
+    "no shared refit": lambda path: [_without(f"0.{n}.shared")(path) for n in range(3)],
+    "a shared refit of a billion rows": _entry("0.0.shared", shape=[2**30, 48]),
+    "a refit of an expert beside it": _more("0.0.1.delta", "F32", [32, 24], 4 * 32 * 24),
 }
 # fmt: on

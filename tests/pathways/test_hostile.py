@@ -27,7 +27,7 @@ from hf_sparse_pathways.tensor_files import without_memory
 from tests.architectures import build, compensate, random_masks
 from tests.clustered import clustered
 from tests.pathways.corruption import read_meta, rewrite
-from tests.pathways.hostile import CLUSTERED, JSON, TENSORS, with_header
+from tests.pathways.hostile import CLUSTERED, JSON, SHARED, TENSORS, with_header
 from tests.pathways.untouched import assert_same, snapshot
 
 CORPUS = {f"json: {name}": damage for name, damage in JSON.items()}
@@ -53,6 +53,7 @@ def saved(tmp_path_factory):
     write_pathways(pathways(), folder / "apart", apart=True)
     clustered(build("llama")).save_pretrained(folder / "clustered")
     write_pathways(clustered(build("llama")), folder / "clustered apart", apart=True)
+    clustered(build("llama"), shared=True).save_pretrained(folder / "shared")
     return folder
 
 
@@ -123,6 +124,13 @@ def test_hostile_clusters_are_refused(damage, only, saved, tmp_path, untouched):
         shutil.copytree(saved / name, tmp_path / name)
         CLUSTERED[damage](tmp_path / name / place / "pathways.json")
         _assert_refused(tmp_path / name, untouched, **only)
+
+
+@pytest.mark.parametrize("damage", SHARED)
+def test_hostile_shared_refits_are_refused(damage, saved, tmp_path, untouched):
+    shutil.copytree(saved / "shared", tmp_path / "shared")
+    SHARED[damage](tmp_path / "shared" / "pathways.json")
+    _assert_refused(tmp_path / "shared", untouched)
 
 
 @pytest.mark.parametrize(("architecture", "count", "rows"), [("llama", 1, 2), ("phi3", 2, 1)])
