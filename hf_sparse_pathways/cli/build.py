@@ -82,7 +82,7 @@ def run(  # noqa: PLR0913
     ] = None,
     compensation: Annotated[
         str | None,
-        typer.Option(help="none, bias, refit, patch:RANK, bypass:RANK, joined by +."),
+        typer.Option(help="none, bias, refit, shared, patch:RANK, bypass:RANK, joined by +."),
     ] = None,
     ridge: Annotated[
         str | None,

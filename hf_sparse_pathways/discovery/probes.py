@@ -46,14 +46,20 @@ class Change:
         return change if self.bias is None else change + self.bias
 
 
+_MOST_CHANGES = 10**9
+"""Most bytes of experts' changes that are kept from one batch to the next."""
+
+
 class ClusteredChange:
     """The same where each token has one of several experts.
 
-    Their changes are made when they are needed: together they take as much as so many whole blocks.
+    Together their changes take as much as so many whole blocks: those that are too much are made
+    again for each batch.
     """
 
     def __init__(self, block: FfnBlock, pathway: ClusteredBlock) -> None:
         self.block, self.router, self.experts = block, pathway.router, experts_of(pathway)
+        self._changes: dict[int, Change] = {}
 
     def of(self, activation: Tensor, block_input: Tensor | None) -> Tensor:
         """Return the change, from what the FFN saw, flattened."""
@@ -62,8 +68,15 @@ class ClusteredChange:
         change = x.new_zeros(len(x), self.block.d_out, dtype=torch.float32)
         for number in torch.unique(clusters).tolist():
             own = (clusters == number).nonzero().flatten()
-            expert = Change(self.block, self.experts[number])
-            change[own] = expert.of(activation[own], x[own]).float()
+            change[own] = self._expert(number).of(activation[own], x[own]).float()
+        return change
+
+    def _expert(self, number: int) -> Change:
+        change = self._changes.get(number)
+        if change is None:
+            change = Change(self.block, self.experts[number])
+            if (len(self._changes) + 1) * change.weight.nbytes <= _MOST_CHANGES:
+                self._changes[number] = change
         return change
 
 

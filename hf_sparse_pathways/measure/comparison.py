@@ -84,6 +84,10 @@ CONTENDERS: Mapping[str, Contender] = {
             for count in (2, 4, 8, 16, 32)
         ),
         Contender(
+            label="clusters-16-shared",
+            options={"method": OBS, "clusters": 16, "compensation": "shared+bias"},
+        ),
+        Contender(
             label="random+repair",
             options={"method": "random", "compensation": "refit+bias", "order": "sequential"},
         ),
