@@ -43,6 +43,7 @@ class Choice:
         routed: The domain of each row, where a router has decided.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
         routes: Where the tokens of those with clusters go, with the input that was routed.
+        ups: What the gates of blocks that skip neurons are multiplied by; by block state.
     """
 
     key: ModelKey | None
@@ -58,6 +59,7 @@ class Choice:
     routed: list[str | None] | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+    ups: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int] | None:

@@ -19,6 +19,7 @@ from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, Own, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.skipping import up_part
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -102,7 +103,12 @@ class IncomingLeaf(PathwayLeaf):
             choice.inputs[id(self.state)] = x
         if self.state.clustered:
             pathway = self._route(choice, executor, pathway, x)
-        return executor.incoming(self, x, pathway)
+        output = executor.incoming(self, x, pathway)
+        if self.state.skips:
+            up = up_part(output, self.position, self.rows_per_neuron)
+            if up is not None:
+                choice.ups[id(self.state)] = up
+        return output
 
     def _route(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Any:
         """Return where the tokens of the block's input go, found once for all incoming leaves."""
@@ -123,8 +129,11 @@ class OutgoingLeaf(PathwayLeaf):
         if executor is None or choice is None:
             return self.dense(x)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        up = choice.ups.pop(id(self.state), None) if self.state.skips else None
         if self.state.clustered:
             _, pathway = needed_route(choice.routes.pop(id(self.state), None))
+        if self.state.skips:
+            x = executor.skip(self.state, x, up, pathway)
         return executor.outgoing(self, x, pathway, block_input)
 
 

@@ -88,6 +88,8 @@ class Pathway:
             UnsupportedModelError: They have not.
         """
         blocks = tuple(block for block in self.blocks if isinstance(block, BlockPathway))
+        if any(expert.skipping for block in self.blocks for expert in experts_of(block)):
+            raise UnsupportedModelError(f"Pathway {name!r} skips neurons token by token. {instead}")
         if len(blocks) < len(self.blocks):
             raise UnsupportedModelError(
                 f"Pathway {name!r} has {self.clusters} clusters of tokens with neurons of their "
