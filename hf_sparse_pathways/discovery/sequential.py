@@ -40,6 +40,8 @@ from hf_sparse_pathways.discovery.probes import (
     make_change,
 )
 from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.skipping import SAMPLE as SKIPPING_SAMPLE
+from hf_sparse_pathways.discovery.skipping import SkippingObserver, SkippingProbe
 from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
@@ -50,6 +52,12 @@ from hf_sparse_pathways.ffn.clusters import Kept
 
 PruneBlock = Callable[[int, BlockTask | ClusteredTask], Kept]
 """From a block's number and its task to its pathway."""
+
+AnyProbe = Probe | ClusterProbe | SkippingProbe
+
+FindThreshold = Callable[[int, Tensor, Tensor | None], Tensor]
+"""From a block's number, its activation on some tokens and what gates are multiplied by to the
+thresholds of its gates."""
 
 _PROBE = 0.1
 """Size of the change by which a norm's gain is measured, relative to the output."""
@@ -74,6 +82,7 @@ class Arm:
         prune: Chooses and repairs each block.
         inputs: Whether a bypass needs the blocks' inputs.
         clustering: How each block's tokens are clustered; None where all have the same neurons.
+        threshold: Finds what gates have to exceed; None where no token skips a neuron.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -82,6 +91,7 @@ class Arm:
     prune: PruneBlock
     inputs: bool = True
     clustering: Clustering | None = None
+    threshold: FindThreshold | None = None
     blocks: list[Kept] = field(default_factory=list)
 
 
@@ -175,7 +185,8 @@ class _Layer:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
-        shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
+        batches = [streams.batches[number] for number in numbers]
+        shortcut = arm.threshold is None and self._can_shortcut(probes, batches)
         kept: dict[int, _Seen] = {}
         if probes:
             for number in numbers:
@@ -199,10 +210,10 @@ class _Layer:
                 hidden = stream[number]
                 stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
 
-    def _make_probes(
-        self, streams: _Streams, position: int, arm: Arm
-    ) -> list[Probe | ClusterProbe]:
-        """Return what will see the blocks; where tokens are clustered, by clusters found now."""
+    def _make_probes(self, streams: _Streams, position: int, arm: Arm) -> list[AnyProbe]:
+        """Return what will see the blocks; where tokens differ, as it is found now."""
+        if arm.threshold is not None:
+            return self._make_skipping(streams, position, arm, arm.threshold)
         if arm.clustering is None:
             return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         observers = [Observer(block, inputs=True) for _, block in self.blocks]
@@ -220,6 +231,31 @@ class _Layer:
             ClusterProbe(block, self.spaces, router, prior=prior, inputs=arm.inputs)
             for (_, block), router in zip(self.blocks, routers, strict=True)
         ]
+
+    def _make_skipping(
+        self, streams: _Streams, position: int, arm: Arm, find: FindThreshold
+    ) -> list[AnyProbe]:
+        """Return what will see the blocks with neurons skipped, by thresholds found now."""
+        observers = [SkippingObserver(block) for _, block in self.blocks]
+        seen: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in observers]
+        tokens = 0
+        for number in self._sample(streams, streams.chosen[position]):
+            batch = streams.batches[number]
+            with attached(observers):
+                self.runner.run(self.index, batch, streams.pruned[position][number])
+            rows = batch.mask.flatten().nonzero().flatten()
+            for observer, parts in zip(observers, seen, strict=True):
+                parts.append((observer.seen_at(rows)[0], observer.up_at(rows)))
+            tokens += len(rows)
+            if tokens >= SKIPPING_SAMPLE:
+                break
+        probes: list[AnyProbe] = []
+        for (number, block), parts in zip(self.blocks, seen, strict=True):
+            activation = torch.cat([own for own, _ in parts])
+            ups = [up for _, up in parts if up is not None]
+            threshold = find(number, activation, torch.cat(ups) if ups else None)
+            probes.append(SkippingProbe(block, self.spaces, threshold, inputs=arm.inputs))
+        return probes
 
     @staticmethod
     def _sample(streams: _Streams, numbers: Sequence[int]) -> Sequence[int]:
@@ -261,7 +297,7 @@ class _Layer:
         batch: Batch,
         hidden: Tensor | None,
         dense: Tensor,
-        probes: list[Probe | ClusterProbe],
+        probes: list[AnyProbe],
     ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
 
