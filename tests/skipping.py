@@ -44,10 +44,16 @@ def _gates(model, ids):
 
 def _see(block, see, threshold):
     """Hook a plain block: its gate is seen, and thresholded if a vector ``(d_ff,)`` is given."""
+    fused = block.layout.fused
+    up = block.incoming[-1] if fused or len(block.incoming) > 1 else None
+    return _hook(up, block.outgoing, see, threshold, block.d_ff if fused else 0)
+
+
+def _hook(up, outgoing, see, threshold, start):
     ups = {}
 
     def see_up(_module, _args, output):
-        ups["up"] = output[..., block.d_ff :] if block.layout.fused else output
+        ups["up"] = output[..., start:]
 
     def change(_module, args):
         gate = args[0].abs() / ups["up"].abs() if ups else args[0].abs()
@@ -57,10 +63,15 @@ def _see(block, see, threshold):
         kept = torch.where(gate > threshold, args[0], torch.zeros_like(args[0]))
         return (kept, *args[1:])
 
-    handles = [block.outgoing.register_forward_pre_hook(change)]
-    if block.layout.fused or len(block.incoming) > 1:
-        handles.append(block.incoming[-1].register_forward_hook(see_up))
-    return handles
+    handles = [outgoing.register_forward_pre_hook(change)]
+    return handles if up is None else [*handles, up.register_forward_hook(see_up)]
+
+
+def threshold_leaves(up, outgoing, part):
+    """Threshold what a plain outgoing module is given, as a block's pathway does."""
+    threshold = torch.full(part.keep.shape, -1.0)
+    threshold[part.keep] = part.skipping.threshold
+    _hook(up, outgoing, lambda _: None, threshold, 0)
 
 
 def reference(model, pathway):

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn import active, leaves
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.native import product
 from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
 from tests.architectures import repaired as repaired_model
 from tests.modeling.test_generate import FORMS, _generate
-from tests.skipping import reference, skipping
+from tests.skipping import reference, skipping, threshold_leaves
 from tests.test_exactness import EXECUTORS, TOLERANCE
 
 IDS = prompt(3, 9)
@@ -133,12 +134,14 @@ def test_compiled_equals_eager(llama):
 @pytest.mark.parametrize("target", ["up_proj", "down_proj"])
 @torch.no_grad()
 def test_an_adapter_s_share_is_looked_at(llama, target):
-    _, model, plain = llama
+    dense, model, plain = llama
     config = LoraConfig(target_modules=[target], init_lora_weights=False)
     torch.manual_seed(0)
     adapted = get_peft_model(copy.deepcopy(model), config)
     torch.manual_seed(0)
-    other = get_peft_model(copy.deepcopy(plain), config)
+    other = get_peft_model(repaired_model(dense, model.pathways["code"]), config)
+    for layer, part in zip(other.model.model.layers, model.pathways["code"].blocks, strict=True):
+        threshold_leaves(layer.mlp.up_proj, layer.mlp.down_proj, part)
     logits = adapted(IDS, domain="code").logits
     assert _difference(logits, plain(IDS).logits) > 1e-3
     assert _difference(logits, other(IDS).logits) <= 10 * TOLERANCE
@@ -163,3 +166,32 @@ def test_what_computes_the_same_for_all_tokens_is_refused(llama, tmp_path):
         sp.export(model, "code", tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match="skips neurons token by token"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "whole", domain="code")
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "glm4", "gpt2"])
+@torch.no_grad()
+def test_a_step_reads_only_what_its_token_needs(name, monkeypatch):
+    monkeypatch.undo()  # the kernel multiplies
+    dense, model = _make(name)
+    model.set_executor("indexed")
+    plain = reference(dense, model.pathways["code"])
+    read = []
+    wrapped = active.active_outgoing
+    monkeypatch.setattr(
+        leaves, "active_outgoing", lambda *a: (read.append(len(a[3])), wrapped(*a))[1]
+    )
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = plain.generate(IDS[:1], **how)
+    found = model.generate(IDS[:1], domain="code", **how)
+    assert torch.equal(found.sequences, expected.sequences)
+    for mine, theirs in zip(found.logits, expected.logits, strict=True):
+        assert _difference(mine, theirs) <= 10 * TOLERANCE
+    two_leaves = len(find_blocks(dense)[0].incoming) == 2
+    assert bool(read) == two_leaves
+    if two_leaves:
+        kept = sum(block.kept for block in model.pathways["code"].blocks) / len(find_blocks(dense))
+        assert 0 < sum(read) / len(read) < 0.9 * kept
+    rows = model(IDS[:, :1], domain="code", use_cache=False).logits  # a token of each row
+    assert _difference(rows, plain(IDS[:, :1], use_cache=False).logits) <= 10 * TOLERANCE

@@ -24,7 +24,7 @@ from hf_sparse_pathways.ffn.leaves import (
 )
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.sharding import find_shard
-from hf_sparse_pathways.ffn.skipping import up_part
+from hf_sparse_pathways.ffn.skipping import find_function, up_part
 from hf_sparse_pathways.ffn.state import BlockState
 from hf_sparse_pathways.ffn.stored import lies_in_memory
 
@@ -53,6 +53,9 @@ class AttachedBlock:
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
+        example = self.state.example
+        if example is not None and self.state.function is None:
+            self.state.function = find_function(self.block.parent, example)
         for (children, key), seen, (parameters, kind) in zip(
             self._places, self._seen, self._kinds, strict=False
         ):

@@ -4,19 +4,28 @@ With h the activation function's output (of a gated block: act(gate), so that a 
 activation itself), a kept neuron i takes part in a token's sum only if ``|h_i| > threshold_i``.
 The gate is known before the rest of the neuron is computed, so that what is skipped need not be.
 
-Here h is found as ``|a| / |up|``, whatever the activation function is.
+Where all kept neurons are computed anyway, h is found as ``|a| / |up|``, whatever the activation
+function is. A step of decoding computes the gate first, by a function that is known to be the
+block's (``find_function``), and reads of the other weights only what the token needs.
 
 Source: Lee et al. 2024, "CATS", arXiv:2404.08763, thresholds the gate of gated blocks; thresholds
 by neuron, and columns that are refitted to what is left, are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.additions import spread
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+
+Function = Callable[[Tensor], Tensor]
+
+_NAMES = ("act_fn", "act", "activation_fn", "activation", "activation_func", "hidden_act")
+"""Of a block's activation function, in its module."""
 
 
 def gate_size(activation: Tensor, up: Tensor | None) -> Tensor:
@@ -78,3 +87,44 @@ def up_part(output: Tensor, position: int, rows_per_neuron: int) -> Tensor | Non
     if rows_per_neuron == 2:
         return output[..., output.shape[-1] // 2 :]
     return output if position else None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One token's way through a gated block with two incoming leaves.
+
+    Attributes:
+        gate: What the first leaf has returned.
+        up: What the second has.
+        activation: What the outgoing leaf was given.
+    """
+
+    gate: Tensor
+    up: Tensor
+    activation: Tensor
+
+    @classmethod
+    def of(cls, gate: Tensor, up: Tensor, activation: Tensor) -> "Example":
+        """Take the last token of some."""
+        return cls(*(each.detach().flatten(0, -2)[-1:].clone() for each in (gate, up, activation)))
+
+
+@torch.no_grad()
+def find_function(parent: nn.Module, example: Example) -> Function | None:
+    """Return a block's activation function; None if it is no field of it under a usual name.
+
+    Args:
+        parent: The block's module.
+        example: That the function of its gate, times the other factor, is the activation.
+    """
+    for name in _NAMES:
+        function: Any = getattr(parent, name, None)
+        if not callable(function):
+            continue
+        try:
+            made = function(example.gate) * example.up
+        except (TypeError, ValueError, RuntimeError):  # it takes something else
+            continue
+        if torch.allclose(made, example.activation, rtol=1e-2, atol=1e-5):
+            return function
+    return None

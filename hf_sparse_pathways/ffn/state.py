@@ -20,7 +20,13 @@ from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
 from hf_sparse_pathways.ffn.sharding import BlockShard
-from hf_sparse_pathways.ffn.skipping import of_tokens, skip_small, threshold_table
+from hf_sparse_pathways.ffn.skipping import (
+    Example,
+    Function,
+    of_tokens,
+    skip_small,
+    threshold_table,
+)
 
 _MOST_UNIONS = 64
 """How many different mixtures of pathways are remembered; each takes little."""
@@ -39,6 +45,8 @@ class BlockState:
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         skips: Whether any skips neurons token by token, so that gates are looked at.
+        example: A token's way through the block, where some are skipped and a pass has shown one.
+        function: The block's activation function, if the example has told it.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
         residents: Which of the model's pathways have copies; None if nobody counts them.
@@ -55,6 +63,8 @@ class BlockState:
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
         self.skips = False
+        self.example: Example | None = None
+        self.function: Function | None = None
         self.masked_only = False
         self.masked_outside = False
         self.residents = residents
@@ -72,7 +82,8 @@ class BlockState:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
         names = ("_tables", "_thresholds", "_additions", "_incoming", "_routers", "_unions")
-        return {**self.__dict__, **{name: {} for name in names}}
+        unknown = {"example": None, "function": None}
+        return {**self.__dict__, **{name: {} for name in names}, **unknown}
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
