@@ -83,6 +83,7 @@ CONTENDERS: Mapping[str, Contender] = {
             Contender(label=f"clusters-{count}", options={"method": OBS, "clusters": count})
             for count in (2, 4, 8, 16, 32)
         ),
+        Contender(label="skip-50", options={"method": OBS, "skip": 0.5}),
         Contender(
             label="random+repair",
             options={"method": "random", "compensation": "refit+bias", "order": "sequential"},
