@@ -118,7 +118,7 @@ def make_recipe(  # noqa: PLR0913
     if isinstance(ridge, str) and ridge != "auto":
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
-    _check_skip(skip, clusters, name, order)
+    _check_skip(skip, name, order)
     clustering = _resolve_clusters(clusters, name, order, seed)
     repair = parse_compensation(compensation, Repair.ridge if fixed is None else fixed)
     if repair.shared and clustering is None:
@@ -142,7 +142,7 @@ def make_recipe(  # noqa: PLR0913
     )
 
 
-def _check_skip(skip: float, clusters: int | Clustering, method: str, order: str) -> None:
+def _check_skip(skip: float, method: str, order: str) -> None:
     """Check how much is skipped by token, and that nothing is asked that does not go with it."""
     if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0.0 <= skip < 1.0:
         raise PathwaysError(
@@ -153,7 +153,6 @@ def _check_skip(skip: float, clusters: int | Clustering, method: str, order: str
         return
     wrong = [] if method == OBS else [named("method", method)]
     wrong += [named("order", order)] if order == "one-shot" else []
-    wrong += [] if clusters == 1 else [option("clusters")]
     if wrong:
         raise PathwaysError(
             f"Neurons are skipped by token in pathways that {named('method', OBS)} makes block "

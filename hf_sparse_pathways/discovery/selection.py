@@ -22,6 +22,7 @@ from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
+from hf_sparse_pathways.discovery.probes import Seen
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
@@ -120,7 +121,7 @@ def select(  # noqa: PLR0913
         skip: The share of the kept neurons that a token skips, in [0, 1): those whose gate, known
             before the rest of a neuron is computed, is small for it. More neurons are kept for the
             same FLOPs. No more than the sparsity asks for is skipped. Needs ``"obs"`` in sequential
-            order, without clusters.
+            order.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -270,9 +271,9 @@ def _threshold(draft: Draft) -> FindThreshold | None:
     if draft.active == 1.0 or draft.masks is not None:
         return None
 
-    def find(index: int, activation: Tensor, up: Tensor | None) -> Tensor:
+    def find(index: int, seen: Seen) -> Tensor:
         weight = outgoing_weight(draft.evidence.blocks[index].outgoing)
-        return find_threshold(activation, up, weight, draft.widths[index], draft.active)
+        return find_threshold(seen, weight, draft.widths[index], draft.active)
 
     return find
 

@@ -85,6 +85,9 @@ CONTENDERS: Mapping[str, Contender] = {
         ),
         Contender(label="skip-50", options={"method": OBS, "skip": 0.5}),
         Contender(
+            label="clusters-16-skip-50", options={"method": OBS, "clusters": 16, "skip": 0.5}
+        ),
+        Contender(
             label="random+repair",
             options={"method": "random", "compensation": "refit+bias", "order": "sequential"},
         ),

@@ -264,7 +264,6 @@ def test_build_skips_by_token(places, tmp_path, quick):
         (("--clusters", 5000), "2 to 1024"),
         (("--clusters", 3, "--target-speedup", 1.1), "without clusters"),
         (("--skip", 0.5, "--target-speedup", 1.1), "skip nothing"),
-        (("--skip", 0.5, "--clusters", 3), "leave out"),
         (("--skip", 1.5), "share of kept neurons"),
     ],
 )

@@ -4,15 +4,18 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.grams import Gram
-from hf_sparse_pathways.discovery.probes import attached
+from hf_sparse_pathways.discovery.probes import Seen, attached
 from hf_sparse_pathways.discovery.repair import BlockTask, Repair, repair
 from hf_sparse_pathways.discovery.skipping import SkippingProbe, find_threshold, widest
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from tests.architectures import build, prompt
-from tests.discovery.test_clustering import MODEL, PROFILE
+from tests.discovery.test_clustering import MODEL, PROFILE, TOKENIZER, distance
+from tests.discovery.untouched import remember
+from tests.texts import documents
 
 TINY = 1e-10
 
@@ -25,7 +28,7 @@ def test_thresholds_leave_the_share_that_is_wanted(gated, active):
     up = torch.randn(500, 12, generator=generator) if gated else None
     activation = gate if up is None else gate * up
     weight = torch.randn(4, 12, generator=generator)
-    threshold = find_threshold(activation, up, weight, 6, active)
+    threshold = find_threshold(Seen(activation, up=up), weight, 6, active)
     factor = weight.norm(dim=0) * (1.0 if up is None else up.square().mean(0).sqrt())
     likely = (activation.square().mean(0) * weight.square().sum(0)).topk(6).indices
     above = (gate.abs() > threshold)[:, likely].float().mean()
@@ -50,7 +53,7 @@ def test_moments_are_those_of_what_is_left(name):
     probe.add(rows, missing, None)
     task = probe.task()
     activation = activations[0].flatten(0, -2)[rows]
-    up = probe.up_at(rows)
+    up = probe.seen_at(rows).up
     gate = activation.abs() if up is None else activation.abs() / up.abs()
     left = torch.where(gate > threshold, activation, torch.zeros(()))
     assert 0.0 < float((left == 0).float().mean()) < 1.0
@@ -111,6 +114,42 @@ def test_flops_are_within_the_sparsity(sparsity, skip, tmp_path):
     assert (logits - model(ids, domain=None).logits).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("compensation", ["refit+bias", "shared+bias", "patch:4+bias"])
+def test_experts_of_clusters_skip_too(compensation, tmp_path):
+    options = {"sparsity": 0.5, "clusters": 3, "compensation": compensation}
+    pathways = sp.select(MODEL, PROFILE, skip=0.4, **options)
+    for name in pathways.domains:
+        assert 0.4 < pathways.flops(name) <= 0.5 + 1e-6
+        for block in pathways[name].blocks:
+            assert len(block.experts) > 1
+            assert all(0 < float(expert.skipping.active) < 1 for expert in block.experts)
+    pathways.save_pretrained(tmp_path)
+    loaded = sp.Pathways.from_pretrained(tmp_path)
+    model = sp.SparsePathwaysForCausalLM.from_dense(MODEL, loaded)
+    ids = prompt(2, 40)
+    logits = {}
+    for executor in ("masked", "compact"):
+        model.set_executor(executor)
+        logits[executor] = model(ids, domain="code").logits
+    assert torch.allclose(logits["masked"], logits["compact"], atol=1e-4)
+
+
+@pytest.mark.parametrize("clusters", [1, Clustering(count=3, prior=16.0)])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_skipping_is_nearer_to_dense_than_fewer_neurons(name, clusters):
+    model = build(name)
+    profile = sp.profile(model, TOKENIZER, {"code": documents("code", 20, 60)}, max_length=32)
+    unchanged = remember(model)
+    options = {"sparsity": 0.5, "allocation": "uniform", "ridge": 0.001, "clusters": clusters}
+    windows, blocks, losses = profile.by_domain["code"].windows, find_blocks(model), []
+    for skip in (0.0, 0.5):
+        pathways = sp.select(model, profile, skip=skip, **options)
+        assert pathways.flops("code") <= 0.5 + 1e-9
+        losses.append(distance(model, windows, pathways["code"].blocks, blocks))
+    assert losses[1] < losses[0]
+    unchanged()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,7 +158,6 @@ def test_flops_are_within_the_sparsity(sparsity, skip, tmp_path):
         ({"skip": True}, "share of kept neurons"),
         ({"skip": 0.5, "method": "wanda"}, "leave out"),
         ({"skip": 0.5, "order": "one-shot"}, "leave out"),
-        ({"skip": 0.5, "clusters": 3}, "leave out"),
     ],
 )
 def test_what_skipping_needs_is_said(options, message):
