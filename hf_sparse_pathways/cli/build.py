@@ -93,6 +93,9 @@ def run(  # noqa: PLR0913
     clusters: Annotated[
         int, typer.Option(min=1, help="Clusters of each block's tokens, each with own neurons.")
     ] = 1,
+    skip: Annotated[
+        float, typer.Option(help="Share of the kept neurons that a token skips, by their gates.")
+    ] = 0.0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")
     ] = False,
@@ -134,16 +137,18 @@ def run(  # noqa: PLR0913
         max_perplexity_increase=parse_increase(max_perplexity_increase),
         target_speedup=target_speedup,
     )
+    by_token = clusters > 1 or skip > 0
     rule = {
         "method": method,
         "allocation": allocation,
         "compensation": compensation,
         "ridge": _parse_ridge(ridge or (QUICK_RIDGE if quick else "auto")),
-        "order": "one-shot" if quick and order == "auto" and clusters == 1 else order,
+        "order": "one-shot" if quick and order == "auto" and not by_token else order,
         "multiple": multiple,
         "precision": precision,
         "seed": seed,
         "clusters": clusters,
+        "skip": skip,
     }
     limits.check()
     _check_rule(rule, limits)
@@ -287,10 +292,10 @@ def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
 
     usual = OBS if limits.percentile is None else "mean_abs"
     make_recipe(**{**rule, "method": rule["method"] or usual})
-    if rule["clusters"] > 1 and limits.target_speedup is not None:
+    if limits.target_speedup is not None and (rule["clusters"] > 1 or rule["skip"]):
         raise PathwaysError(
-            "--target-speedup is found for pathways without clusters: leave out --clusters, or "
-            "give the sparsity."
+            "--target-speedup is found for pathways without clusters that skip nothing: leave out "
+            "--clusters and --skip, or give the sparsity."
         )
     division = rule["allocation"], rule["multiple"]
     check_division(limits.sparsity, limits.percentile, *division)

@@ -97,6 +97,7 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
         "sparsity": pathways.sparsity(name),
         "flops": pathways.flops(name),
         "clusters": pathways[name].clusters,
+        "skipped": pathways[name].skipped,
         "sparsity_per_block": pathways.sparsity(name, per_block=True),
         "text": text,
     }
@@ -120,6 +121,10 @@ def print_summary(source: str | PathLike[str]) -> None:
     if clusters:
         told = " or ".join(map(str, sorted(clusters)))
         typer.echo(f"  each block's tokens go to {told} experts, with neurons of their own")
+    skipped = [arm["skipped"] for arm in facts["domains"].values() if arm["skipped"]]
+    if skipped:
+        told = " or ".join(dict.fromkeys(f"{share:.0%}" for share in skipped))
+        typer.echo(f"  each token skips {told} of the kept neurons, by their gates")
     typer.echo(f"  domain=auto: {_describe_router(facts)}")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
     arms = {**facts["domains"], **controls}

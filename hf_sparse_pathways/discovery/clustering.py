@@ -19,8 +19,9 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.grams import Gram, GramAccumulator
-from hf_sparse_pathways.discovery.probes import Observer
+from hf_sparse_pathways.discovery.probes import Observer, Seen
 from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.skipping import SkippedMoments
 from hf_sparse_pathways.errors import PathwaysError, option
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.clusters import TokenRouter
@@ -137,30 +138,56 @@ class ClusterProbe(Observer):
         prior: float,
         *,
         inputs: bool,
+        thresholds: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__(block, inputs=True)
+        """Begin with nothing.
+
+        Args:
+            block: The block.
+            spaces: Where products are made.
+            router: Gives tokens to clusters.
+            prior: As in ``Clustering``.
+            inputs: Whether a bypass needs the block's input in the moments.
+            thresholds: Of each cluster's gates, where tokens skip neurons.
+        """
+        super().__init__(block, inputs=True, ups=bool(thresholds))
         self.spaces, self.router, self._prior = spaces, router, prior
         width = block.d_in if inputs else 0
         self._in_gram = inputs
-        self._own = [GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in router.bias]
+        self._skipped = [SkippedMoments(block, own, inputs=inputs) for own in thresholds]
+        self._own = [one.accumulator for one in self._skipped] or [
+            GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in router.bias
+        ]
         self._tokens = torch.zeros(len(router.bias))
 
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""
-        activation, block_input = self.seen_at(rows)
-        assert block_input is not None  # a probe of clusters sees it
-        clusters = self.router.to(block_input.device)(block_input)
+        seen = self.seen_at(rows)
+        assert seen.block_input is not None  # a probe of clusters sees it
+        clusters = self.router.to(rows.device)(seen.block_input)
+        if not self._in_gram:
+            seen = seen.without_input()
         space = self.spaces.gram(len(self._own[0].upper), rows.device)
         self._tokens += clusters.bincount(minlength=len(self._own)).cpu()
         for number in torch.unique(clusters).tolist():
             own = (clusters == number).nonzero().flatten()
-            self._own[number].add(
-                activation[own],
-                block_input[own] if self._in_gram else None,
-                space,
-                target=None if missing is None else missing[own],
-                weights=None if weights is None else weights[own],
-            )
+            self._add(number, seen.at(own), space, _rows(missing, own), _rows(weights, own))
+
+    def _add(
+        self,
+        number: int,
+        seen: Seen,
+        space: Tensor,
+        missing: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Add tokens of one cluster."""
+        if self._skipped:
+            self._skipped[number].add(seen, space, missing, weights)
+            return
+        self._own[number].add(
+            seen.activation, seen.block_input, space, target=missing, weights=weights
+        )
 
     def task(self) -> ClusteredTask:
         """Return the block as it is to be repaired."""
@@ -170,10 +197,18 @@ class ClusterProbe(Observer):
         prior = self._prior / float(everything[-1, -1])
         cross = sum(own.cross for own in self._own[1:]) + self._own[0].cross
         tasks = []
-        for own in self._own:
-            gram = Gram.of_upper((own.upper + prior * everything).cpu(), d_ff)
-            missing = (own.cross + prior * cross).cpu() / gram.tokens
+        for number, own in enumerate(self._own):
+            upper, targets = own.upper + prior * everything, own.cross + prior * cross
+            if self._skipped:
+                tasks.append(self._skipped[number].task(upper, targets))
+                continue
+            gram = Gram.of_upper(upper.cpu(), d_ff)
+            missing = targets.cpu() / gram.tokens
             tasks.append(BlockTask(weight=weight, gram=gram, missing=missing))
         share = self._tokens / self._tokens.sum()
         router = TokenRouter(weight=self.router.weight, bias=self.router.bias, share=share)
         return ClusteredTask(router=router, tasks=tuple(tasks))
+
+
+def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values[rows]

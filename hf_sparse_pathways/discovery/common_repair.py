@@ -38,7 +38,12 @@ def repair_together(task: ClusteredTask, keeps: Sequence[Tensor], how: Repair) -
     clusters = [_Cluster(*own, centred=how.bias) for own in zip(task.tasks, keeps, strict=True)]
     delta = _solve(clusters, shares, how)
     experts = tuple(
-        BlockPathway(keep=own.keep, bias=own.bias(delta) if how.bias else None) for own in clusters
+        BlockPathway(
+            keep=own.keep,
+            bias=own.bias(delta) if how.bias else None,
+            skipping=own.task.skipping(own.keep),
+        )
+        for own in clusters
     )
     return ClusteredBlock(router=task.router, experts=experts, shared=delta.to(STORED_DTYPE))
 
@@ -71,24 +76,26 @@ class _Cluster:
 
     def target(self) -> Tensor:
         """Return the covariance of what the removed neurons gave with the kept ones."""
-        return self.task.weight[:, self.removed].double() @ self.covariance(self.removed)
+        target = self.task.weight[:, self.removed].double() @ self.covariance(self.removed)
+        return target if self.task.skipped is None else target + self._with_kept(self.task.skipped)
 
     def missing(self) -> Tensor | None:
         """Return the covariance of what earlier blocks have left wrong with the kept neurons."""
-        if self.task.missing is None:
-            return None
-        missing = self.task.missing.double()
-        found = missing[:, self.kept]
+        return None if self.task.missing is None else self._with_kept(self.task.missing)
+
+    def _with_kept(self, moments: Tensor) -> Tensor:
+        """Return the covariance with the kept neurons of a target, from its moments with z."""
+        found = moments[:, self.kept].double()
         if self.centred:
-            found = found - torch.outer(missing[:, -1], self.mean[self.kept])
+            found = found - torch.outer(moments[:, -1].double(), self.mean[self.kept])
         return found
 
     def bias(self, delta: Tensor) -> Tensor:
         """Return the mean of what is missing with a refit ``(d_out, d_ff)``."""
         bias = self.task.weight[:, self.removed].double() @ self.mean[self.removed]
         bias = bias - delta[:, self.kept] @ self.mean[self.kept]
-        if self.task.missing is not None:
-            bias = bias + self.task.missing[:, -1].double()
+        for target in (self.task.missing, self.task.skipped):
+            bias = bias if target is None else bias + target[:, -1].double()
         return bias.to(STORED_DTYPE)
 
 

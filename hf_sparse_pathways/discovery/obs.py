@@ -84,8 +84,8 @@ def rank_by_obs(
     moments = task.gram.total.to(torch.float64, copy=True).div_(task.gram.tokens)
     unit = moments.diagonal()[:d_ff].mean()
     missing = moments.new_zeros(len(task.weight), len(moments))
-    if task.missing is not None:
-        missing = task.missing.double()
+    for what in (task.missing, task.skipped):
+        missing = missing if what is None else missing + what.double()
     if how.bias:
         one = moments.new_zeros(1, len(moments))
         one[0, -1] = 1.0

@@ -43,8 +43,8 @@ LEAST_RISE = 1e-5
 
 def make_draft(evidence: Evidence, goal: Goal) -> Draft:
     """Decide how many neurons of each block stay, or which, and how the rest is made good."""
-    plan = _Plan(evidence)
     recipe = evidence.recipe
+    plan = _Plan(evidence, active=_planned_active(evidence, goal))
     text = dict(evidence.domain.provenance)
     provenance = {**recipe.described(), **goal.described(), "text": text}
     if goal.percentile is not None:
@@ -56,6 +56,7 @@ def make_draft(evidence: Evidence, goal: Goal) -> Draft:
     else:
         widths, provenance["allocation"] = plan.divide(goal.sparsity)
         whole = all(w == cost.d_ff for w, cost in zip(widths, plan.costs, strict=True))
+        whole = whole and plan.active == 1.0
         settled = whole or recipe.score is not None or recipe.order == "one-shot"
         masks = plan.keep(widths) if settled else None
     repairs = NO_REPAIR if whole else recipe.repair
@@ -63,7 +64,24 @@ def make_draft(evidence: Evidence, goal: Goal) -> Draft:
         ridge = plan.choose_ridge(plan.keep(widths) if masks is None else masks)
         repairs = replace(repairs, ridge=ridge)
         provenance["ridge"] = ridge
-    return Draft(evidence, widths, masks, repairs, provenance)
+    return Draft(evidence, widths, masks, repairs, provenance, plan.active)
+
+
+def _planned_active(evidence: Evidence, goal: Goal) -> float:
+    """Return the share of tokens that a kept neuron shall be computed for.
+
+    No more is skipped than the sparsity asks for if all neurons are kept.
+    """
+    skip = evidence.recipe.skip
+    if not skip:
+        return 1.0
+    if not isinstance(goal.sparsity, float):
+        raise PathwaysError(
+            "Neurons are skipped by token towards one sparsity for all blocks: give that, or leave "
+            f"out {option('skip')}."
+        )
+    rest = max(1.0 - shape.share(0.0) for shape in evidence.profile.base.blocks)
+    return 1.0 - min(skip, goal.sparsity / rest)
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class _Plan:
     """One pathway's decisions, and what they are taken from."""
 
     evidence: Evidence
+    active: float = 1.0
     losses: dict[tuple[float, ...], float] = field(default_factory=dict)
 
     @cached_property
@@ -152,8 +171,11 @@ class _Plan:
                     f"{sparsity:.3g} only {(1.0 - sparsity) * shape.d_ff:.1f} are left. Choose "
                     "less of it, or a smaller sparsity."
                 )
+        cost = max(shape.share(self.active) for shape in shapes)
         return Budget(
-            kept=1.0 - sparsity, multiple=self.evidence.recipe.multiple, overhead=overhead
+            kept=min(1.0, (1.0 - sparsity) / cost),
+            multiple=self.evidence.recipe.multiple,
+            overhead=tuple(neurons / cost for neurons in overhead),
         )
 
     def _measured_costs(self) -> list[BlockCosts]:

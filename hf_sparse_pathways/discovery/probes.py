@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, experts_of
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
+from hf_sparse_pathways.ffn.skipping import up_part
 
 
 def make_change(block: FfnBlock, pathway: Kept) -> "Change | ClusteredChange":
@@ -84,19 +86,56 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
 
 
-class Observer:
-    """Sees one block's activation, and its input if wanted."""
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a block has computed for some tokens, one row per token.
 
-    def __init__(self, block: FfnBlock, *, inputs: bool) -> None:
+    Attributes:
+        activation: ``(tokens, d_ff)``.
+        block_input: ``(tokens, d_in)``, if wanted.
+        up: What a gated block has multiplied its gates by, if wanted, ``(tokens, d_ff)``.
+    """
+
+    activation: Tensor
+    block_input: Tensor | None = None
+    up: Tensor | None = None
+
+    def at(self, rows: Tensor) -> "Seen":
+        """Return some of the tokens."""
+        parts = (self.activation, self.block_input, self.up)
+        return Seen(*(None if part is None else part.index_select(0, rows) for part in parts))  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Seen"]) -> "Seen":
+        """Put together what was seen of several batches."""
+        columns = zip(
+            *((part.activation, part.block_input, part.up) for part in parts), strict=True
+        )
+        return cls(*(None if own[0] is None else torch.cat(own) for own in columns))  # type: ignore[arg-type]
+
+    def input_alone(self) -> "Seen":
+        """Return the block's input, with an activation of no width."""
+        return Seen(self.activation[:, :0], self.block_input)
+
+    def without_input(self) -> "Seen":
+        """Return the same, but for the block's input."""
+        return replace(self, block_input=None)
+
+
+class Observer:
+    """Sees one block's activation, and its input and what its gates are multiplied by if wanted."""
+
+    def __init__(self, block: FfnBlock, *, inputs: bool, ups: bool = False) -> None:
         self.block = block
-        self._inputs = inputs
+        self._inputs, self._ups = inputs, ups
         self._activation = torch.empty(0)
         self._input: Tensor | None = None
+        self._up: Tensor | None = None
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor | None]:
-        """The last batch's activation, and its input if wanted, padding included, flattened."""
-        return self._activation, self._input
+    def seen(self) -> Seen:
+        """What the block has computed for the last batch, padding included."""
+        return Seen(self._activation, self._input, self._up)
 
     def attach(self) -> list[Any]:
         """Hook the block; return the handles."""
@@ -107,15 +146,22 @@ class Observer:
         def see_activation(module: nn.Module, args: Any) -> None:  # noqa: ARG001
             self._activation = args[0].flatten(0, -2)
 
+        place = len(self.block.incoming) - 1, 2 if self.block.layout.fused else 1
+
+        def see_up(module: nn.Module, args: Any, output: Tensor) -> None:  # noqa: ARG001
+            up = up_part(output, *place)
+            self._up = None if up is None else up.flatten(0, -2)
+
         handles = [self.block.outgoing.register_forward_pre_hook(see_activation)]
         if self._inputs:
             handles.append(self.block.incoming[0].register_forward_pre_hook(see_input))
+        if self._ups:
+            handles.append(self.block.incoming[-1].register_forward_hook(see_up))
         return handles
 
-    def seen_at(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the last batch's activation and input of some tokens."""
-        block_input = None if self._input is None else self._input.index_select(0, rows)
-        return self._activation.index_select(0, rows), block_input
+    def seen_at(self, rows: Tensor) -> Seen:
+        """Return what it has computed for some tokens of the last batch."""
+        return self.seen.at(rows)
 
 
 @contextmanager
@@ -140,8 +186,10 @@ class Probe(Observer):
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""
         space = self.spaces.gram(len(self.accumulator.upper), rows.device)
-        activation, block_input = self.seen_at(rows)
-        self.accumulator.add(activation, block_input, space, target=missing, weights=weights)
+        seen = self.seen_at(rows)
+        self.accumulator.add(
+            seen.activation, seen.block_input, space, target=missing, weights=weights
+        )
 
     def task(self) -> BlockTask:
         """Return the block as it is to be repaired."""

@@ -44,6 +44,7 @@ class Recipe:
         seed: Of everything that is drawn.
         clustering: How each block's tokens are clustered, to get neurons of their own; None if
             they are not.
+        skip: The share of kept neurons that a token skips, at most.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Recipe:
     precision: str
     seed: int
     clustering: Clustering | None = None
+    skip: float = 0.0
 
     @property
     def clusters(self) -> int:
@@ -76,6 +78,7 @@ class Recipe:
             "precision": self.precision,
             "seed": self.seed,
             **({"clustering": asdict(self.clustering)} if self.clustering else {}),
+            **({"skip": self.skip} if self.skip else {}),
         }
 
 
@@ -90,6 +93,7 @@ def make_recipe(  # noqa: PLR0913
     precision: str = "model",
     seed: int = 0,
     clusters: int | Clustering = 1,
+    skip: float = 0.0,
 ) -> Recipe:
     """Return a recipe, with the method's defaults for what is not given.
 
@@ -114,6 +118,7 @@ def make_recipe(  # noqa: PLR0913
     if isinstance(ridge, str) and ridge != "auto":
         raise PathwaysError(f"ridge has to be 'auto' or a positive number, got {ridge!r}.")
     fixed = None if isinstance(ridge, str) else ridge
+    _check_skip(skip, name, order)
     clustering = _resolve_clusters(clusters, name, order, seed)
     repair = parse_compensation(compensation, Repair.ridge if fixed is None else fixed)
     if repair.shared and clustering is None:
@@ -128,17 +133,36 @@ def make_recipe(  # noqa: PLR0913
         compensation=compensation,
         repair=repair,
         ridge=fixed,
-        order=_resolve_order(order, name, clustering),
+        order=_resolve_order(order, name, by_token=clustering is not None or skip > 0),
         multiple=multiple,
         precision=precision,
         seed=seed,
         clustering=clustering,
+        skip=float(skip),
     )
 
 
-def _resolve_order(order: str, method: str, clustering: Clustering | None) -> str:
+def _check_skip(skip: float, method: str, order: str) -> None:
+    """Check how much is skipped by token, and that nothing is asked that does not go with it."""
+    if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0.0 <= skip < 1.0:
+        raise PathwaysError(
+            f"{option('skip')} is the share of kept neurons that a token skips, in [0, 1); got "
+            f"{skip!r}."
+        )
+    if not skip:
+        return
+    wrong = [] if method == OBS else [named("method", method)]
+    wrong += [named("order", order)] if order == "one-shot" else []
+    if wrong:
+        raise PathwaysError(
+            f"Neurons are skipped by token in pathways that {named('method', OBS)} makes block "
+            f"after block: leave out {' and '.join(wrong)}, or {option('skip')}."
+        )
+
+
+def _resolve_order(order: str, method: str, *, by_token: bool) -> str:
     """Return the order, ``"auto"`` only where the model and its text decide."""
-    if clustering is not None:
+    if by_token:
         return "sequential"
     return "one-shot" if order == "auto" and method != OBS else order
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.errors import PathwaysError, named
-from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, Skipping
 
 LEAST_RIDGE = 1e-9
 """Absolute: keeps blocks whose neurons never fire solvable."""
@@ -87,12 +87,25 @@ class BlockTask:
         missing: E[e z^T], what earlier blocks have left wrong, ``(d_out, d_ff + d_in + 1)``; None
             if the block shall compute what it did.
         metric: Sensitivity of the loss to the block's output, ``(d_out, d_out)``; None for I.
+        skipped: E[W (a - a') z^T] where neurons are skipped by token and a' is what is left of the
+            activation, of which then the second moments are; like ``missing``. None if none is.
+        threshold: What a neuron's gate has to exceed, float32 ``(d_ff,)``; None likewise.
+        active: The share of tokens for which it does, float32 ``(d_ff,)``; None likewise.
     """
 
     weight: Tensor
     gram: Gram
     missing: Tensor | None = None
     metric: Tensor | None = None
+    skipped: Tensor | None = None
+    threshold: Tensor | None = None
+    active: Tensor | None = None
+
+    def skipping(self, keep: Tensor) -> Skipping | None:
+        """Return what is skipped of some kept neurons."""
+        if self.threshold is None or self.active is None:
+            return None
+        return Skipping(self.threshold[keep], self.active[keep].mean().view(1))
 
 
 @full_precision()
@@ -109,11 +122,13 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     own = [kept] if how.refit else []
     one = [torch.tensor([len(task.gram.total) - 1])] if how.bias else []
     if not own and not one and not how.bypass_rank:
-        return BlockPathway(keep=keep)
+        return BlockPathway(keep=keep, skipping=task.skipping(keep))
     index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
     system = _System(task.gram, index, how.ridge)
     removed = (~keep).nonzero().flatten()
     target = task.weight[:, removed].double() @ system.moments(removed)
+    if task.skipped is not None:
+        target = target + task.skipped.double()
     bypass = None
     if how.bypass_rank and len(removed):
         if not task.gram.has_input:
@@ -135,7 +150,9 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         mean = system.moments(kept, slice(-1, None))[:, 0]
         bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
     stored = None if bias is None else bias.to(STORED_DTYPE)
-    return BlockPathway(keep=keep, delta=delta, bias=stored, bypass=bypass)
+    return BlockPathway(
+        keep=keep, delta=delta, bias=stored, bypass=bypass, skipping=task.skipping(keep)
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.allocation import check_multiple
 from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
@@ -22,11 +22,18 @@ from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
+from hf_sparse_pathways.discovery.probes import Seen
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
-from hf_sparse_pathways.discovery.sequential import Arm, PruneBlock, prune_sequentially
+from hf_sparse_pathways.discovery.sequential import (
+    Arm,
+    FindThreshold,
+    PruneBlock,
+    prune_sequentially,
+)
+from hf_sparse_pathways.discovery.skipping import find_threshold
 from hf_sparse_pathways.discovery.weights import check_in_memory
 from hf_sparse_pathways.discovery.windows import Batch, make_batches
 from hf_sparse_pathways.errors import (
@@ -36,6 +43,7 @@ from hf_sparse_pathways.errors import (
     named,
 )
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
+from hf_sparse_pathways.ffn.layouts import outgoing_weight
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
 
@@ -67,6 +75,7 @@ def select(  # noqa: PLR0913
     controls: bool = True,
     made: Mapping[str, Pathway] | None = None,
     clusters: int | Clustering = 1,
+    skip: float = 0.0,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -109,6 +118,10 @@ def select(  # noqa: PLR0913
             block's input, and each cluster gets neurons and a repair of its own: better for the
             same FLOPs, with so many times as much to store. Needs ``"obs"`` in sequential order.
             A ``Clustering`` says more than their number.
+        skip: The share of the kept neurons that a token skips, in [0, 1): those whose gate, known
+            before the rest of a neuron is computed, is small for it. More neurons are kept for the
+            same FLOPs. No more than the sparsity asks for is skipped. Needs ``"obs"`` in sequential
+            order.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -131,6 +144,7 @@ def select(  # noqa: PLR0913
         precision=precision,
         seed=seed,
         clusters=clusters,
+        skip=skip,
     )
     check_division(sparsity, percentile, allocation, multiple)
     check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
@@ -239,6 +253,7 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
             prune=_pruner(draft),
             inputs=draft.repairs.bypass_rank > 0,
             clustering=_clustering(draft),
+            threshold=_threshold(draft),
         )
         arms.append(arm)
     return arms
@@ -250,6 +265,17 @@ def _clustering(draft: Draft) -> Clustering | None:
         return None
     clustering.check(draft.evidence.blocks)
     return clustering
+
+
+def _threshold(draft: Draft) -> FindThreshold | None:
+    if draft.active == 1.0 or draft.masks is not None:
+        return None
+
+    def find(index: int, seen: Seen) -> Tensor:
+        weight = outgoing_weight(draft.evidence.blocks[index].outgoing)
+        return find_threshold(seen, weight, draft.widths[index], draft.active)
+
+    return find
 
 
 def _pruner(draft: Draft) -> PruneBlock:

@@ -36,10 +36,13 @@ from hf_sparse_pathways.discovery.probes import (
     ClusteredChange,
     Observer,
     Probe,
+    Seen,
     attached,
     make_change,
 )
 from hf_sparse_pathways.discovery.repair import BlockTask
+from hf_sparse_pathways.discovery.skipping import FEWEST, SkippingProbe
+from hf_sparse_pathways.discovery.skipping import SAMPLE as SKIPPING_SAMPLE
 from hf_sparse_pathways.discovery.tapes import Tape
 from hf_sparse_pathways.discovery.trials import computing
 from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
@@ -50,6 +53,11 @@ from hf_sparse_pathways.ffn.clusters import Kept
 
 PruneBlock = Callable[[int, BlockTask | ClusteredTask], Kept]
 """From a block's number and its task to its pathway."""
+
+AnyProbe = Probe | ClusterProbe | SkippingProbe
+
+FindThreshold = Callable[[int, Seen], Tensor]
+"""From a block's number and what it computes for some tokens to the thresholds of its gates."""
 
 _PROBE = 0.1
 """Size of the change by which a norm's gain is measured, relative to the output."""
@@ -74,6 +82,7 @@ class Arm:
         prune: Chooses and repairs each block.
         inputs: Whether a bypass needs the blocks' inputs.
         clustering: How each block's tokens are clustered; None where all have the same neurons.
+        threshold: Finds what gates have to exceed; None where no token skips a neuron.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -82,6 +91,7 @@ class Arm:
     prune: PruneBlock
     inputs: bool = True
     clustering: Clustering | None = None
+    threshold: FindThreshold | None = None
     blocks: list[Kept] = field(default_factory=list)
 
 
@@ -175,14 +185,15 @@ class _Layer:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
-        shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
-        kept: dict[int, _Seen] = {}
+        batches = [streams.batches[number] for number in numbers]
+        shortcut = arm.threshold is None and self._can_shortcut(probes, batches)
+        kept: dict[int, _Passed] = {}
         if probes:
             for number in numbers:
                 batch = streams.batches[number]
                 behind, tape = self._collect(batch, stream[number], dense[number], probes)
                 if shortcut:
-                    kept[number] = _Seen(behind, tape, *probes[0].seen)
+                    kept[number] = _Passed(behind, tape, probes[0].seen)
         if self.gain is None:
             shortcut = shortcut and all(seen.tape is not None for seen in kept.values())
         tasks = zip(self.blocks, probes, strict=True)
@@ -199,43 +210,58 @@ class _Layer:
                 hidden = stream[number]
                 stream[number] = self.runner.run(self.index, streams.batches[number], hidden)
 
-    def _make_probes(
-        self, streams: _Streams, position: int, arm: Arm
-    ) -> list[Probe | ClusterProbe]:
-        """Return what will see the blocks; where tokens are clustered, by clusters found now."""
-        if arm.clustering is None:
+    def _make_probes(self, streams: _Streams, position: int, arm: Arm) -> list[AnyProbe]:
+        """Return what will see the blocks; where tokens differ, as it is found now."""
+        if arm.threshold is None and arm.clustering is None:
             return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
-        observers = [Observer(block, inputs=True) for _, block in self.blocks]
-        inputs: list[list[Tensor]] = [[] for _ in observers]
-        for number in self._sample(streams, streams.chosen[position]):
+        samples = self._see_sample(streams, position, arm)
+        return [
+            self._make_probe(arm, number, block, seen)
+            for (number, block), seen in zip(self.blocks, samples, strict=True)
+        ]
+
+    def _make_probe(self, arm: Arm, number: int, block: FfnBlock, seen: Seen) -> AnyProbe:
+        """Return what will see a block whose tokens are clustered or skip neurons, or both."""
+        find, spaces, inputs = arm.threshold, self.spaces, arm.inputs
+        if arm.clustering is None:
+            assert find is not None  # or tokens do not differ
+            return SkippingProbe(block, spaces, find(number, seen), inputs=inputs)
+        router = arm.clustering.fit(needed_input(seen.block_input).float())
+        thresholds: list[Tensor] = []
+        if find is not None:
+            clusters = router(needed_input(seen.block_input))
+            for cluster in range(len(router.bias)):
+                own = (clusters == cluster).nonzero().flatten()
+                few = len(own) < FEWEST
+                thresholds.append(find(number, seen if few else seen.at(own)))
+        prior = arm.clustering.prior
+        return ClusterProbe(block, spaces, router, prior, inputs=inputs, thresholds=thresholds)
+
+    def _see_sample(self, streams: _Streams, position: int, arm: Arm) -> list[Seen]:
+        """Return what each block computes for some tokens from all over the text."""
+        skips = arm.threshold is not None
+        observers = [Observer(block, inputs=True, ups=skips) for _, block in self.blocks]
+        parts: list[list[Seen]] = [[] for _ in observers]
+        wanted = SAMPLE if arm.clustering is not None else SKIPPING_SAMPLE
+        for number in _sample(streams, streams.chosen[position], wanted):
             batch = streams.batches[number]
             with attached(observers):
                 self.runner.run(self.index, batch, streams.pruned[position][number])
             rows = batch.mask.flatten().nonzero().flatten()
-            for observer, seen in zip(observers, inputs, strict=True):
-                seen.append(needed_input(observer.seen_at(rows)[1]).float())
-        routers = [arm.clustering.fit(torch.cat(seen)) for seen in inputs]
-        prior = arm.clustering.prior
-        return [
-            ClusterProbe(block, self.spaces, router, prior=prior, inputs=arm.inputs)
-            for (_, block), router in zip(self.blocks, routers, strict=True)
-        ]
-
-    @staticmethod
-    def _sample(streams: _Streams, numbers: Sequence[int]) -> Sequence[int]:
-        """Return batches from all over a text, with the tokens on which clusters are found."""
-        tokens = sum(int(streams.batches[number].mask.sum()) for number in numbers)
-        return numbers[:: max(1, tokens // SAMPLE)]
+            for observer, own in zip(observers, parts, strict=True):
+                seen = observer.seen_at(rows)
+                own.append(seen if skips else seen.input_alone())
+        return [Seen.joined(own) for own in parts]
 
     def _moved(
         self,
         batch: Batch,
         hidden: Tensor | None,
-        seen: "_Seen",
+        seen: "_Passed",
         change: "Change | ClusteredChange",
     ) -> Tensor:
         """Return the hidden states behind the layer with its FFN pruned."""
-        added = change.of(seen.activation, seen.block_input)
+        added = change.of(seen.inner.activation, seen.inner.block_input)
         if self.gain is not None:
             gained = added * self.gain
             return seen.behind + gained.view_as(seen.behind).to(seen.behind.dtype)
@@ -261,7 +287,7 @@ class _Layer:
         batch: Batch,
         hidden: Tensor | None,
         dense: Tensor,
-        probes: list[Probe | ClusterProbe],
+        probes: list[AnyProbe],
     ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
 
@@ -341,13 +367,18 @@ class _Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """One batch's way through a layer whose FFN was dense; the FFN's inputs are flattened."""
+class _Passed:
+    """One batch's way through a layer whose FFN was dense."""
 
     behind: Tensor
     tape: Tape | None
-    activation: Tensor
-    block_input: Tensor | None
+    inner: Seen
+
+
+def _sample(streams: _Streams, numbers: Sequence[int], wanted: int) -> Sequence[int]:
+    """Return batches from all over a text, with about as many tokens as are wanted, or more."""
+    tokens = sum(int(streams.batches[number].mask.sum()) for number in numbers)
+    return numbers[:: max(1, tokens // wanted)]
 
 
 def _first_row(batch: Batch) -> Batch:

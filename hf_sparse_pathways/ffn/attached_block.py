@@ -24,6 +24,7 @@ from hf_sparse_pathways.ffn.leaves import (
 )
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.sharding import find_shard
+from hf_sparse_pathways.ffn.skipping import find_function, up_part
 from hf_sparse_pathways.ffn.state import BlockState
 from hf_sparse_pathways.ffn.stored import lies_in_memory
 
@@ -43,7 +44,7 @@ class AttachedBlock:
         self._places = [_place(block.parent, name) for name in names]
         self._seen: list[nn.Module] = []
         self._kinds: list[tuple[dict[str, Any], tuple[type, bool]]] = []
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def drop_copies(self) -> None:
         """Forget the copies of kept weights."""
@@ -52,6 +53,9 @@ class AttachedBlock:
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
+        example = self.state.example
+        if example is not None and self.state.function is None:
+            self.state.function = find_function(self.block.parent, example)
         for (children, key), seen, (parameters, kind) in zip(
             self._places, self._seen, self._kinds, strict=False
         ):
@@ -69,12 +73,14 @@ class AttachedBlock:
             self._holder(name, children[key])
             for name, (children, key) in zip(self.leaves, self._places, strict=True)
         ]
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         outside = seen[-1] is not leaves[-1]
         if outside:
-            self._hook = seen[-1].register_forward_pre_hook(_MaskInput(self.state))
+            self._hooks.append(seen[-1].register_forward_pre_hook(_MaskInput(self.state)))
+        if seen[-2] is not leaves[-2]:
+            self._hooks.append(seen[-2].register_forward_hook(_SeeUp(self.state, leaves[-2])))
         self.state.masked_outside = outside
         shard = find_shard(leaves[:-1], leaves[-1])
         if shard != self.state.shard:
@@ -143,7 +149,23 @@ class _MaskInput:
         member = choice.pathway
         if self.state.clustered:
             _, member = needed_route(choice.routes.get(id(self.state)))
-        return (self.state.mask(args[0], member), *args[1:])
+        up = choice.ups.get(id(self.state))
+        activation = self.state.skip(args[0], up, member)
+        return (self.state.mask(activation, member), *args[1:])
+
+
+class _SeeUp:
+    """Forward hook that sees what an adapter around the last incoming leaf makes of its output."""
+
+    def __init__(self, state: BlockState, leaf: PathwayLeaf) -> None:
+        self.state, self.place = state, (leaf.position, leaf.rows_per_neuron)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        choice = find_choice(self.state.key)
+        if choice is not None and id(self.state) in choice.ups:
+            up = up_part(output, *self.place)
+            if up is not None:
+                choice.ups[id(self.state)] = up
 
 
 def _differ(modules: list[nn.Module], leaves: list[Any]) -> bool:

@@ -68,6 +68,7 @@ class Attachment:
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
         self.copies.clustered = frozenset().union(*(b.state.clustered for b in self.blocks))
+        self.copies.skipping = frozenset().union(*(b.state.skipping for b in self.blocks))
         self.reset()
 
     # -- executors --------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class Attachment:
             if len(self._mixtures) >= _MOST_MIXTURES:
                 self._mixtures.clear()
             mixture = self._mixtures[rows] = Mixture.of(pathway)
-        if not self.copies.clustered.isdisjoint(mixture.key):  # tokens need columns of their own
+        if not self.copies.by_token.isdisjoint(mixture.key):  # rows are not all there is to it
             return None
         return mixture if self._pin(mixture.key) else None
 

@@ -67,6 +67,20 @@ class SharedColumns:
         return self.product().to(like)
 
 
+@dataclass(frozen=True, eq=False)
+class Skipping:
+    """Which kept neurons are skipped for a token (``skipping.py``).
+
+    Attributes:
+        threshold: What the gate has to exceed, float32 ``(kept,)``.
+        active: Share of the kept neurons that are not skipped, on calibration text, float32
+            ``(1,)``.
+    """
+
+    threshold: Tensor
+    active: Tensor
+
+
 Matrix = Tensor | LowRank | SharedColumns
 """A change of weights, in one of the forms in which it is held."""
 
@@ -89,6 +103,7 @@ class BlockPathway:
         bypass: A linear map from the block's input to its output, of width d_in.
         incoming: Added to the kept rows of each incoming leaf's weight, ``(rows, d_in)`` in
             ascending order of the rows (of a fused leaf: the gate's, then up's); empty if none is.
+        skipping: Which of the kept neurons are skipped token by token; None for none.
     """
 
     keep: Tensor
@@ -96,6 +111,7 @@ class BlockPathway:
     bias: Tensor | None = None
     bypass: LowRank | None = None
     incoming: tuple[Tensor | LowRank | None, ...] = ()
+    skipping: Skipping | None = None
 
     @property
     def kept(self) -> int:
@@ -121,6 +137,8 @@ class BlockPathway:
             "bypass": self.bypass,
             **{f"incoming{index}": delta for index, delta in enumerate(self.incoming)},
         }
+        if self.skipping is not None:
+            named |= {name: getattr(self.skipping, name) for name in SKIPPING_PARTS}
         parts: dict[str, Tensor] = {}
         for name, value in named.items():
             if isinstance(value, LowRank):
@@ -146,6 +164,11 @@ class BlockPathway:
         incoming = [found.pop(f"incoming{index}", None) for index in range(MOST_INCOMING)]
         while incoming and incoming[-1] is None:
             incoming.pop()
+        skipping = {name: found.pop(name) for name in SKIPPING_PARTS if name in found}
+        if len(skipping) == len(SKIPPING_PARTS):
+            found["skipping"] = Skipping(**skipping)  # type: ignore[assignment, arg-type]
+        elif skipping:
+            raise MismatchError(f"A block's pathway cannot hold {min(skipping)} alone.")
         pairs = isinstance(found.get("bypass"), LowRank | None)
         if set(parts) - set(PARTS) or found.keys() - _FIELDS or not pairs or "keep" not in found:
             raise MismatchError(f"A block's pathway cannot hold exactly {sorted(parts)}.")
@@ -178,6 +201,8 @@ class BlockPathway:
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
+        if self.skipping is not None:
+            self._check_skipping(name, self.skipping, kept)
         if len(self.incoming) > branches:
             raise MismatchError(
                 f"{len(self.incoming)} incoming leaves of {name} are changed; it has at most "
@@ -209,6 +234,18 @@ class BlockPathway:
                 f"{changed} rows are changed. Use pathways that were made for this model."
             )
 
+    def _check_skipping(self, name: str, skipping: Skipping, kept: range) -> None:
+        for part, sizes in (("threshold", kept), ("active", _exactly(1))):
+            tensor: Tensor = getattr(skipping, part)
+            if tensor.dim() != 1 or len(tensor) not in sizes or tensor.dtype != torch.float32:
+                raise MismatchError(
+                    f"{part} of {name} is {tensor.dtype} {tuple(tensor.shape)}; it has to be "
+                    f"torch.float32 ({_told(sizes)},)."
+                )
+        active = skipping.active
+        if not active.is_meta and not 0.0 <= float(active) <= 1.0:
+            raise MismatchError(f"active of {name} is {float(active)}; it is a share, from 0 to 1.")
+
     def _check_dtypes(self, name: str) -> None:
         for part, tensor in self.parts().items():
             if part != "keep" and tensor.dtype not in FLOATING:
@@ -224,12 +261,15 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_INCOMING = 2
 """Incoming leaves that a block can have."""
 
-_FIELDS = {"keep", "delta", "bias", "bypass"}
+SKIPPING_PARTS = ("threshold", "active")
+
+_FIELDS = {"keep", "delta", "bias", "bypass", "skipping"}
 _MATRICES = ("delta", "bypass", *(f"incoming{index}" for index in range(MOST_INCOMING)))
 
 PARTS = (
     "keep",
     "bias",
+    *SKIPPING_PARTS,
     *(f"{name}{half}" for name in _MATRICES for half in ("", "_outer", "_inner")),
 )
 """Names of all tensors that a block's pathway can hold."""

@@ -43,6 +43,9 @@ class Choice:
         routed: The domain of each row, where a router has decided.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
         routes: Where the tokens of those with clusters go, with the input that was routed.
+        ups: What the gates of blocks that skip neurons are multiplied by; by block state.
+        gates: What they make of the gates; until the rest of the neuron is computed.
+        active: Which of the kept neurons any token of a short input needs.
     """
 
     key: ModelKey | None
@@ -58,6 +61,9 @@ class Choice:
     routed: list[str | None] | None = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
+    ups: dict[int, Tensor] = field(default_factory=dict)
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    active: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[int] | None:

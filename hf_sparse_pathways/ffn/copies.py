@@ -231,12 +231,14 @@ def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) 
             return KeptWeights(form, form.make(kept), bias, None, stamp)
         index = index.to(stored.values.device)
         if own is not None and isinstance(key, int) and _reads_shared(leaf, key, form):
-            product: Product = _shared_sums(leaf, key, form, stamp).rows_at(index)
+            product: Product = _shared_sums(leaf, key, form, stamp).at(index)
             return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
         columns = stored.columns(index)
         if own is None:
             return KeptWeights(form, form.make(columns), leaf.bias, None, stamp)
-        product = form.make(columns.changed(own.delta))
+        changed = columns.changed(own.delta)
+        by_rows = form is NATIVE and own.skipping is not None and changed.known
+        product = Sums.of(changed) if by_rows else form.make(changed)
         return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
 
 

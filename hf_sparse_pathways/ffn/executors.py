@@ -33,7 +33,13 @@ from hf_sparse_pathways.ffn.copies import Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
-from hf_sparse_pathways.ffn.routing import Routing, grouped_incoming, grouped_outgoing, route
+from hf_sparse_pathways.ffn.routing import (
+    Routing,
+    grouped_incoming,
+    grouped_outgoing,
+    route,
+    skip_in_groups,
+)
 from hf_sparse_pathways.ffn.sharding import check_gathered
 from hf_sparse_pathways.ffn.slices import Sliced
 from hf_sparse_pathways.ffn.state import BlockState
@@ -62,6 +68,9 @@ class Executor(Protocol):
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Map ``(..., d_model)`` to ``(..., d_ff)``, or to the kept neurons only."""
 
+    def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
+        """Zero what each token skips of the activation, where a pathway does so."""
+
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
     ) -> Tensor:
@@ -87,6 +96,10 @@ class Masked:
             check_gathered(leaf, x)
         place = (leaf.position, leaf.rows_per_neuron)
         return leaf.state.add_incoming(leaf.dense(x), x, place, pathway)
+
+    def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
+        """Zero what each token skips; what is not kept is masked after."""
+        return x if state.masked_outside else state.skip(x, up, pathway)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
@@ -118,6 +131,12 @@ class Compact:
         if isinstance(pathway, Routing):
             return grouped_incoming(leaf, x, pathway, self.form)
         return kept_weights(leaf, pathway, self.form)(x)
+
+    def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
+        """Zero what each token skips of the kept neurons."""
+        if isinstance(pathway, Routing):
+            return skip_in_groups(state, x, up, pathway)
+        return x if isinstance(pathway, Mixture) else state.skip_kept(x, up, pathway)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None

@@ -41,6 +41,11 @@ class Rows:
     rows: Tensor | None = None
     scale: Tensor | None = None
 
+    def at(self, index: Tensor) -> "Rows":
+        """Return some of the rows, of the same matrix."""
+        rows = index if self.rows is None else self.rows[index]
+        return Rows(self.weight, rows, None if self.scale is None else self.scale[index])
+
     @classmethod
     def of(cls, stored: Stored, rows: Tensor | None = None) -> "Rows":
         """Take some rows of a matrix, or all."""
@@ -71,9 +76,10 @@ class Sums:
         """Take all columns of a matrix, copied once."""
         return cls(stored.values.T.contiguous(), None, stored.scale)
 
-    def rows_at(self, index: Tensor) -> "Sums":
+    def at(self, index: Tensor) -> "Sums":
         """Return some of the columns, of the same copy."""
-        return Sums(self.transposed, index, self.scale)
+        rows = index if self.rows is None else self.rows[index]
+        return Sums(self.transposed, rows, self.scale)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``linear`` of ``(..., columns)``."""

@@ -14,11 +14,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.active import active_incoming, active_outgoing, find_active
 from hf_sparse_pathways.ffn.additions import needed_route
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, Own, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.skipping import Example, up_part
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -102,7 +104,26 @@ class IncomingLeaf(PathwayLeaf):
             choice.inputs[id(self.state)] = x
         if self.state.clustered:
             pathway = self._route(choice, executor, pathway, x)
+        if self.state.skips:
+            return self._gated(choice, executor, pathway, x)
         return executor.incoming(self, x, pathway)
+
+    def _gated(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Tensor:
+        """Compute a gate, or what it is multiplied by as far as it is needed."""
+        place = id(self.state)
+        gate = choice.gates.get(place) if self.position else None
+        active = None if gate is None else find_active(self, gate, pathway, executor.form)
+        if active is None:
+            output = executor.incoming(self, x, pathway)
+        else:
+            choice.active[place] = active
+            output = active_incoming(self, x, pathway, active)
+        if self.position == 0 and self.rows_per_neuron == 1:
+            choice.gates[place] = output
+        up = up_part(output, self.position, self.rows_per_neuron)
+        if up is not None:
+            choice.ups[place] = up
+        return output
 
     def _route(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Any:
         """Return where the tokens of the block's input go, found once for all incoming leaves."""
@@ -123,9 +144,25 @@ class OutgoingLeaf(PathwayLeaf):
         if executor is None or choice is None:
             return self.dense(x)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        active, up = None, None
+        if self.state.skips:
+            active, up = self._see_gate(choice, x)
         if self.state.clustered:
             _, pathway = needed_route(choice.routes.pop(id(self.state), None))
+        if self.state.skips and (active is None or x.shape[:-1].numel() > 1):
+            x = executor.skip(self.state, x, up, pathway)
+        if active is not None:
+            return active_outgoing(self, x, pathway, active, block_input)
         return executor.outgoing(self, x, pathway, block_input)
+
+    def _see_gate(self, choice: Choice, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return which kept neurons are computed, if not all, and what gates are multiplied by."""
+        place = id(self.state)
+        gate, up = choice.gates.pop(place, None), choice.ups.pop(place, None)
+        unseen = self.state.example is None and not torch.compiler.is_compiling()
+        if unseen and gate is not None and up is not None and x.numel():
+            self.state.example = Example.of(gate, up, x)
+        return choice.active.pop(place, None), up
 
 
 class RestLeaf(PathwayLeaf):

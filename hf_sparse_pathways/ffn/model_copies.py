@@ -35,6 +35,7 @@ class ModelCopies:
         blocks: One entry per FFN block, in layer order.
         rest: The linear leaves outside of them.
         clustered: The pathways that have clusters of tokens.
+        skipping: The pathways that skip neurons token by token.
         executor: The executor that the copies are for.
     """
 
@@ -50,8 +51,14 @@ class ModelCopies:
         )
         self.rest = RestLeaves(model, key, self.residents)
         self.clustered: frozenset[int] = frozenset()
+        self.skipping: frozenset[int] = frozenset()
         self.executor = "compact"
         self._samples: Tensor | None = None
+
+    @property
+    def by_token(self) -> frozenset[int]:
+        """The pathways that compute different neurons for different tokens."""
+        return self.clustered | self.skipping
 
     def size(self, key: Key) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""

@@ -33,7 +33,11 @@ def _reorder(part: BlockPathway, order: Tensor) -> BlockPathway:
     keep = part.keep[order]
     columns = (part.keep.cumsum(0) - 1)[order][keep]
     incoming = tuple(_reorder_rows(change, columns) for change in part.incoming)
-    return replace(part, keep=keep, delta=_reorder_columns(part.delta, columns), incoming=incoming)
+    skipping = part.skipping
+    if skipping is not None:
+        skipping = replace(skipping, threshold=skipping.threshold[columns])
+    delta = _reorder_columns(part.delta, columns)
+    return replace(part, keep=keep, delta=delta, incoming=incoming, skipping=skipping)
 
 
 def _reorder_columns(matrix: Matrix | None, columns: Tensor) -> Tensor | LowRank | None:

@@ -92,6 +92,19 @@ def grouped_incoming(leaf: "PathwayLeaf", x: Tensor, routing: Routing, form: For
     return torch.cat(outputs).view(*x.shape[:-1], -1)
 
 
+def skip_in_groups(state: "BlockState", x: Tensor, up: Tensor | None, routing: Routing) -> Tensor:
+    """Zero what each token skips of its own expert's neurons; tokens are in sorted order."""
+    tokens = x.flatten(0, -2)
+    factors = None if up is None else up.flatten(0, -2)
+    parts = []
+    for group in routing.groups:
+        own = tokens[group.run, : group.width]
+        factor = None if factors is None else factors[group.run, : group.width]
+        part = state.skip_kept(own, factor, group.member)
+        parts.append(functional.pad(part, (0, tokens.shape[1] - group.width)))
+    return torch.cat(parts).view_as(x)
+
+
 def grouped_outgoing(
     leaf: "PathwayLeaf", x: Tensor, routing: Routing, form: Form, block_input: Tensor | None
 ) -> Tensor:

@@ -6,7 +6,7 @@ matrix, and its output put together before the block goes on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +35,9 @@ class BlockShard:
         """Return a pathway's part for the outgoing leaf, without changes of incoming ones. Pure."""
         start, stop = self.neurons
         columns = slice(int(pathway.keep[:start].sum()), int(pathway.keep[:stop].sum()))
-        keep, delta = pathway.keep[start:stop], pathway.delta
+        keep, delta, skipping = pathway.keep[start:stop], pathway.delta, pathway.skipping
+        if skipping is not None:
+            skipping = replace(skipping, threshold=skipping.threshold[columns])
         if isinstance(delta, SharedColumns):
             delta = SharedColumns(delta.matrix[:, start:stop], keep)
         elif isinstance(delta, LowRank):
@@ -47,6 +49,7 @@ class BlockShard:
             delta=delta,
             bias=pathway.bias if self.adds else None,
             bypass=pathway.bypass if self.adds else None,
+            skipping=skipping,
         )
 
 

@@ -32,7 +32,7 @@ class Sliced:
         """Take what computes leaves that have no views."""
         self._copying = copying
         self.form, self.everywhere = copying.form, False
-        self.route = copying.route
+        self.route, self.skip = copying.route, copying.skip
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone, run by run."""

@@ -20,6 +20,13 @@ from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
 from hf_sparse_pathways.ffn.sharding import BlockShard
+from hf_sparse_pathways.ffn.skipping import (
+    Example,
+    Function,
+    of_tokens,
+    skip_small,
+    threshold_table,
+)
 
 _MOST_UNIONS = 64
 """How many different mixtures of pathways are remembered; each takes little."""
@@ -37,6 +44,9 @@ class BlockState:
         widths: How many neurons each member keeps.
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
+        skips: Whether any skips neurons token by token, so that gates are looked at.
+        example: A token's way through the block, where some are skipped and a pass has shown one.
+        function: The block's activation function, if the example has told it.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
         residents: Which of the model's pathways have copies; None if nobody counts them.
@@ -52,6 +62,9 @@ class BlockState:
         self.widths: tuple[int, ...] = ()
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
+        self.skips = False
+        self.example: Example | None = None
+        self.function: Function | None = None
         self.masked_only = False
         self.masked_outside = False
         self.residents = residents
@@ -60,6 +73,7 @@ class BlockState:
         self._kept: tuple[Tensor, ...] = ()
         self._own_kept: tuple[Tensor, ...] = ()
         self._tables: dict[torch.device, Tensor] = {}
+        self._thresholds: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
         self._routers: dict[tuple[int, torch.device], TokenRouter] = {}
@@ -67,8 +81,9 @@ class BlockState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        names = ("_tables", "_additions", "_incoming", "_routers", "_unions")
-        return {**self.__dict__, **{name: {} for name in names}}
+        names = ("_tables", "_thresholds", "_additions", "_incoming", "_routers", "_unions")
+        unknown = {"example": None, "function": None}
+        return {**self.__dict__, **{name: {} for name in names}, **unknown}
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
@@ -86,8 +101,18 @@ class BlockState:
             for index, pathway in enumerate(pathways)
         )
         self.bypassed = any(member.bypass is not None for member in members)
+        self.skips = any(member.skipping is not None for member in members)
         self.set_shard(self.shard)
         self._routers, self._unions = {}, {}
+
+    @property
+    def skipping(self) -> set[int]:
+        """The pathways that skip neurons token by token."""
+        return {
+            index
+            for index in range(len(self.pathways))
+            if any(self.members[member].skipping for member in self.members_of(index))
+        }
 
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
@@ -96,7 +121,7 @@ class BlockState:
         if shard is not None:
             self._own = tuple(map(shard.cut, self.members))
             self._own_kept = _kept_of(self._own)
-        self._tables, self._additions, self._incoming = {}, {}, {}
+        self._tables, self._thresholds, self._additions, self._incoming = {}, {}, {}, {}
 
     def members_of(self, pathway: int) -> range:
         """Return the members of a pathway: itself, or its experts."""
@@ -283,6 +308,31 @@ class BlockState:
         elif removed.dim() == 2:
             removed = spread(removed, activation)
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
+
+    def skip(self, activation: Tensor, up: Tensor | None, member: int | Tensor) -> Tensor:
+        """Return a masked activation with those neurons zeroed that each token skips. Pure.
+
+        Args:
+            activation: As in ``mask``.
+            up: The other factor of a gated block's activation.
+            member: As in ``mask``.
+        """
+        if not self.skips:
+            return activation
+        table = self._thresholds.get(activation.device)
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():
+                table = threshold_table(self._own, activation.device)
+            if not torch.compiler.is_compiling():
+                self._thresholds[activation.device] = table
+        return skip_small(activation, up, of_tokens(table, member, activation))
+
+    def skip_kept(self, activation: Tensor, up: Tensor | None, member: int) -> Tensor:
+        """Return one member's kept activation ``(..., kept)`` with skipped neurons zeroed. Pure."""
+        skipping = self.members[member].skipping
+        if skipping is None:
+            return activation
+        return skip_small(activation, up, skipping.threshold.to(activation.device))
 
     def _removed(self, device: torch.device) -> Tensor:
         """Return the masks inverted, bool ``(members + 1, width)``; the last removes nothing."""

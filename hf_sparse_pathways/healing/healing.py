@@ -232,7 +232,7 @@ class _Job:
         check_student(student, self.model, probe, self.domain)
 
     def _blocks(self, pathway: Pathway) -> tuple[BlockPathway, ...]:
-        return pathway.unclustered(self.domain, "Heal one that was built without clusters.")
+        return pathway.unclustered(self.domain, "Heal one that computes the same neurons for all.")
 
     @property
     def _dense_steps(self) -> int:

@@ -83,6 +83,10 @@ CONTENDERS: Mapping[str, Contender] = {
             Contender(label=f"clusters-{count}", options={"method": OBS, "clusters": count})
             for count in (2, 4, 8, 16, 32)
         ),
+        Contender(label="skip-50", options={"method": OBS, "skip": 0.5}),
+        Contender(
+            label="clusters-16-skip-50", options={"method": OBS, "clusters": 16, "skip": 0.5}
+        ),
         Contender(
             label="clusters-16-shared",
             options={"method": OBS, "clusters": 16, "compensation": "shared+bias"},

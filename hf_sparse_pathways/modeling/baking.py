@@ -161,7 +161,7 @@ def without_bias(pathways: Pathways) -> Pathways:
 def _parts(pathway: Pathway, name: str) -> tuple[BlockPathway, ...]:
     """Return what is kept of each block, where that is the same for all tokens."""
     return pathway.unclustered(
-        name, "A plain FFN computes the same for all: export a pathway without clusters."
+        name, "A plain FFN computes the same for all: export a pathway that does."
     )
 
 

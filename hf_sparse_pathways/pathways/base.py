@@ -71,7 +71,20 @@ class BlockShape:
             own = pathway.mean([self.flops(expert) for expert in pathway.experts])
             return own + pathway.router.weight.numel()
         rank = 0 if pathway.bypass is None else pathway.bypass.rank
-        return pathway.kept * self.flops_per_neuron + rank * (self.d_in + self.d_out)
+        active = 1.0 if pathway.skipping is None else float(pathway.skipping.active)
+        own = pathway.kept * self.flops_per_neuron * self.share(active)
+        return own + rank * (self.d_in + self.d_out)
+
+    def share(self, active: float) -> float:
+        """Return a neuron's mean cost where it is computed after its gate for some tokens only.
+
+        Args:
+            active: The share of tokens for which it is. For the others it costs its gate alone.
+
+        Returns:
+            Of what it costs where it is never skipped.
+        """
+        return (self.d_in + active * (self.flops_per_neuron - self.d_in)) / self.flops_per_neuron
 
     def router_width(self, clusters: int) -> float:
         """Return what routing between clusters computes, in neurons."""

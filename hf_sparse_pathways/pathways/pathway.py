@@ -77,6 +77,15 @@ class Pathway:
         """Most experts that a block has; 1 where all tokens have the same neurons."""
         return max(len(experts_of(block)) for block in self.blocks)
 
+    @property
+    def skipped(self) -> float:
+        """The share of its kept neurons that a token skips, on calibration text."""
+        experts = [expert for block in self.blocks for expert in experts_of(block)]
+        shares = [float(e.skipping.active) if e.skipping else 1.0 for e in experts]
+        kept = [expert.kept for expert in experts]
+        active = sum(share * own for share, own in zip(shares, kept, strict=True))
+        return 1.0 - active / sum(kept)
+
     def unclustered(self, name: str, instead: str) -> tuple[BlockPathway, ...]:
         """Return the blocks, for what can only be done where all tokens have the same neurons.
 
@@ -88,6 +97,8 @@ class Pathway:
             UnsupportedModelError: They have not.
         """
         blocks = tuple(block for block in self.blocks if isinstance(block, BlockPathway))
+        if any(expert.skipping for block in self.blocks for expert in experts_of(block)):
+            raise UnsupportedModelError(f"Pathway {name!r} skips neurons token by token. {instead}")
         if len(blocks) < len(self.blocks):
             raise UnsupportedModelError(
                 f"Pathway {name!r} has {self.clusters} clusters of tokens with neurons of their "

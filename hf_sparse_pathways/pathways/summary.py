@@ -90,5 +90,6 @@ def _added(block: BlockPathway) -> list[str]:
         "bias": block.bias is not None,
         bypass: block.bypass is not None,
         "healed rows": any(delta is not None for delta in block.incoming),
+        "skipping": block.skipping is not None,
     }
     return [name for name, there in named.items() if there]

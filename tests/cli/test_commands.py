@@ -1,6 +1,7 @@
 """From text to a measured model, one command after the other."""
 
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -238,6 +239,23 @@ def test_build_clusters_tokens(places, tmp_path, quick):
     assert "code" in said
 
 
+@pytest.mark.parametrize("quick", [(), ("--quick",)], ids=["default", "quick"])
+def test_build_skips_by_token(places, tmp_path, quick):
+    options = (*UNIFORM, "--sparsity", 0.5, "--skip", 0.4, *quick)
+    said = run_well("build", places.dense, *places.texts, *options, "--output", tmp_path / "built")
+    assert re.search(r"each token skips \d+%", said)
+    facts = _info(tmp_path / "built")
+    for arm in (*facts["domains"].values(), *facts["controls"].values()):
+        assert arm["skip"] == 0.4
+        assert 0.2 < arm["skipped"] < 0.6
+        assert arm["order"] == "sequential"
+        assert arm["flops"] <= 0.5
+    report = run_well("evaluate", tmp_path / "built", *places.texts, "--json")
+    assert "pooled" in report
+    said = run_well("generate", tmp_path / "built", "--domain", "code", "--prompt", "the", "--json")
+    assert "code" in said
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -245,6 +263,8 @@ def test_build_clusters_tokens(places, tmp_path, quick):
         (("--clusters", 3, "--method", "wanda"), "Clusters of tokens"),
         (("--clusters", 5000), "2 to 1024"),
         (("--clusters", 3, "--target-speedup", 1.1), "without clusters"),
+        (("--skip", 0.5, "--target-speedup", 1.1), "skip nothing"),
+        (("--skip", 1.5), "share of kept neurons"),
     ],
 )
 def test_build_says_what_clusters_need(places, tmp_path, options, told):

@@ -94,7 +94,7 @@ def test_moments_of_clusters_add_up_to_the_block_s():
     assert torch.allclose(sum(totals), expected.gram.total + 3 * prior, rtol=1e-4, atol=1e-4)
     crosses = sum(own.missing * own.gram.tokens for own in task.tasks)
     assert torch.allclose(crosses, expected.missing * (len(rows) + 30.0), rtol=1e-4, atol=1e-4)
-    own = (task.router(probe.seen_at(rows)[1]) == 1).float() @ torch.ones(len(rows))
+    own = (task.router(probe.seen_at(rows).block_input) == 1).float() @ torch.ones(len(rows))
     assert task.tasks[1].gram.tokens == pytest.approx(float(own) + 10.0, rel=1e-5)
 
 
@@ -121,7 +121,7 @@ def test_experts_beat_one_set_of_neurons_for_all(name):
     for clusters in (1, Clustering(count=4, prior=16.0)):
         pathways = sp.select(model, profile, clusters=clusters, **options)
         made = pathways["code"].blocks
-        losses[len(losses)] = _distance(model, windows, made, blocks)
+        losses[len(losses)] = distance(model, windows, made, blocks)
         assert pathways.flops("code") <= 0.5 + 1e-9
     assert all(isinstance(block, ClusteredBlock) for block in made)
     assert losses[1] < 0.9 * losses[0]
@@ -129,7 +129,7 @@ def test_experts_beat_one_set_of_neurons_for_all(name):
     unchanged()
 
 
-def _distance(model, windows, pathways, blocks):
+def distance(model, windows, pathways, blocks):
     """Return how far the final logits are from the dense ones, squared, on calibration text."""
     total = 0.0
     for batch in make_batches(windows, 8):

@@ -280,4 +280,17 @@ SHARED = {
     "a shared refit of a billion rows": _entry("0.0.shared", shape=[2**30, 48]),
     "a refit of an expert beside it": _more("0.0.1.delta", "F32", [32, 24], 4 * 32 * 24),
 }
+
+SKIPPING = {
+    "thresholds of another width": _tensor("0.0.threshold", lambda t: t[:-1].clone()),
+    "a threshold for all": _tensor("0.0.threshold", lambda t: t[0].clone()),
+    "thresholds in half precision": _tensor("0.0.threshold", lambda t: t.half()),
+    "thresholds of NaN": _raw("0.0.threshold", b"\xff"),
+    "thresholds without a share": _without("0.0.active"),
+    "a share without thresholds": _without("0.0.threshold"),
+    "a share above one": _tensor("0.0.active", lambda t: t + 1.0),
+    "a share below zero": _tensor("0.0.active", lambda t: t - 1.0),
+    "several shares": _tensor("0.0.active", lambda t: t.repeat(2)),
+    "a share a scalar": _tensor("0.0.active", lambda t: t[0].clone()),
+}
 # fmt: on

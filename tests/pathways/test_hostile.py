@@ -24,11 +24,12 @@ from hf_sparse_pathways.pathways.description import base_from_json
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.storage import write_pathways
 from hf_sparse_pathways.tensor_files import without_memory
-from tests.architectures import build, compensate, random_masks
+from tests.architectures import build, compensate, prompt, random_masks
 from tests.clustered import clustered
 from tests.pathways.corruption import read_meta, rewrite
-from tests.pathways.hostile import CLUSTERED, JSON, SHARED, TENSORS, with_header
+from tests.pathways.hostile import CLUSTERED, JSON, SHARED, SKIPPING, TENSORS, with_header
 from tests.pathways.untouched import assert_same, snapshot
+from tests.skipping import skipping
 
 CORPUS = {f"json: {name}": damage for name, damage in JSON.items()}
 CORPUS |= {f"tensors: {name}": damage for name, damage in TENSORS.items()}
@@ -54,6 +55,9 @@ def saved(tmp_path_factory):
     clustered(build("llama")).save_pretrained(folder / "clustered")
     write_pathways(clustered(build("llama")), folder / "clustered apart", apart=True)
     clustered(build("llama"), shared=True).save_pretrained(folder / "shared")
+    dense = build("llama")
+    random = compensate(dense, random_masks(dense))
+    skipping(random, prompt(2, 7), dense).save_pretrained(folder / "skipping")
     return folder
 
 
@@ -131,6 +135,14 @@ def test_hostile_shared_refits_are_refused(damage, saved, tmp_path, untouched):
     shutil.copytree(saved / "shared", tmp_path / "shared")
     SHARED[damage](tmp_path / "shared" / "pathways.json")
     _assert_refused(tmp_path / "shared", untouched)
+
+
+@pytest.mark.parametrize("only", [{}, {"only": "code"}])
+@pytest.mark.parametrize("damage", SKIPPING)
+def test_hostile_thresholds_are_refused(damage, only, saved, tmp_path, untouched):
+    shutil.copytree(saved / "skipping", tmp_path / "skipping")
+    SKIPPING[damage](tmp_path / "skipping" / "pathways.json")
+    _assert_refused(tmp_path / "skipping", untouched, **only)
 
 
 @pytest.mark.parametrize(("architecture", "count", "rows"), [("llama", 1, 2), ("phi3", 2, 1)])
