@@ -103,7 +103,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
-        self._attachment.load([pathway.blocks for pathway in named])
+        experts = [pathway.experts for pathway in named]
+        self._attachment.load([pathway.blocks for pathway in named], experts)
         self._pathways = pathways
         self.config.domains = pathways.domains
         if self._adapters is not None:
