@@ -4,7 +4,7 @@ The shapes are the fingerprint that decides whether pathways, masks or a profile
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import nn
@@ -145,6 +145,10 @@ class BaseModel:
     @property
     def _parts(self) -> tuple[BlockShape | ExpertsShape, ...]:
         return (*self.blocks, *self.experts)
+
+    def with_experts_of(self, other: Self) -> Self:
+        """Return it with another description's experts, if it does not speak of any. Pure."""
+        return self if self.experts else replace(self, experts=other.experts)
 
     @property
     def _order(self) -> str:

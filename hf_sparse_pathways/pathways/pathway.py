@@ -311,7 +311,7 @@ class Pathways(ShownAsTables):
             MismatchError: The other was made for another base.
         """
         self.base.check_same(other.base)
-        base = self.base if self.base.experts else replace(self.base, experts=other.base.experts)
+        base = self.base.with_experts_of(other.base)
         return replace(self, base=base, by_domain={**self.by_domain, **other.by_domain})
 
     def sections(self) -> list[Table]:

@@ -154,9 +154,8 @@ def read_pathways(
         other = _read_apart(cls, source, name, place, hub)
         if name in by_domain:
             raise ArtefactError(f"{JSON_NAME} in {source}: domain {name!r} stands twice.")
-        base = found.base if found.base.experts else replace(found.base, experts=other.base.experts)
-        found = replace(found, base=base)
-        if replace(other.base, experts=base.experts) != base:
+        found = replace(found, base=found.base.with_experts_of(other.base))
+        if other.base.with_experts_of(found.base) != found.base:
             raise MismatchError(
                 f"Domain {name!r} in {source} was made for {other.base.title}, the others for "
                 f"{found.base.title}."
