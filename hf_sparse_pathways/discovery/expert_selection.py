@@ -24,6 +24,7 @@ from hf_sparse_pathways.ffn.blocks import survey_model
 from hf_sparse_pathways.ffn.expert_layouts import find_parameter
 from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import ExpertsShape, KeptExperts
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway
 
 EXPERT_SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = MappingProxyType(
@@ -72,11 +73,25 @@ class ExpertGoal:
         """Check that a profile has what it needs.
 
         Raises:
-            UnsupportedModelError: The model has no routed experts that fit; or it has nothing
-                else, and nothing is asked of them.
-            PathwaysError: The profile holds no statistics of them.
+            UnsupportedModelError: As of ``check_base``.
+            PathwaysError: The profile holds no statistics of routed experts.
         """
-        base = profile.base
+        self.check_base(profile.base)
+        told = profile.base.experts and all(own.experts for own in profile.by_domain.values())
+        if self.wanted and not told:
+            raise PathwaysError(
+                "The profile holds no statistics of routed experts: it is older than this version, "
+                "or they are packed or chosen in a way that is not known here. Take it again, or "
+                f"leave out {option('experts')} and {option('expert_neurons')}."
+            )
+
+    def check_base(self, base: BaseModel) -> None:
+        """Check that a model has what is asked for.
+
+        Raises:
+            UnsupportedModelError: It has no routed experts that fit; or it has nothing else, and
+                nothing is asked of them.
+        """
         if not self.wanted:
             if not base.blocks:
                 raise UnsupportedModelError(
@@ -85,16 +100,10 @@ class ExpertGoal:
                     f"{option('expert_neurons')} 0.5."
                 )
             return
-        if not base.experts and not base.routed:
+        if not base.routed:
             raise UnsupportedModelError(
                 f"This {base.model_type} model has no routed experts: leave out "
                 f"{option('experts')} and {option('expert_neurons')}."
-            )
-        if not base.experts or not all(domain.experts for domain in profile.by_domain.values()):
-            raise PathwaysError(
-                "The profile holds no statistics of routed experts: it is older than this version, "
-                "or the model's experts are packed in a way that is not known here. Take it again; "
-                "`sparse-pathways info` says which experts stay dense."
             )
 
     def described(self) -> dict[str, Any]:

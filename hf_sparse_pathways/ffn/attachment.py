@@ -53,7 +53,7 @@ class Attachment:
         return self.copies.blocks
 
     @property
-    def _sparse(self) -> bool:
+    def sparse(self) -> bool:
         """Whether there is anything of which pathways keep a part."""
         return bool(self.blocks or self.copies.experts)
 
@@ -150,7 +150,7 @@ class Attachment:
             expand: Whether rows may be repeated, as in ``Choice``.
         """
         choice = push_choice(self.key, pathway, expand=expand)
-        if not isinstance(pathway, int) or torch.is_grad_enabled() or not self._sparse:
+        if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.sparse:
             return choice
         executor = self.execution(name).executor
         if plain and pathway in self.copies.clustered:  # where tokens go is not known while tracing
@@ -177,7 +177,7 @@ class Attachment:
 
     def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
         """Return what a pass computes with, or None if there is no block or no room for it."""
-        if not self._sparse:
+        if not self.sparse:
             return None
         if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
             held = self._held_plain()

@@ -10,7 +10,7 @@ To support another way of packing, add one row here and a tiny model of it to
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class Packing:
     rows: int = 1
     interleaved: bool = False
     flat: bool = False
+
+    def of(self, experts: int) -> "Packing":
+        """Return the same of another number of experts."""
+        return replace(self, experts=experts)
 
     def apart(self, tensor: Tensor) -> Tensor:
         """Return a view of the parameter whose first dimension is over experts."""

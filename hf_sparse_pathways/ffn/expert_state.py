@@ -18,9 +18,6 @@ from hf_sparse_pathways.ffn.expert_layouts import cut_experts, find_parameter
 from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import KeptExperts
 
-_MULTIPLE = 8
-"""Grouped products want rows of 16 bytes, which are eight numbers of the smallest dtype."""
-
 _MAKING = threading.Lock()
 
 
@@ -59,7 +56,7 @@ class ExpertState:
         self.pathways: tuple[KeptExperts | None, ...] = ()
         self.alone: KeptExperts | None = None
         self._removed: dict[torch.device, Tensor] = {}
-        self._neurons: dict[tuple[int, torch.device], Tensor] = {}
+        self._neurons: dict[tuple[int, torch.device], tuple[Tensor, int]] = {}
         self._copies: dict[int, CutExperts] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +105,8 @@ class ExpertState:
         part = self.pathways[pathway] if pathway < len(self.pathways) else None
         if part is None or part.width is None:
             return 0
-        wide = part.width + self._silent(pathway)
+        _, neurons, _ = part.padded_indices()
+        wide = 0 if neurons is None else neurons.shape[1]
         share = part.kept * wide / (self.packed.experts * self.packed.d_ff)
         tensors = self._tensors(experts).values()
         return int(share * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
@@ -158,7 +156,8 @@ class ExpertState:
         self, experts: nn.Module, pathway: int, needed: Tensor, stamp: tuple[object, ...]
     ) -> CutExperts:
         """Take some experts' kept neurons."""
-        neurons, silent = self._neurons_of(pathway, needed.device)[needed], self._silent(pathway)
+        all_neurons, silent = self._neurons_of(pathway, needed.device)
+        neurons = all_neurons[needed]
         tensors = {
             packing.name: packing.take(
                 find_parameter(experts, packing.name), needed, neurons, 0 if number else silent
@@ -170,30 +169,23 @@ class ExpertState:
         places = places.index_copy(0, needed, torch.arange(len(needed), device=needed.device))
         return CutExperts(module, places, stamp)
 
-    def _neurons_of(self, pathway: int, device: torch.device) -> Tensor:
+    def _neurons_of(self, pathway: int, device: torch.device) -> tuple[Tensor, int]:
         """Return each expert's kept neurons, int64 ``(experts, width)``; of removed ones any.
 
-        The first ones stand again at the end, to make the width a multiple; they are to be silent.
+        How many of the last ones are to be silent stands beside them.
         """
         found = self._neurons.get((pathway, device))
         if found is None:
             part = self.pathways[pathway]
             assert part is not None  # or it narrows nothing
             with torch.inference_mode(False):
-                kept, neurons = part.indices()
-                assert neurons is not None
-                silent = neurons[:, :1].expand(-1, self._silent(pathway))
-                neurons = torch.cat([neurons, silent], dim=1)
-                found = torch.zeros(len(part.keep), neurons.shape[1], dtype=torch.int64)
-                found = found.index_copy(0, kept, neurons).to(device)
+                kept, neurons, silent = part.padded_indices()
+                assert neurons is not None  # likewise
+                places = torch.zeros(len(part.keep), neurons.shape[1], dtype=torch.int64)
+                found = places.index_copy(0, kept, neurons).to(device), silent
             if not torch.compiler.is_compiling():
                 self._neurons[pathway, device] = found
         return found
-
-    def _silent(self, pathway: int) -> int:
-        """Return how many neurons without output make a pathway's width one that is multiplied."""
-        part = self.pathways[pathway]
-        return 0 if part is None or part.width is None else -part.width % _MULTIPLE
 
     def _tensors(self, experts: nn.Module) -> dict[str, Tensor]:
         return {one.name: find_parameter(experts, one.name) for one in self.packed.packings}

@@ -16,6 +16,9 @@ from hf_sparse_pathways.errors import MismatchError
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.experts import RoutedExperts
 
+_MULTIPLE = 8
+"""Grouped products want rows of 16 bytes, which are eight numbers of the smallest dtype."""
+
 EXPERT_PARTS = ("keep", "neurons")
 """Names of the tensors that it may hold; the first one it always has."""
 
@@ -117,6 +120,17 @@ class KeptExperts:
         if self.neurons is None:
             return experts, None
         return experts, self.neurons[experts].nonzero()[:, 1].view(len(experts), -1)
+
+    def padded_indices(self) -> tuple[Tensor, Tensor | None, int]:
+        """Return ``indices`` with a width that is a multiple, and how many neurons that adds.
+
+        The first neurons stand again at the end; their outgoing weights have to be zeros.
+        """
+        experts, neurons = self.indices()
+        if neurons is None:
+            return experts, None, 0
+        silent = -neurons.shape[1] % _MULTIPLE
+        return experts, torch.cat([neurons, neurons[:, :1].expand(-1, silent)], dim=1), silent
 
     def check(self, shape: ExpertsShape) -> None:
         """Check that it fits a layer's experts; of tensors without memory the shapes alone.

@@ -130,7 +130,14 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         UnsupportedModelError: The architecture has no form for it.
         PathwaysError: One domain's neurons were loaded alone, or widths would not be narrower.
     """
-    parts = _parts(model.pathways.subset([domain])[domain], domain)
+    pathway = model.pathways.subset([domain])[domain]
+    if pathway.experts:
+        raise UnsupportedModelError(
+            f"Pathway {domain!r} keeps some of the routed experts, for which no plain checkpoint "
+            "can be written yet. Load it alone with from_pretrained(folder, domain=...), or export "
+            "one that keeps all of them."
+        )
+    parts = _parts(pathway, domain)
     plain = model.to_dense()
     _check_plain(plain, parts)
     blocks = find_blocks(plain)

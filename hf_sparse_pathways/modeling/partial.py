@@ -7,6 +7,7 @@ way, or come from files other than safetensors, is loaded whole and cut afterwar
 """
 
 import copy
+import re
 import sys
 import threading
 from collections import Counter, defaultdict
@@ -25,12 +26,16 @@ from transformers.core_model_loading import (
 )
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.expert_reduction import ReducedExperts
 from hf_sparse_pathways.ffn.ranges import Excerpt
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.model import SparsePathwaysModel
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""What an expert's number stands behind in the name of its own tensor."""
 
 HOW_TO_LOAD_ALL = "Load the full model, from_pretrained(...) without domain=, "
 
@@ -87,6 +92,7 @@ class Loading:
         )
         self.domain = domain
         self._blocks: list[ReducedBlock] = []
+        self._experts: list[ReducedExperts] = []
         self._files: list[Any] = []
 
     def prepare(
@@ -116,6 +122,11 @@ class Loading:
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, self._parts, strict=True)
         ]
+        routed = model._attachment.copies.experts
+        kept = self._chosen[self.domain].experts
+        self._experts = [
+            ReducedExperts(one.found, own) for one, own in zip(routed, kept, strict=bool(kept))
+        ]
         model._attachment.copies.reduce([one.block.leaves for one in attached])
         _check_own_weights(model, self._blocks)
         if state is None and not all(str(file).endswith(".safetensors") for file in files or [""]):
@@ -127,7 +138,11 @@ class Loading:
         for file in files:
             whole |= self._lazy(file, "pread" if _must_read(config) else "mmap")
             read |= self._lazy(file, "pread")
-        return {**whole, **self._excerpts(model, read, config)}
+        excerpts = self._excerpts(model, read, config)
+        unneeded = self._reserve_experts(model, read, config, excerpts)
+        return {
+            name: tensor for name, tensor in {**whole, **excerpts}.items() if name not in unneeded
+        }
 
     def _lazy(self, file: str, backend: str) -> dict[str, Any]:
         opened: Any = safe_open(file, framework="pt", device="cpu", backend=backend)
@@ -150,14 +165,41 @@ class Loading:
                 excerpts[found[0]] = Excerpt(read[found[0]], dim, runs, dtype)
         return excerpts
 
+    def _reserve_experts(
+        self, model: nn.Module, read: dict[str, Any], config: Any, excerpts: dict[str, Excerpt]
+    ) -> set[str]:
+        """Reserve room for the kept experts alone; return the tensors of others, not to be read.
+
+        A checkpoint has one tensor per expert, which are put together on the way, or packed ones,
+        of which excerpts are added to those that there are, in place.
+        """
+        single, together = _sources_of_experts(model, list(read), config.weight_mapping or [])
+        names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
+        unneeded: set[str] = set()
+        for layer in self._experts:
+            for holder, name, packing, runs in layer.parameters():
+                whole = holder.get_parameter(name)
+                known = names[id(whole)]
+                found, numbered = single.get(known, []), together.get(known, {})
+                same = len(found) == 1 and [*read[found[0]].get_shape()] == [*whole.shape]
+                if not same and {*numbered} != {*range(packing.experts)}:
+                    continue  # converted in another way: cut afterwards
+                if same:
+                    dtype = None if config.dtype_plan else whole.dtype
+                    excerpts[found[0]] = Excerpt(read[found[0]], 0, runs, dtype)
+                for expert in (~layer.kept.keep).nonzero().flatten().tolist():
+                    unneeded |= {*numbered.get(expert, ())}
+                layer.reserve(holder, name, packing, runs)
+        return unneeded
+
     def finish(self, model: "SparsePathwaysModel") -> None:
         """Add the compensation into a loaded model's weights, in place."""
-        for block in self._blocks:
-            block.finish()
+        for part in (*self._blocks, *self._experts):
+            part.finish()
         for opened in self._files:
             opened.__exit__(None, None, None)
         model.become_partial(Partial(self.domain))
-        self._blocks = []
+        self._blocks, self._experts = [], []
 
 
 class _Local(threading.local):
@@ -228,6 +270,33 @@ def _must_read(config: Any) -> bool:
 
 def _sources(model: nn.Module, keys: list[str], mapping: list[Any]) -> dict[str, list[str]]:
     """Return which tensors of a checkpoint become which parameter as they are, by its name."""
+    return _renamed(model, keys, mapping, converted=False)
+
+
+def _sources_of_experts(
+    model: nn.Module, keys: list[str], mapping: list[Any]
+) -> tuple[dict[str, list[str]], dict[str, dict[int, list[str]]]]:
+    """Return which tensors become a packed parameter: as they are, and one per expert by number."""
+    numbered: dict[str, dict[int, list[str]]] = {}
+    for name, found in _renamed(model, keys, mapping, converted=True).items():
+        own = numbered.setdefault(name, {})
+        for key in found:
+            number = _EXPERT.search(key)
+            own.setdefault(-1 if number is None else int(number[1]), []).append(key)
+    return _sources(model, keys, mapping), numbered
+
+
+def _renamed(
+    model: nn.Module, keys: list[str], mapping: list[Any], *, converted: bool
+) -> dict[str, list[str]]:
+    """Return which tensors of a checkpoint belong to which parameter.
+
+    Args:
+        model: The model.
+        keys: The tensors' names.
+        mapping: How Transformers renames and converts them.
+        converted: Whether those that are converted on the way are wanted, or the others.
+    """
     mapping = copy.deepcopy(mapping)  # renaming leaves traces in it
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -238,6 +307,6 @@ def _sources(model: nn.Module, keys: list[str], mapping: list[Any]) -> dict[str,
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], prefix, expected)
-        if pattern is None:
+        if (pattern is not None) == converted:
             found[name].append(key)
     return found
