@@ -52,7 +52,7 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
         "blocks": [block.name for block in pathways.base.blocks],
         "routed": pathways.routed,
         "dense_experts": _dense_experts(pathways),
-        "experts": [_describe_layer(pathways, index) for index in range(len(pathways.base.experts))],
+        "experts": _describe_layers(pathways),
         "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
         "controls": {name: _describe_one(pathways, name) for name in pathways.controls},
     }
@@ -65,8 +65,12 @@ def _dense_experts(pathways: "Pathways") -> list[str]:
     return [name for name in pathways.base.routed if name not in partly]
 
 
+def _describe_layers(pathways: "Pathways") -> list[dict[str, Any]]:
+    """Return what each domain and control keeps of every layer's routed experts."""
+    return [_describe_layer(pathways, index) for index in range(len(pathways.base.experts))]
+
+
 def _describe_layer(pathways: "Pathways", index: int) -> dict[str, Any]:
-    """Return what each domain and control keeps of one layer's routed experts."""
     shape = pathways.base.experts[index]
     named = {**pathways.by_domain, **pathways.controls}
     kept = {name: own.experts[index] for name, own in named.items() if own.experts}

@@ -1,9 +1,9 @@
 """Statistics of routed experts: one more pass over a domain's text, with hooks on the experts.
 
-A hook sees which expert each token is routed to, and with what weight. Every expert is then computed
-for its tokens by its own class's forward, twice: as it is, which gives its output, and with the
-identity in place of the outgoing weights, which gives its activation; so whatever stands between
-gate, up and down is the model's own code.
+A hook sees which expert each token is routed to, and with what weight. Every expert is then
+computed for its tokens by its own class's forward, twice: as it is, which gives its output, and
+with the identity in place of the outgoing weights, which gives its activation; so whatever stands
+between gate, up and down is the model's own code.
 """
 
 from collections.abc import Sequence

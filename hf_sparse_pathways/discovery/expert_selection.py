@@ -1,9 +1,10 @@
 """Which routed experts a domain keeps, and which neurons of each, from a profile's statistics.
 
-The same share of every layer's experts stays, at least as many as a token has (and, where the router
-chooses among groups first, so many of each group that any of them will do): those that most tokens
-are routed to, or those of the largest REAP criterion. Of each kept expert the same number of neurons
-stays: those of the largest mean absolute activation times the norm of their outgoing weights.
+The same share of every layer's experts stays, at least as many as a token has (and, where the
+router chooses among groups first, so many of each group that any of them will do): those that most
+tokens are routed to, or those of the largest REAP criterion. Of each kept expert the same number of
+neurons stays: those of the largest mean absolute activation times the norm of their outgoing
+weights.
 
 Source: Lasby et al. 2025, "REAP the Experts", arXiv:2510.13999; the score of neurons is that of
 Wanda (Sun et al. 2023, arXiv:2306.11695) summed over an outgoing column.

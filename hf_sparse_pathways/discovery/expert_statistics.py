@@ -1,8 +1,8 @@
 """What a domain's text does in the routed experts of one layer, as sums over its tokens.
 
 Per expert: how many tokens were routed to it, its weights there, weight times the norm of its
-output (the criterion of REAP), and its summed outputs, of which the likeness of experts is told; per
-neuron of an expert the absolute activation over these tokens.
+output (the criterion of REAP), and its summed outputs, of which the likeness of experts is told;
+per neuron of an expert the absolute activation over these tokens.
 
 Source: Lasby et al. 2025, "REAP the Experts", arXiv:2510.13999, eq. 9: the mean over the tokens
 routed to an expert of gate value times output norm.

@@ -188,9 +188,7 @@ def select(  # noqa: PLR0913
     )
 
 
-def _without_blocks(
-    profile: Profile, pooled: Mapping[str, DomainProfile]
-) -> dict[str, Pathway]:
+def _without_blocks(profile: Profile, pooled: Mapping[str, DomainProfile]) -> dict[str, Pathway]:
     """Return pathways of a model whose FFNs are routed experts alone."""
     taken = {**profile.by_domain, **pooled}
     return {

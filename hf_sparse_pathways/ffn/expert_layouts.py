@@ -103,7 +103,8 @@ class Packing:
         if self.rows == 1:
             return neurons
         if self.interleaved:
-            return torch.stack([self.rows * neurons + part for part in range(self.rows)], 2).flatten(1)
+            beside = [self.rows * neurons + part for part in range(self.rows)]
+            return torch.stack(beside, dim=2).flatten(1)
         return torch.cat([neurons + part * d_ff for part in range(self.rows)], dim=1)
 
 
@@ -156,7 +157,8 @@ def _match(module: Any, layout: ExpertLayout, count: int) -> PackedExperts | Non
     turns = layout.fused and not getattr(module, "is_concatenated", True)
     packings = [Packing(layout.outgoing, count, 1 if transposed else 2)]
     packings += [Packing(layout.incoming[0], count, 2 if transposed else 1, rows, turns)]
-    for name, places in ((layout.incoming[0], (1, rows, turns)), (layout.outgoing, (None, 1, False))):
+    biases = {layout.incoming[0]: (1, rows, turns), layout.outgoing: (None, 1, False)}
+    for name, places in biases.items():
         if _find(module, f"{name}_bias") is not None:
             packings.append(Packing(f"{name}_bias", count, *places))
     if {packing.name for packing in packings} != {*_names(module)}:

@@ -67,8 +67,6 @@ class ReducedExperts:
             own = None if neurons is None else neurons.to(weight.device)
             cut = packing.take(weight, needed, own, 0 if number else silent)
             tensors[packing.name] = nn.Parameter(cut, requires_grad=weight.requires_grad)
-        made = cut_experts(
-            self.found.module, type(self.found.module), tensors, len(experts), width
-        )
+        made = cut_experts(self.found.module, type(self.found.module), tensors, len(experts), width)
         self.found.module.__dict__.update(made.__dict__)
         AttachedExperts(self.found, ModelKey()).reduce(self.kept)

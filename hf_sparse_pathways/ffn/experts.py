@@ -91,7 +91,9 @@ def _first_number(holders: tuple[Any, ...], names: tuple[str, ...]) -> int | Non
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def list_candidates(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def list_candidates(
+    layer_name: str, layer: nn.Module
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Yield the outermost modules of a layer that may hold routed experts: name, parent, module."""
     found: list[str] = []
     for name, module in layer.named_modules(prefix=layer_name):

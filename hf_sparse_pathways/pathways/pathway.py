@@ -3,8 +3,8 @@
 Both are values: frozen, without a link to a live model. A pathway holds one ``BlockPathway`` per
 FFN block, in layer order, or a ``ClusteredBlock`` where tokens have different experts; and in
 mixture-of-experts models one ``KeptExperts`` per layer with routed experts, if it says anything of
-them. Besides the domains' pathways there may be *controls* (``pooled``: all domains' statistics together), which
-stand beside them in every measurement and are no domains.
+them. Besides the domains' pathways there may be *controls* (``pooled``: all domains' statistics
+together), which stand beside them in every measurement and are no domains.
 """
 
 import re
@@ -295,8 +295,7 @@ class Pathways(ShownAsTables):
             MismatchError: An entry does not fit its layer, or leaves too few to the router.
         """
         own = {
-            name: replace(self._domain(name), experts=tuple(kept))
-            for name, kept in experts.items()
+            name: replace(self._domain(name), experts=tuple(kept)) for name, kept in experts.items()
         }
         return replace(self, by_domain={**self.by_domain, **own})
 

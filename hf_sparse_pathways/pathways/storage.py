@@ -27,6 +27,7 @@ from hf_sparse_pathways.errors import (
 )
 from hf_sparse_pathways.files import read_json, read_pair, write_pair
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.description import base_from_json, base_to_json
 from hf_sparse_pathways.pathways.expert_parts import (
     choose_experts,
@@ -42,7 +43,6 @@ from hf_sparse_pathways.pathways.parts import (
     name_tensors,
     restore_pathways,
 )
-from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.revision import commit_of
 from hf_sparse_pathways.pathways.signature_parts import (

@@ -81,19 +81,13 @@ def _take_out(found, kept):
         setattr(holder, name, torch.nn.Parameter(own.flatten(0, 1) if packing.flat else own))
     found.module.num_experts = kept.kept
     for module in found.router.modules():
-        for name, tensor in [*module.named_parameters(recurse=False)]:
-            if count in tensor.shape:
-                setattr(module, name, torch.nn.Parameter(_of_experts(tensor, kept.keep)))
-        for name, tensor in [*module.named_buffers(recurse=False)]:
-            if count in tensor.shape:
-                setattr(module, name, _of_experts(tensor, kept.keep))
-        for name in ("num_experts", "n_routed_experts"):
-            if getattr(module, name, None) == count:
-                setattr(module, name, kept.kept)
-
-
-def _of_experts(tensor, keep):
-    return tensor[keep] if len(tensor) == len(keep) else tensor[..., keep]
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and count in tensor.shape:
+                    own = tensor[kept.keep] if len(tensor) == count else tensor[..., kept.keep]
+                    tensors[name] = type(tensor)(own)
+        for name in {"num_experts", "n_routed_experts"} & vars(module).keys():
+            setattr(module, name, kept.kept)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Expert pathways in files: written beside the others, refused if they do not fit, absent if unused."""
+"""Expert pathways in files: beside the others, refused if they do not fit, absent if unused."""
 
 import json
 import shutil
@@ -16,7 +16,6 @@ from tests.moe.oracles import expert_pathways
 from tests.pathways.hostile import EXPERTS
 from tests.pathways.test_hostile import _assert_refused
 from tests.pathways.untouched import snapshot
-
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_domains_with_and_without_experts_lie_together(dense, tmp_path, apart):
             assert (mixed[row] - alone).abs().max().item() <= 1e-5
 
 
-def test_another_models_experts_are_refused(dense, routed):
+def test_another_models_experts_are_refused(routed):
     model, _ = routed
     paths = expert_pathways(build_moe("olmoe"), ("both",))
     with pytest.raises(sp.PathwaysError, match="Made for"):

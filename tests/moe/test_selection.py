@@ -45,7 +45,7 @@ def test_statistics_equal_those_of_each_token(case):
 
 @torch.no_grad()
 def _by_token(model, windows):
-    """Return routed, weight_sum and reap_sum by running each window alone and each token's pairs."""
+    """Return routed, weight_sum and reap_sum, from each window alone and each token's experts."""
     layers = survey_model(model).experts
     sums = [
         {name: torch.zeros(one.packed.experts).double() for name in TENSORS[:3]} for one in layers

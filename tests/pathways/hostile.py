@@ -275,8 +275,8 @@ _ROUTED, _NEURONS = "experts.0.0.keep", "experts.0.0.neurons"
 
 EXPERTS = {
     "no experts": _tensor(_ROUTED, torch.zeros_like),
-    "fewer experts than a token has": _tensor(_ROUTED, lambda t: torch.arange(8) < 1),
-    "experts of another number": _tensor(_ROUTED, lambda t: torch.ones(9, dtype=torch.bool)),
+    "fewer experts than a token has": _tensor(_ROUTED, lambda t: t & (t.cumsum(0) < 2)),
+    "experts of another number": _tensor(_ROUTED, lambda t: torch.cat([t, t[:1]])),
     "experts in integers": _tensor(_ROUTED, lambda t: t.int()),
     "experts a scalar": _tensor(_ROUTED, lambda t: t[0].clone()),
     "experts a matrix": _tensor(_ROUTED, lambda t: t[None]),
@@ -290,7 +290,8 @@ EXPERTS = {
     "neurons neither true nor false": _raw(_NEURONS, b"\x02"),
     "neurons none": _tensor(_NEURONS, torch.zeros_like),
     "neurons of removed experts": _tensor(_NEURONS, torch.ones_like),
-    "neurons unequally many": _tensor(_NEURONS, lambda t: t & ~(torch.arange(96).view(8, 12) == t.flatten().nonzero()[0])),
+    "neurons unequally many": _tensor(
+        _NEURONS, lambda t: t & (t.flatten().cumsum(0) > 1).view(8, -1)),
     "neurons of another width": _tensor(_NEURONS, lambda t: t[:, :-1].clone()),
     "neurons of another number": _tensor(_NEURONS, lambda t: t[:-1].clone()),
     "neurons in bytes": _tensor(_NEURONS, lambda t: t.to(torch.uint8)),
@@ -298,7 +299,7 @@ EXPERTS = {
        for value in (5, "keep", {}, ["neurons"], ["keep", "x"], [["keep"]], [], True, None)},
     **{f"{name} {value!r:.12}": _field("base", "experts", 0, name, value)
        for name in ("experts", "top_k", "groups", "top_groups", "d_in", "d_ff", "d_out", "branches")
-       for value in (0, -1, limits.MOST_WIDTH + 1, 2**63, True, "8", [8], None, 1.5)},
+       for value in (0, limits.MOST_WIDTH + 1, True, "8", None)},
     "more per token than there are": _field("base", "experts", 0, "top_k", 9),
     "groups that do not divide": _field("base", "experts", 0, "groups", 3),
     "more groups than there are": _field("base", "experts", 0, "top_groups", 2),
