@@ -161,6 +161,15 @@ def test_padding_and_batches_do_not_count(case):
         torch.testing.assert_close(mine.abs_sum, theirs.abs_sum, rtol=1e-4, atol=1e-4)
 
 
+def test_gated_shared_experts_are_pruned_in_sequence():
+    """Their input is flattened to tokens, and what they give enters the layer by a gate."""
+    model = build_moe("qwen2_moe")
+    paths = sp.select(model, take(model), sparsity=0.3, experts=0.5, order="sequential")
+    assert paths["code"].provenance["order"] == "sequential"
+    assert 0.2 < paths.sparsity("code") < 0.4
+    assert paths.expert_sparsity("code") == 0.5
+
+
 def test_groups_keep_enough():
     found = survey_model(build_moe("deepseek_v2")).experts[0]
     shape = ExpertsShape.of(found, "")
