@@ -148,9 +148,32 @@ class AttachedExperts:
         self.state = ExpertState(key, found)
         self.experts: Any = found.module
         self.router: Any = found.router
+        self._places = {
+            name: module
+            for name, module in found.parent._modules.items()
+            if module is self.experts or module is self.router
+        }
         for module, role in ((self.experts, PathwayExperts), (self.router, PathwayRouter)):
             module.__class__ = _routed_class(role, type(module))
             module.expert_state = self.state
+
+    def settle(self) -> None:
+        """Check that the swapped modules are still what the layer calls.
+
+        Raises:
+            UnsupportedModelError: One was replaced by a module that does not contain it.
+        """
+        children = self.found.parent._modules
+        for name, module in self._places.items():
+            held = children.get(name)
+            if held is module:
+                continue
+            if held is None or not any(inner is module for inner in held.modules()):
+                raise UnsupportedModelError(
+                    f"{self.state.name} or its router was replaced by {type(held).__name__} after "
+                    "the pathways were attached, so they cannot be computed. Quantise or convert "
+                    "the dense model first, then attach pathways to it."
+                )
 
     def set_pathways(self, pathways: tuple[KeptExperts | None, ...]) -> None:
         """Replace what the pathways keep, in place."""

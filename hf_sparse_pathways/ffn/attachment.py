@@ -222,7 +222,7 @@ class Attachment:
         Raises:
             UnsupportedModelError: A leaf was replaced by a module that does not contain it.
         """
-        for attached in self.blocks:
+        for attached in (*self.blocks, *self.copies.experts):
             attached.settle()
 
     def detach(self) -> None:

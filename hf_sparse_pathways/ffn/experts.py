@@ -24,7 +24,8 @@ class RoutedExperts:
 
     Attributes:
         name: Qualified name of the module that holds them.
-        module: That module.
+        parent: The module that it and the router are children of.
+        module: The module that holds them.
         router: The module that chooses among them.
         packed: How they are packed.
         top_k: How many a token has.
@@ -33,6 +34,7 @@ class RoutedExperts:
     """
 
     name: str
+    parent: nn.Module
     module: nn.Module
     router: nn.Module
     packed: PackedExperts
@@ -67,6 +69,7 @@ def match_routed(name: str, parent: nn.Module, module: nn.Module) -> RoutedExper
         groups = top_groups = 1
     return RoutedExperts(
         name=name,
+        parent=parent,
         module=module,
         router=router,
         packed=packed,

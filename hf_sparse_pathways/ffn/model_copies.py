@@ -106,7 +106,9 @@ class ModelCopies:
 
     def are_views(self) -> bool:
         """Whether every pathway can be computed on views of the weights alone."""
-        return all(has_views(leaf, own) for leaf in self.compact_leaves for own in self._pathways)
+        narrowed = any(one.copy_bytes(own) for one in self.experts for own in self._pathways)
+        views = (has_views(leaf, own) for leaf in self.compact_leaves for own in self._pathways)
+        return not narrowed and all(views)
 
     def drop(self) -> None:
         """Forget all copies; they are made again when needed."""

@@ -117,7 +117,8 @@ def write_html_report(
     """
     pathways = source if isinstance(source, Pathways) else Pathways.from_pretrained(source)
     measured = Measured(evaluation=evaluation, benchmark=benchmark, analysis=analysis)
-    write_atomically(Path(path), render_page(pathways, measured, plots=plots).encode())
+    drawn = plots and bool(pathways.base.blocks)  # pictures are of FFN blocks
+    write_atomically(Path(path), render_page(pathways, measured, plots=drawn).encode())
 
 
 def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -> str:

@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.errors import UnsupportedModelError
 from tests.architectures import prompt
 from tests.moe.architectures import MOE, build_moe
 from tests.moe.oracles import KINDS, expert_pathways, pruned
@@ -120,3 +122,28 @@ def test_too_little_memory_is_exact(case):
     assert _difference(model(IDS, domain="both").logits, expected["both"]) <= TOLERANCE
     assert not model.resident
     model.max_resident_bytes = "1GB"
+
+
+def test_replaced_experts_are_an_error():
+    dense = build_moe("mixtral")
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, expert_pathways(dense))
+    model.model.layers[1].mlp.experts = copy.deepcopy(dense.model.layers[1].mlp.experts)
+    with pytest.raises(UnsupportedModelError, match="was replaced by MixtralExperts"):
+        model(IDS, domain="both")
+    model(IDS, domain=None)
+
+
+@torch.no_grad()
+def test_low_rank_adapters_of_packed_experts_count():
+    dense = build_moe("mixtral")
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, expert_pathways(dense))
+    before = model(IDS, domain="both").logits
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.5)
+    with_adapter = adapted(IDS, domain="both").logits
+    assert _difference(with_adapter, before) > 1e-3
+    merged = adapted.merge_and_unload()
+    assert _difference(merged(IDS, domain="both").logits, with_adapter) <= TOLERANCE
