@@ -102,7 +102,7 @@ def compute_expert(found: RoutedExperts, expert: int, tokens: Tensor) -> tuple[T
         tokens: Its input ``(tokens, d_in)``.
     """
     width = min(found.packed.d_ff, found.packed.d_out)
-    pieces = torch.arange(found.packed.d_ff, device=tokens.device).split(width)
+    pieces = torch.split(torch.arange(found.packed.d_ff, device=tokens.device), width)
     activation = [_run(found, expert, tokens, piece)[:, : len(piece)] for piece in pieces]
     return _run(found, expert, tokens, None), torch.cat(activation, dim=1)
 

@@ -47,7 +47,7 @@ class DomainProfile:
     @property
     def tokens(self) -> int:
         """Number of tokens, padding excluded."""
-        return (*self.blocks, *self.experts)[0].tokens
+        return self.blocks[0].tokens if self.blocks else self.experts[0].tokens
 
     def merged(self, other: Self) -> Self:
         """Return the statistics of both together. Pure.

@@ -153,7 +153,11 @@ class AttachedExperts:
             for name, module in found.parent._modules.items()
             if module is self.experts or module is self.router
         }
-        for module, role in ((self.experts, PathwayExperts), (self.router, PathwayRouter)):
+        roles: list[tuple[Any, type[PathwayRouted]]] = [
+            (self.experts, PathwayExperts),
+            (self.router, PathwayRouter),
+        ]
+        for module, role in roles:
             module.__class__ = _routed_class(role, type(module))
             module.expert_state = self.state
 

@@ -222,14 +222,18 @@ class Attachment:
         Raises:
             UnsupportedModelError: A leaf was replaced by a module that does not contain it.
         """
-        for attached in (*self.blocks, *self.copies.experts):
+        for attached in self.blocks:
             attached.settle()
+        for routed in self.copies.experts:
+            routed.settle()
 
     def detach(self) -> None:
         """Restore the leaves' own classes, in place."""
         self.copies.rest.use(False)
-        for attached in (*self.blocks, *self.copies.experts):
+        for attached in self.blocks:
             attached.detach()
+        for routed in self.copies.experts:
+            routed.detach()
 
 
 def _key(copies: int | Mixture) -> Key:

@@ -9,7 +9,7 @@ To support another way of packing, add one row here and a tiny model of it to
 ``tests/moe/architectures.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ class Packing:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """Return a view of the parameter whose first dimension is over experts."""
-        return tensor.unflatten(0, (self.experts, -1)) if self.flat else tensor
+        return tensor.view(self.experts, -1, *tensor.shape[1:]) if self.flat else tensor
 
     def take(
         self, tensor: Tensor, experts: Tensor, neurons: Tensor | None, silent: int = 0
@@ -177,7 +177,7 @@ def _match_flat(module: Any, layout: ExpertLayout, count: int) -> PackedExperts 
 
 
 def cut_experts(
-    module: Any, own: type[nn.Module], tensors: dict[str, Tensor], experts: int, d_ff: int
+    module: Any, own: type[nn.Module], tensors: Mapping[str, Tensor], experts: int, d_ff: int
 ) -> nn.Module:
     """Return a module like another one that holds fewer or narrower experts. Pure.
 

@@ -138,7 +138,7 @@ class ExpertState:
         if torch.compiler.is_compiling():  # which ones these are is not known while tracing
             needed = torch.arange(self.packed.experts, device=index.device)
         else:
-            needed = index.unique()
+            needed = torch.unique(index)
         return self._cut(experts, pathway, needed, ())
 
     def has_copy(self, pathway: int) -> bool:

@@ -83,15 +83,15 @@ class ModelCopies:
         """Return how many bytes the copies of a key take in a form."""
         own = _of_leaf(key)
         size = sum(copy_bytes(leaf, own, form) for leaf in self._leaves_of(key))
-        return size + sum(one.copy_bytes(own) for one in self._experts_of(key))
+        return size + sum(one.copy_bytes(pathway) for one, pathway in self._experts_of(key))
 
     def make(self, key: Key, form: Form) -> None:
         """Make the copies of a key that are not there or out of date."""
         for leaf in self._leaves_of(key):
             for own in copy_keys(leaf, _of_leaf(key)):
                 kept_weights(leaf, own, form)
-        for attached in self._experts_of(key):
-            attached.make(key)
+        for attached, pathway in self._experts_of(key):
+            attached.make(pathway)
 
     def are_possible(self) -> bool:
         """Whether any block can be computed with copies, as of the last ``settle``."""
@@ -121,8 +121,8 @@ class ModelCopies:
     def _drop(self, key: Key) -> None:
         for leaf in self.rest.leaves if key == REST else self.leaves:
             drop_copies(leaf, _of_leaf(key))
-        for attached in self._experts_of(key):
-            attached.state.drop(key)
+        for attached, pathway in self._experts_of(key):
+            attached.state.drop(pathway)
 
     def check(self) -> None:
         """Drop copies whose weights were written past autograd's version counter.
@@ -131,7 +131,7 @@ class ModelCopies:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        holders = (*self.experts, *self.compact_leaves, *self.rest.leaves)
+        holders: tuple[Any, ...] = (*self.experts, *self.compact_leaves, *self.rest.leaves)
         weights = [holder.weight for holder in holders if not holder.weight.is_meta]
         if torch.compiler.is_compiling() or not weights:
             return
@@ -151,18 +151,21 @@ class ModelCopies:
             return [leaf for leaf in leaves if not has_views(leaf, key)]
         return leaves
 
-    def _experts_of(self, key: Any) -> Sequence[AttachedExperts]:
-        """Return the routed experts that have copies of a key."""
-        return self.experts if isinstance(key, int) and key >= 0 else ()
+    def _experts_of(self, key: Key) -> list[tuple[AttachedExperts, int]]:
+        """Return the routed experts that have copies of a key, and the pathway that it is."""
+        if not isinstance(key, int) or key < 0:
+            return []
+        return [(attached, key) for attached in self.experts]
 
     @property
     def _pathways(self) -> range:
-        return range(len((*self.blocks, *self.experts)[0].state.pathways))
+        holders: tuple[AttachedBlock | AttachedExperts, ...] = (*self.blocks, *self.experts)
+        return range(len(holders[0].state.pathways))
 
     @property
     def weight(self) -> Any:
         """A weight that stands for all, by its dtype and device."""
-        holders = (*self.ffn_leaves, *self.experts, *self.rest.candidates)
+        holders: tuple[Any, ...] = (*self.ffn_leaves, *self.experts, *self.rest.candidates)
         return holders[0].weight
 
     @property

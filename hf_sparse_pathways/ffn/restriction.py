@@ -65,7 +65,7 @@ class Restriction(TorchFunctionMode):
         self.seen = True
         removed = self.removed
         if scores.shape[-1] != self.experts:  # in groups
-            removed = removed.unflatten(-1, scores.shape[1:])
+            removed = removed.view(*removed.shape[:-1], *scores.shape[1:])
         elif removed.dim() > 1:
             removed = removed.view(scores.shape)
         return scores.masked_fill(removed, -math.inf)

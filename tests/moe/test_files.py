@@ -66,6 +66,10 @@ def test_without_experts_nothing_speaks_of_them(dense, tmp_path):
     assert not any("experts" in name for name in load_file(tmp_path / "pathways.safetensors"))
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, sp.Pathways.from_pretrained(tmp_path))
     assert model.domains == ["code", "law"]
+    model.pathways.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "pathways.json").read_text()) == meta
+    added = model.pathways.merged(expert_pathways(dense, ("both",)))
+    assert len(added["both"].experts) == 1
 
 
 @pytest.mark.parametrize("apart", [False, True])
