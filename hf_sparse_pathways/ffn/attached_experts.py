@@ -76,7 +76,7 @@ class PathwayExperts(PathwayRouted):
         """
         state = self.expert_state
         if state.alone is not None:
-            places = state.alone.keep.to(index.device).cumsum(0) - 1
+            places = (state.alone.keep.to(index.device).cumsum(0) - 1).clamp_min(0)
             return self.dense(hidden_states, places[index], weights)
         choice = find_choice(state.key)
         if choice is None or choice.pathway is None:

@@ -194,8 +194,10 @@ class Loading:
 
     def finish(self, model: "SparsePathwaysModel") -> None:
         """Add the compensation into a loaded model's weights, in place."""
-        for part in (*self._blocks, *self._experts):
-            part.finish()
+        for block in self._blocks:
+            block.finish()
+        for layer in self._experts:
+            layer.finish()
         for opened in self._files:
             opened.__exit__(None, None, None)
         model.become_partial(Partial(self.domain))
