@@ -25,6 +25,7 @@ from hf_sparse_pathways.errors import (
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
+from hf_sparse_pathways.modeling.expert_baking import bake_experts
 from hf_sparse_pathways.modeling.fields import (
     Outline,
     find_bias_switch,
@@ -131,12 +132,6 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         PathwaysError: One domain's neurons were loaded alone, or widths would not be narrower.
     """
     pathway = model.pathways.subset([domain])[domain]
-    if pathway.experts:
-        raise UnsupportedModelError(
-            f"Pathway {domain!r} keeps some of the routed experts, for which no plain checkpoint "
-            "can be written yet. Load it alone with from_pretrained(folder, domain=...), or export "
-            "one that keeps all of them."
-        )
     parts = _parts(pathway, domain)
     plain = model.to_dense()
     _check_plain(plain, parts)
@@ -147,6 +142,9 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         reduced = ReducedBlock(block, part)
         reduced.finish()
         reduced.widen(form.widths[block.name])
+    if pathway.experts:
+        fields = bake_experts(plain, domain, pathway.experts)
+        form = replace(form, fields={**form.fields, **fields})
     form.apply(plain.config)
     plain.config.__dict__.pop("neuron_order", None)
     _add_missing_biases(plain)
