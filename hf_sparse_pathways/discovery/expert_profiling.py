@@ -6,6 +6,7 @@ with the identity in place of the outgoing weights, which gives its activation; 
 between gate, up and down is the model's own code.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,8 @@ from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
 from hf_sparse_pathways.processes import Processes
 
+logger = logging.getLogger(__name__)
+
 
 def collect_experts(
     model: nn.Module,
@@ -40,8 +43,17 @@ def collect_experts(
         windows: Its text.
         batch_size: Windows per forward pass.
         processes: Those that share the batches.
+
+    Returns:
+        Nothing where weights of experts are offloaded, so that they cannot be computed apart.
     """
-    collectors = [ExpertCollector(found) for found in survey_model(model).experts]
+    experts = survey_model(model).experts
+    if any(weight.is_meta for found in experts for weight in found.module.parameters()):
+        logger.warning(
+            "Domain %r: routed experts are not profiled, since their weights are offloaded.", domain
+        )
+        return ()
+    collectors = [ExpertCollector(found) for found in experts]
     if not collectors:
         return ()
     batches = list(processes.share(list(make_batches(windows, batch_size))))
