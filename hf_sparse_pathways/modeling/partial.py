@@ -6,11 +6,9 @@ weights and the swapped leaves are ordinary ones again. A leaf whose tensors are
 way, or come from files other than safetensors, is loaded whole and cut afterwards.
 """
 
-import copy
-import re
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,24 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.expert_reduction import ReducedExperts
 from hf_sparse_pathways.ffn.ranges import Excerpt
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
+from hf_sparse_pathways.modeling.partial_experts import reserve_experts
+from hf_sparse_pathways.modeling.sources import find_sources
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.model import SparsePathwaysModel
-
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-"""What an expert's number stands behind in the name of its own tensor."""
 
 HOW_TO_LOAD_ALL = "Load the full model, from_pretrained(...) without domain=, "
 
@@ -139,7 +130,7 @@ class Loading:
             whole |= self._lazy(file, "pread" if _must_read(config) else "mmap")
             read |= self._lazy(file, "pread")
         excerpts = self._excerpts(model, read, config)
-        unneeded = self._reserve_experts(model, read, config, excerpts)
+        unneeded = reserve_experts(model, self._experts, read, config, excerpts)
         return {
             name: tensor for name, tensor in {**whole, **excerpts}.items() if name not in unneeded
         }
@@ -151,7 +142,7 @@ class Loading:
 
     def _excerpts(self, model: nn.Module, read: dict[str, Any], config: Any) -> dict[str, Excerpt]:
         """Return an excerpt for each tensor that becomes one leaf's parameter as it is."""
-        sources = _sources(model, list(read), config.weight_mapping or [])
+        sources = find_sources(model, list(read), config.weight_mapping or [])
         names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
         excerpts = {}
         for block in self._blocks:
@@ -164,33 +155,6 @@ class Loading:
                 dtype = None if config.dtype_plan else whole.dtype
                 excerpts[found[0]] = Excerpt(read[found[0]], dim, runs, dtype)
         return excerpts
-
-    def _reserve_experts(
-        self, model: nn.Module, read: dict[str, Any], config: Any, excerpts: dict[str, Excerpt]
-    ) -> set[str]:
-        """Reserve room for the kept experts alone; return the tensors of others, not to be read.
-
-        A checkpoint has one tensor per expert, which are put together on the way, or packed ones,
-        of which excerpts are added to those that there are, in place.
-        """
-        single, together = _sources_of_experts(model, list(read), config.weight_mapping or [])
-        names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
-        unneeded: set[str] = set()
-        for layer in self._experts:
-            for holder, name, packing, runs in layer.parameters():
-                whole = holder.get_parameter(name)
-                known = names[id(whole)]
-                found, numbered = single.get(known, []), together.get(known, {})
-                same = len(found) == 1 and [*read[found[0]].get_shape()] == [*whole.shape]
-                if not same and {*numbered} != {*range(packing.experts)}:
-                    continue  # converted in another way: cut afterwards
-                if same:
-                    dtype = None if config.dtype_plan else whole.dtype
-                    excerpts[found[0]] = Excerpt(read[found[0]], 0, runs, dtype)
-                for expert in (~layer.kept.keep).nonzero().flatten().tolist():
-                    unneeded |= {*numbered.get(expert, ())}
-                layer.reserve(holder, name, packing, runs)
-        return unneeded
 
     def finish(self, model: "SparsePathwaysModel") -> None:
         """Add the compensation into a loaded model's weights, in place."""
@@ -268,47 +232,3 @@ def _check_own_weights(model: Any, blocks: list[ReducedBlock]) -> None:
 
 def _must_read(config: Any) -> bool:
     return bool(config.disable_mmap) or sys.platform == "win32"
-
-
-def _sources(model: nn.Module, keys: list[str], mapping: list[Any]) -> dict[str, list[str]]:
-    """Return which tensors of a checkpoint become which parameter as they are, by its name."""
-    return _renamed(model, keys, mapping, converted=False)
-
-
-def _sources_of_experts(
-    model: nn.Module, keys: list[str], mapping: list[Any]
-) -> tuple[dict[str, list[str]], dict[str, dict[int, list[str]]]]:
-    """Return which tensors become a packed parameter: as they are, and one per expert by number."""
-    numbered: dict[str, dict[int, list[str]]] = {}
-    for name, found in _renamed(model, keys, mapping, converted=True).items():
-        own = numbered.setdefault(name, {})
-        for key in found:
-            number = _EXPERT.search(key)
-            own.setdefault(-1 if number is None else int(number[1]), []).append(key)
-    return _sources(model, keys, mapping), numbered
-
-
-def _renamed(
-    model: nn.Module, keys: list[str], mapping: list[Any], *, converted: bool
-) -> dict[str, list[str]]:
-    """Return which tensors of a checkpoint belong to which parameter.
-
-    Args:
-        model: The model.
-        keys: The tensors' names.
-        mapping: How Transformers renames and converts them.
-        converted: Whether those that are converted on the way are wanted, or the others.
-    """
-    mapping = copy.deepcopy(mapping)  # renaming leaves traces in it
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-    found = defaultdict(list)
-    for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = rename_source_key(key, [], [], prefix, expected)
-        if (pattern is not None) == converted:
-            found[name].append(key)
-    return found
