@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.errors import PathwaysError
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
+    from hf_sparse_pathways.ffn.kept_experts import KeptExperts
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.plotting import plot
@@ -45,6 +46,7 @@ __all__ = [
     "Export",
     "Healed",
     "HealingSettings",
+    "KeptExperts",
     "LowRank",
     "Pathway",
     "Pathways",
@@ -74,6 +76,7 @@ _HOMES = {
     "PathwaysError": "errors",
     "BlockPathway": "ffn.block_pathway",
     "ClusteredBlock": "ffn.clusters",
+    "KeptExperts": "ffn.kept_experts",
     "LowRank": "ffn.block_pathway",
     "TokenRouter": "ffn.clusters",
     "Pathway": "pathways.pathway",

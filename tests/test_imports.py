@@ -74,6 +74,7 @@ LAZY = {
     ("cli.budgets", "measure.quality"),
     ("cli.budgets", "measure.speed_target"),
     ("cli.build", "discovery.allocation"),
+    ("cli.build", "discovery.expert_selection"),
     ("cli.build", "discovery.goal"),
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),

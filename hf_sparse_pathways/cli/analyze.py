@@ -128,7 +128,7 @@ class Delivery:
         from hf_sparse_pathways.measure.analysis_report import describe, sections, to_markdown
 
         if self.output is not None:
-            figures = load_plots().draw_all(analysis) if self.plots else None
+            figures = load_plots().draw_all(analysis) if self.plots and analysis.blocks else None
             write_report(
                 self.output,
                 "analysis",
@@ -186,7 +186,7 @@ class Job:
             taken = self._profile(dense, tokenizer, split, work)
             taken.base.check_same(BaseModel.of(dense))
             analysis = analyse(taken, ModelSize.of(dense), percentile=self.percentile)
-            if self.experiments and texts:
+            if self.experiments and texts and taken.base.blocks:
                 return self._measure(analysis, dense, tokenizer, taken, split)
         return analysis
 

@@ -30,6 +30,17 @@ class Limits:
     max_perplexity_increase: float | None
     target_speedup: float | None
 
+    @property
+    def given(self) -> list[str]:
+        """The options of those that were given."""
+        options = {
+            "--sparsity": self.sparsity,
+            "--percentile": self.percentile,
+            "--max-perplexity-increase": self.max_perplexity_increase,
+            "--target-speedup": self.target_speedup,
+        }
+        return [name for name, value in options.items() if value is not None]
+
     def check(self, blocks: int | None = None) -> None:
         """Check that at most one limit was given, and that it can be met.
 
@@ -38,15 +49,8 @@ class Limits:
         """
         from hf_sparse_pathways.discovery.goal import make_goal
 
-        given = {
-            "--sparsity": self.sparsity,
-            "--percentile": self.percentile,
-            "--max-perplexity-increase": self.max_perplexity_increase,
-            "--target-speedup": self.target_speedup,
-        }
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise PathwaysError(f"Give one of {' and '.join(named)}, not both.")
+        if len(self.given) > 1:
+            raise PathwaysError(f"Give one of {' and '.join(self.given)}, not both.")
         if self.target_speedup is not None and not self.target_speedup > 1.0:
             raise PathwaysError(f"--target-speedup has to be above 1, got {self.target_speedup}.")
         several = isinstance(self.sparsity, list)

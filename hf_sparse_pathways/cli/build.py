@@ -31,6 +31,7 @@ from hf_sparse_pathways.memory import MAX_MEMORY
 from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
+    from hf_sparse_pathways.discovery.expert_selection import ExpertGoal
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.pathways.pathway import Pathways
 
@@ -38,6 +39,9 @@ QUICK_TOKENS = 8192
 QUICK_RIDGE = "0.01"
 
 LAYOUTS = ("original", "permuted")
+
+EXPERT_RULE = ("experts", "expert_neurons", "expert_score")
+"""What of a rule is about routed experts."""
 
 VALIDATION_SHARE = 0.1
 """Of the documents that are not held out: set aside where a limit of quality is searched."""
@@ -96,6 +100,15 @@ def run(  # noqa: PLR0913
     skip: Annotated[
         float, typer.Option(help="Share of the kept neurons that a token skips, by their gates.")
     ] = 0.0,
+    experts: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's routed experts that stays, 0.5. [all]"),
+    ] = None,
+    expert_neurons: Annotated[
+        float | None,
+        typer.Option(help="Share of each routed expert's neurons that stays, 0.5. [all]"),
+    ] = None,
+    expert_score: Annotated[str, typer.Option(help="Which experts stay: reap, or usage.")] = "reap",
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")
     ] = False,
@@ -149,6 +162,9 @@ def run(  # noqa: PLR0913
         "seed": seed,
         "clusters": clusters,
         "skip": skip,
+        "experts": experts,
+        "expert_neurons": expert_neurons,
+        "expert_score": expert_score,
     }
     limits.check()
     _check_rule(rule, limits)
@@ -271,11 +287,27 @@ def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     from hf_sparse_pathways.pathways.base import BaseModel
 
     check_convertible(dense)
-    shapes = BaseModel.of(dense).blocks
-    limits.check(len(shapes))
+    base = BaseModel.of(dense)
+    _expert_goal(rule).check_base(base)
+    shapes = base.blocks
+    if not shapes and limits.given:
+        raise PathwaysError(
+            f"{' and '.join(limits.given)} is about FFN blocks, and the FFNs of this "
+            f"{base.model_type} model are routed experts alone: give --experts or "
+            "--expert-neurons instead."
+        )
+    limits.check(len(shapes) or None)
     check_multiple(rule["multiple"], (shape.d_ff for shape in shapes))
     if limits.max_perplexity_increase is not None:
         largest_sparsity(shapes, rule)
+
+
+def _expert_goal(rule: dict[str, Any]) -> "ExpertGoal":
+    """Return what a rule says of routed experts, checked."""
+    from hf_sparse_pathways.discovery.expert_selection import ExpertGoal
+
+    share, neurons, score = (rule[name] for name in EXPERT_RULE)
+    return ExpertGoal(experts=share, neurons=neurons, score=score)
 
 
 def _settle_method(rule: dict[str, Any], taken: "Profile", limits: Limits) -> dict[str, Any]:
@@ -291,7 +323,9 @@ def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
     from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 
     usual = OBS if limits.percentile is None else "mean_abs"
-    make_recipe(**{**rule, "method": rule["method"] or usual})
+    own = {name: value for name, value in rule.items() if name not in EXPERT_RULE}
+    make_recipe(**{**own, "method": rule["method"] or usual})
+    _expert_goal(rule)
     if limits.target_speedup is not None and (rule["clusters"] > 1 or rule["skip"]):
         raise PathwaysError(
             "--target-speedup is found for pathways without clusters that skip nothing: leave out "

@@ -51,9 +51,38 @@ def describe(source: str | PathLike[str]) -> dict[str, Any]:
         "executors": _describe_executors(source, pathways),
         "blocks": [block.name for block in pathways.base.blocks],
         "routed": pathways.routed,
-        "dense_experts": list(pathways.base.routed),
+        "dense_experts": _dense_experts(pathways),
+        "experts": _describe_layers(pathways),
         "domains": {name: _describe_one(pathways, name) for name in pathways.domains},
         "controls": {name: _describe_one(pathways, name) for name in pathways.controls},
+    }
+
+
+def _dense_experts(pathways: "Pathways") -> list[str]:
+    """Return the modules with routed experts of which every pathway keeps all."""
+    held = any(pathway.experts for pathway in pathways.by_domain.values())
+    partly = {shape.name for shape in pathways.base.experts} if held else set()
+    return [name for name in pathways.base.routed if name not in partly]
+
+
+def _describe_layers(pathways: "Pathways") -> list[dict[str, Any]]:
+    """Return what each domain and control keeps of every layer's routed experts."""
+    return [_describe_layer(pathways, index) for index in range(len(pathways.base.experts))]
+
+
+def _describe_layer(pathways: "Pathways", index: int) -> dict[str, Any]:
+    shape = pathways.base.experts[index]
+    named = {**pathways.by_domain, **pathways.controls}
+    kept = {name: own.experts[index] for name, own in named.items() if own.experts}
+    return {
+        "name": shape.name,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "neurons": shape.d_ff,
+        "kept": {
+            name: {"experts": own.keep.nonzero().flatten().tolist(), "neurons": own.width}
+            for name, own in kept.items()
+        },
     }
 
 
@@ -76,6 +105,8 @@ def _describe_executors(source: str | PathLike[str], pathways: "Pathways") -> di
     named = read_json(config).get("dtype") if config.is_file() else None
     known = {str(kind).removeprefix("torch."): kind for kind in FLOATING}
     dtype = known.get(str(named), torch.float32)
+    if not pathways.base.blocks:
+        return {}
     block = pathways.base.blocks[len(pathways.base.blocks) // 2]
     first = next(iter(pathways.by_domain.values()), None)
     kept = block.d_ff if first is None else first.blocks[len(first.blocks) // 2].kept
@@ -95,6 +126,7 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
     return {
         **provenance,
         "sparsity": pathways.sparsity(name),
+        "expert_sparsity": pathways.expert_sparsity(name),
         "flops": pathways.flops(name),
         "clusters": pathways[name].clusters,
         "skipped": pathways[name].skipped,
@@ -172,7 +204,22 @@ def print_blocks(source: str | PathLike[str]) -> None:
         [block, *(format_share(arm["sparsity_per_block"][index], 1) for arm in arms.values())]
         for index, block in enumerate(facts["blocks"])
     ]
-    print_table("sparsity per FFN block", ["block", *arms], rows)
+    if rows:
+        print_table("sparsity per FFN block", ["block", *arms], rows)
+    layers = [_layer_row(layer, arms) for layer in facts["experts"] if layer["kept"]]
+    if layers:
+        header = ["routed experts", "a token has", *arms]
+        print_table("routed experts kept, x neurons of each", header, layers)
+
+
+def _layer_row(layer: dict[str, Any], arms: dict[str, Any]) -> list[str]:
+    """Return how many of a layer's experts each domain and control keeps."""
+    whole = {"experts": range(layer["experts"]), "neurons": None}
+    row = [layer["name"], f"{layer['top_k']} of {layer['experts']} x {layer['neurons']}"]
+    for name in arms:
+        kept = layer["kept"].get(name, whole)
+        row.append(f"{len(kept['experts'])} x {kept['neurons'] or layer['neurons']}")
+    return row
 
 
 def _shorten(text: str, length: int = 32) -> str:

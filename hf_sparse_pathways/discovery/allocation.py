@@ -214,7 +214,7 @@ def check_multiple(multiple: int, d_ff: Iterable[int]) -> None:
     Raises:
         PathwaysError: It does not.
     """
-    if multiple > (widest := max(d_ff)):
+    if multiple > (widest := max(d_ff, default=multiple)):
         raise PathwaysError(
             f"multiple {multiple} is more than the {widest} neurons of the widest FFN block. "
             "Choose a smaller one."

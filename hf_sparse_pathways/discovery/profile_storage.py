@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.background import PARTS, Background
+from hf_sparse_pathways.discovery.expert_statistics import (
+    TENSORS as EXPERT_TENSORS,
+)
+from hf_sparse_pathways.discovery.expert_statistics import (
+    ExpertStatistics,
+    statistics_header,
+)
 from hf_sparse_pathways.discovery.grams import (
     GRAM_NAME,
     GramFile,
@@ -39,6 +46,8 @@ JSON_NAME = "profile.json"
 GRAMS_FOLDER = "grams"
 SPLITS = ("windows", "validation")
 BACKGROUND = "background"
+EXPERTS = "experts"
+"""Of a domain's description: tokens per layer with routed experts, if it has statistics of them."""
 
 
 def write_profile(profile: Profile, folder: Path) -> None:
@@ -50,6 +59,11 @@ def write_profile(profile: Profile, folder: Path) -> None:
             f"{index}.{position}.{part}": getattr(block, part)
             for position, block in enumerate(domain.blocks)
             for part in TENSORS
+        }
+        tensors |= {
+            f"{index}.{EXPERTS}.{layer}.{part}": getattr(statistics, part)
+            for layer, statistics in enumerate(domain.experts)
+            for part in EXPERT_TENSORS
         }
         for split in SPLITS:
             tensors |= _packed(f"{index}.{split}", getattr(domain, split))
@@ -63,6 +77,7 @@ def write_profile(profile: Profile, folder: Path) -> None:
                     {"file": file.path.name, "sha256": file.sha256, "size": file.size}
                     for file in files
                 ],
+                **({EXPERTS: [one.tokens for one in domain.experts]} if domain.experts else {}),
             }
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
@@ -131,6 +146,9 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
             for part in TENSORS:
                 statistic = without_memory(torch.float64, shape.d_ff)
                 expected[f"{index}.{position}.{part}"] = statistic
+        for layer, routed in enumerate(base.experts if entry.get(EXPERTS) else ()):
+            parts = statistics_header(routed).items()
+            expected |= {f"{index}.{EXPERTS}.{layer}.{part}": tensor for part, tensor in parts}
         for name in (f"{index}.{split}.{part}" for split in SPLITS for part in ("ids", "lengths")):
             length = header[name].numel()  # whatever it is
             expected[name] = without_memory(torch.int32, length)
@@ -143,10 +161,7 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
 def _restored(
     entry: dict[str, Any], prefix: str, base: BaseModel, tensors: dict[str, Tensor], folder: Path
 ) -> DomainProfile:
-    counts = entry["tokens"]
-    whole = isinstance(counts, list) and all(type(count) is int and count > 0 for count in counts)
-    if not whole or len(counts) != len(base.blocks):
-        raise ArtefactError(f"Domain {entry['name']!r}: tokens have to be one count per block.")
+    counts = _counts(entry, "tokens", len(base.blocks))
     blocks = []
     for position, shape in enumerate(base.blocks):
         values = {name: tensors[f"{prefix}.{position}.{name}"] for name in TENSORS}
@@ -157,8 +172,35 @@ def _restored(
         blocks=tuple(blocks),
         provenance=entry["provenance"],
         grams=_gram_files(entry["grams"], base.blocks, folder / GRAMS_FOLDER),
+        experts=_experts(entry, prefix, base, tensors),
         **{split: _unpacked(tensors, f"{prefix}.{split}") for split in SPLITS},
     )
+
+
+def _counts(entry: dict[str, Any], field: str, parts: int) -> list[int]:
+    """Return how many tokens each of a domain's parts has seen."""
+    counts = entry[field]
+    whole = isinstance(counts, list) and all(type(count) is int and count > 0 for count in counts)
+    if not whole or len(counts) != parts:
+        raise ArtefactError(
+            f"Domain {entry['name']!r}: {field} have to be one count of tokens per block or layer."
+        )
+    return list(counts)
+
+
+def _experts(
+    entry: dict[str, Any], prefix: str, base: BaseModel, tensors: dict[str, Tensor]
+) -> tuple[ExpertStatistics, ...]:
+    """Return the statistics of routed experts, if there are any."""
+    if not entry.get(EXPERTS):
+        return ()
+    found = []
+    for layer, count in enumerate(_counts(entry, EXPERTS, len(base.experts))):
+        parts = {part: tensors[f"{prefix}.{EXPERTS}.{layer}.{part}"] for part in EXPERT_TENSORS}
+        statistics = ExpertStatistics(tokens=count, **parts)
+        statistics.check(entry["name"], base.experts[layer].name)
+        found.append(statistics)
+    return tuple(found)
 
 
 def _gram_files(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Documents, join_datasets
+from hf_sparse_pathways.discovery.expert_statistics import ExpertStatistics
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
 from hf_sparse_pathways.discovery.signatures import learn_signature
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
@@ -33,6 +34,7 @@ class DomainProfile:
         grams: One Gram matrix per FFN block, in memory or on disk; empty if none were taken.
         windows: The token ids of the calibration text, for methods that run the model again.
         validation: Token ids of other documents of the domain, on which methods are compared.
+        experts: One entry per layer with routed experts; none in older profiles.
     """
 
     blocks: tuple[BlockStatistics, ...]
@@ -40,11 +42,12 @@ class DomainProfile:
     grams: tuple[GramSource, ...] = ()
     windows: tuple[Window, ...] = ()
     validation: tuple[Window, ...] = ()
+    experts: tuple[ExpertStatistics, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of tokens, padding excluded."""
-        return self.blocks[0].tokens
+        return self.blocks[0].tokens if self.blocks else self.experts[0].tokens
 
     def merged(self, other: Self) -> Self:
         """Return the statistics of both together. Pure.
@@ -60,6 +63,10 @@ class DomainProfile:
             grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
             windows=self.windows + other.windows,
             validation=self._validation_beside(other) + other._validation_beside(self),
+            experts=tuple(
+                mine.merged(theirs)
+                for mine, theirs in zip(self.experts, other.experts, strict=False)
+            ),
         )
 
     def _validation_beside(self, other: Self) -> tuple[Window, ...]:

@@ -3,7 +3,8 @@
 The decoder runs over random windows of the text. Hooks on every FFN block drop padding and add up,
 per neuron, the moments of ``statistics.py``, and per block the Gram matrix of ``grams.py``. Gram
 matrices are large, so the blocks are taken in groups that fit into memory, one pass over the text
-per group (``collection.py``); a pass ends at its group's last block.
+per group (``collection.py``); a pass ends at its group's last block. Routed experts take one more
+pass (``expert_profiling.py``).
 
 Source: A. Young 2026, "Sparse Pathways", profiles E[|a|] per domain; the other statistics serve
 other methods (``scores.py``, ``obs.py``).
@@ -12,6 +13,7 @@ other methods (``scores.py``, ``obs.py``).
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from hf_sparse_pathways.discovery.background import take_background
 from hf_sparse_pathways.discovery.collection import Collection, Sample
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
+from hf_sparse_pathways.discovery.expert_profiling import collect_experts
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
@@ -93,7 +96,7 @@ def profile(  # noqa: PLR0913
             of one process, but for the order in which numbers are added.
 
     Raises:
-        UnsupportedModelError: The model has no FFN blocks.
+        UnsupportedModelError: The model has neither FFN blocks nor routed experts that fit.
         TextError: A source cannot be read, or has fewer than ``MIN_TOKENS`` tokens.
         PathwaysError: An activation is NaN or infinite, the memory does not suffice, or processes
             were given something else each.
@@ -117,14 +120,18 @@ def profile(  # noqa: PLR0913
             seed=seed,
         )
     blocks = find_blocks(model)
-    groups = [blocks]
+    groups = [blocks] if blocks else []
     if grams:
         kept = 0 if work_folder is not None else len(samples)
         groups = group_blocks(blocks, parse_memory(max_memory), kept, inputs=inputs)
     run = Collection(model, tuple(groups), batch_size, grams, inputs, precision, processes)
     with calibration_precision(model, precision):
         by_domain = {
-            domain: run.collect(domain, sample, work_folder) for domain, sample in samples.items()
+            domain: replace(
+                run.collect(domain, sample, work_folder),
+                experts=collect_experts(model, domain, sample.windows, batch_size, processes),
+            )
+            for domain, sample in samples.items()
         }
         background = take_background(
             model, tokenizer, seed=seed, precision=precision, work_folder=work_folder
@@ -147,6 +154,8 @@ def group_blocks(
     Raises:
         PathwaysError: One block, or what stays, does not fit.
     """
+    if not blocks:
+        return []
     sizes = [4 * (block.d_ff + (block.d_in if inputs else 0) + 1) ** 2 for block in blocks]
     needed = max(2 * max(sizes), domains_kept * sum(sizes))
     if needed > max_memory:

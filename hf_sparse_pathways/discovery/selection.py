@@ -19,11 +19,12 @@ from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.common_repair import repair_together
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
+from hf_sparse_pathways.discovery.expert_selection import ExpertGoal, keep_experts
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
 from hf_sparse_pathways.discovery.probes import Seen
-from hf_sparse_pathways.discovery.profiles import Profile
+from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
@@ -41,6 +42,7 @@ from hf_sparse_pathways.errors import (
     UnknownNameError,
     UnsupportedModelError,
     named,
+    option,
 )
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
@@ -76,6 +78,9 @@ def select(  # noqa: PLR0913
     made: Mapping[str, Pathway] | None = None,
     clusters: int | Clustering = 1,
     skip: float = 0.0,
+    experts: float | None = None,
+    expert_neurons: float | None = None,
+    expert_score: str = "reap",
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -122,6 +127,12 @@ def select(  # noqa: PLR0913
             before the rest of a neuron is computed, is small for it. More neurons are kept for the
             same FLOPs. No more than the sparsity asks for is skipped. Needs ``"obs"`` in sequential
             order.
+        experts: In mixture-of-experts models the share of every layer's routed experts that stays,
+            in (0, 1]; never fewer than a token has. By default all of them.
+        expert_neurons: The share of the neurons of each of these experts that stays, in (0, 1].
+            By default all of them.
+        expert_score: Which experts stay: ``"reap"``, those of the largest mean of weight times
+            output norm over their tokens, or ``"usage"``, those that most tokens are routed to.
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -134,6 +145,13 @@ def select(  # noqa: PLR0913
     """
     if method is not None and score is not None:
         raise PathwaysError("Give a method or a score, not both: a score is a method.")
+    goal = ExpertGoal(experts=experts, neurons=expert_neurons, score=expert_score)
+    goal.check(profile)
+    if not profile.base.blocks and (sparsity is not None or percentile is not None):
+        raise PathwaysError(
+            f"{option('sparsity')} and {option('percentile')} are about FFN blocks, and the FFNs "
+            f"of this {profile.base.model_type} model are routed experts alone: leave them out."
+        )
     recipe = make_recipe(
         method or score or usual_method(profile, percentile),
         allocation=allocation,
@@ -149,7 +167,7 @@ def select(  # noqa: PLR0913
     check_division(sparsity, percentile, allocation, multiple)
     check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
     goals = make_goals(
-        sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks)
+        sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks) or 1
     )
     profile.base.check_same(BaseModel.of(model))
     check_in_memory(model)
@@ -160,12 +178,18 @@ def select(  # noqa: PLR0913
     for name in pathways:
         if name not in profile.domains:
             raise UnknownNameError("domain", name, profile.domains)
-    if not pathways.keys() >= {*profile.domains, *pooled}:
+    missing_names = {*profile.domains, *pooled} - pathways.keys()
+    if missing_names and not profile.base.blocks:
+        pathways |= _without_blocks(profile, pooled)
+    elif missing_names:
         with torch.inference_mode(False), calibration_precision(dense, recipe.precision):
             evidence = gather_evidence(dense, profile, pooled, recipe)
             missing = {name: known for name, known in evidence.items() if name not in pathways}
             drafts = [make_draft(known, goals[name]) for name, known in missing.items()]
             pathways |= _carry_out(dense, drafts, recipe)
+    taken = {**profile.by_domain, **pooled}
+    for name in missing_names:
+        pathways[name] = keep_experts(dense, taken[name], pathways[name], goal)
     return Pathways(
         base=profile.base,
         by_domain={
@@ -178,6 +202,15 @@ def select(  # noqa: PLR0913
     )
 
 
+def _without_blocks(profile: Profile, pooled: Mapping[str, DomainProfile]) -> dict[str, Pathway]:
+    """Return pathways of a model whose FFNs are routed experts alone."""
+    taken = {**profile.by_domain, **pooled}
+    return {
+        name: Pathway(blocks=(), provenance={"method": "experts", "text": dict(own.provenance)})
+        for name, own in taken.items()
+    }
+
+
 def usual_method(profile: Profile, percentile: float | None = None) -> str:
     """Return the method where none is given; where the profile decides against obs, that is said.
 
@@ -187,7 +220,7 @@ def usual_method(profile: Profile, percentile: float | None = None) -> str:
     """
     if percentile is not None:
         return "mean_abs"
-    if all(domain.grams for domain in profile.by_domain.values()):
+    if not profile.base.blocks or all(domain.grams for domain in profile.by_domain.values()):
         return OBS
     logger.warning(
         "The profile holds no Gram matrices, which %r needs: neurons are chosen by %r instead, and "

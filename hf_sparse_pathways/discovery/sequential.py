@@ -339,7 +339,7 @@ class _Layer:
 
         def change(output: Tensor) -> Tensor:
             size.append(_PROBE * output.float().square().mean(-1, keepdim=True).sqrt())
-            return (signs * size[-1]).view_as(output).to(output.dtype)
+            return (signs.view_as(output) * size[-1]).to(output.dtype)
 
         changed = self._changed(batch, hidden, change, tape)
         step = size[0].reshape(-1, 1).float()

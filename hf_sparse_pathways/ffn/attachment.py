@@ -18,6 +18,7 @@ from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, choose_execution
 from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
+from hf_sparse_pathways.ffn.kept_experts import KeptExperts
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.residents import Residents
@@ -39,7 +40,7 @@ class Attachment:
         """Swap the leaves of a model, in place.
 
         Raises:
-            UnsupportedModelError: No FFN block was found.
+            UnsupportedModelError: Neither an FFN block nor routed experts were found.
         """
         self.key = ModelKey()
         self.copies = ModelCopies(model, self.key)
@@ -52,12 +53,25 @@ class Attachment:
         return self.copies.blocks
 
     @property
+    def sparse(self) -> bool:
+        """Whether there is anything of which pathways keep a part."""
+        return bool(self.blocks or self.copies.experts)
+
+    @property
     def residents(self) -> Residents:
         """Which pathways have copies of their kept weights."""
         return self.copies.residents
 
-    def load(self, pathways: Sequence[Sequence[Kept]]) -> None:
-        """Replace the pathways, in place; each has one entry per block.
+    def load(
+        self,
+        pathways: Sequence[Sequence[Kept]],
+        experts: Sequence[Sequence[KeptExperts | None]] = (),
+    ) -> None:
+        """Replace the pathways, in place.
+
+        Args:
+            pathways: Of each, one entry per block.
+            experts: Of each, one entry per layer with routed experts, or none.
 
         Raises:
             MismatchError: One changes leaves that a block does not have; then nothing is replaced.
@@ -67,8 +81,12 @@ class Attachment:
                 attached.block.check_leaves(part)
         for index, attached in enumerate(self.blocks):
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
-        self.copies.clustered = frozenset().union(*(b.state.clustered for b in self.blocks))
-        self.copies.skipping = frozenset().union(*(b.state.skipping for b in self.blocks))
+        for index, routed in enumerate(self.copies.experts):
+            routed.set_pathways(tuple(own[index] if own else None for own in experts))
+        clustered = (index for attached in self.blocks for index in attached.state.clustered)
+        self.copies.clustered = frozenset(clustered)
+        skipping = (index for attached in self.blocks for index in attached.state.skipping)
+        self.copies.skipping = frozenset(skipping)
         self.reset()
 
     # -- executors --------------------------------------------------------------------------
@@ -84,7 +102,7 @@ class Attachment:
         """Return what the name of an executor stands for now; see ``choose_execution``."""
         if torch.compiler.is_compiling():  # nothing can be tested or packed while tracing
             return Execution(name if name in ("masked", "sliced") else "compact", "as traced")
-        weight = self.copies.ffn_leaves[0].weight
+        weight = self.copies.weight
         threads, possible = torch.get_num_threads(), self.copies.are_possible()
         now = (name, weight.dtype, weight.device, self.residents.limit, threads, possible)
         if self._execution is None or self._execution[0] != now:
@@ -134,7 +152,7 @@ class Attachment:
             expand: Whether rows may be repeated, as in ``Choice``.
         """
         choice = push_choice(self.key, pathway, expand=expand)
-        if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.blocks:
+        if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.sparse:
             return choice
         executor = self.execution(name).executor
         if plain and pathway in self.copies.clustered:  # where tokens go is not known while tracing
@@ -161,7 +179,7 @@ class Attachment:
 
     def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
         """Return what a pass computes with, or None if there is no block or no room for it."""
-        if not self.blocks:
+        if not self.sparse:
             return None
         if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
             held = self._held_plain()
@@ -208,12 +226,16 @@ class Attachment:
         """
         for attached in self.blocks:
             attached.settle()
+        for routed in self.copies.experts:
+            routed.settle()
 
     def detach(self) -> None:
         """Restore the leaves' own classes, in place."""
         self.copies.rest.use(False)
         for attached in self.blocks:
             attached.detach()
+        for routed in self.copies.experts:
+            routed.detach()
 
 
 def _key(copies: int | Mixture) -> Key:

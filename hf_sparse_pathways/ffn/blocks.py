@@ -2,8 +2,8 @@
 
 Every module below a numbered layer of the text decoder is compared with the layout table. A match
 is a block, unless it lies in a norm or a router; a layer without one is refused with its children's
-names. Routed experts (packed 3-D parameters, or anything below ``experts``) stay dense and are
-listed apart.
+names. Routed experts (packed 3-D parameters, or anything below ``experts``) are listed apart: those
+that ``experts`` knows, and those that stay dense.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.clusters import Kept
+from hf_sparse_pathways.ffn.experts import RoutedExperts, list_candidates, match_routed
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 from hf_sparse_pathways.ffn.sharding import is_sharded
 
@@ -81,26 +82,32 @@ class Survey:
 
     Attributes:
         blocks: The FFN blocks, in the order of the layers.
-        routed: Names of the modules with routed experts, which stay dense.
+        experts: Routed experts among which pathways can choose.
+        routed: Names of all modules with routed experts.
+        dense: Those of them that stay dense, and why.
         refused: Layers without an FFN block.
     """
 
     blocks: tuple[FfnBlock, ...]
+    experts: tuple[RoutedExperts, ...]
     routed: tuple[str, ...]
+    dense: tuple[Refused, ...]
     refused: tuple[Refused, ...]
 
 
 def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
-    """Return the FFN blocks of a causal LM in layer order.
+    """Return the FFN blocks of a causal LM in layer order; none where all FFNs are routed experts.
 
     Raises:
-        UnsupportedModelError: There is none; the message names what the layers hold instead.
+        UnsupportedModelError: There are neither blocks nor experts that fit; the message names
+            what the layers hold instead.
     """
     survey = survey_model(model)
-    if survey.blocks:
+    if survey.blocks or survey.experts:
         return survey.blocks
-    reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in survey.refused[:2])
-    hint = "Routed experts are not supported yet."
+    refusals = survey.dense or survey.refused
+    reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in refusals[:2])
+    hint = "Routed experts fit where they are as in hf_sparse_pathways/ffn/expert_layouts.py."
     if not survey.routed:
         hint = (
             "Supported are dense FFNs whose linear leaves are named as in "
@@ -115,6 +122,8 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 def survey_model(model: nn.Module) -> Survey:
     """Look at every layer of the text decoder. Pure."""
     blocks: list[FfnBlock] = []
+    experts: list[RoutedExperts] = []
+    dense: list[Refused] = []
     routed: list[str] = []
     refused: list[Refused] = []
     for layer_name, layer in _decoder_layers(model):
@@ -122,12 +131,24 @@ def survey_model(model: nn.Module) -> Survey:
             _describe(f"{layer_name}.{path}" if path else layer_name, layer, module, layout)
             for path, module, layout in _matches(layer)
         ]
-        experts = _routed_experts(layer_name, layer)
-        routed.extend(experts)
+        candidates = [*list_candidates(layer_name, layer)]
+        for name, parent, module in candidates:
+            matched = match_routed(name, parent, module)
+            if isinstance(matched, RoutedExperts):
+                experts.append(matched)
+            else:
+                dense.append(Refused(name, matched))
+            routed.append(name)
         blocks.extend(found)
         if not found:
-            refused.append(Refused(layer_name, _why_nothing(layer, experts)))
-    return Survey(blocks=_without_shared(blocks), routed=tuple(routed), refused=tuple(refused))
+            refused.append(Refused(layer_name, _why_nothing(layer, bool(candidates))))
+    return Survey(
+        blocks=_without_shared(blocks),
+        experts=tuple(experts),
+        routed=tuple(routed),
+        dense=tuple(dense),
+        refused=tuple(refused),
+    )
 
 
 def _decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
@@ -234,20 +255,9 @@ def _entanglement(parent: nn.Module, layout: Layout, d_ff: int) -> str | None:
     return None
 
 
-def _routed_experts(layer_name: str, layer: nn.Module) -> list[str]:
-    """Return the outermost modules of a layer that hold routed experts."""
-    names = []
-    for name, module in layer.named_modules(prefix=layer_name):
-        packed = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        named = "expert" in type(module).__name__.lower()
-        if (packed and named) or name.split(".")[-1] == "experts":
-            names.append(name)
-    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-
-
-def _why_nothing(layer: nn.Module, experts: list[str]) -> str:
-    if experts:
-        return "it has routed experts only, which stay dense"
+def _why_nothing(layer: nn.Module, routed: bool) -> str:
+    if routed:
+        return "it has routed experts only"
     return f"its children are {_children(layer)}"
 
 

@@ -76,6 +76,8 @@ def choose_execution(name: str, copies: ModelCopies) -> Execution:
         copies: The model's leaves.
     """
     if not copies.blocks:
+        if copies.experts:
+            return _choose_for_experts(name)
         return _choose_for_reduced(name, copies)
     possible = copies.are_possible()
     if not possible and not has_own_dense(name) and name != "masked":
@@ -118,6 +120,13 @@ def _choose_form(copies: ModelCopies) -> Execution:
     return Execution("compact", f"{packed.reason}; {native.reason}")
 
 
+def _choose_for_experts(name: str) -> Execution:
+    """Return what a name stands for where all FFNs are routed experts, which have plain copies."""
+    if name in ("masked", "compact"):
+        return Execution(name, "as asked for")
+    return Execution("compact", "routed experts have plain copies of kept neurons, or none")
+
+
 def _choose_for_reduced(name: str, copies: ModelCopies) -> Execution:
     """Return what a name stands for where one domain's neurons were loaded alone."""
     alone = "one domain's neurons were loaded alone"
@@ -125,6 +134,8 @@ def _choose_for_reduced(name: str, copies: ModelCopies) -> Execution:
         return Execution("masked", alone)
     if name == "auto" and (small := _find_too_small(copies)):
         return Execution("masked", f"{alone}; {small}")
+    if not copies.rest.reduced:
+        return Execution("masked", f"{alone}; there are no FFN blocks beside routed experts")
     form = NATIVE if name == "auto" else EXECUTORS[name].form
     if name == "auto" and copies.form_bytes(REST, form):
         return Execution("masked", f"{alone}; to be read in place they would have to be copied")

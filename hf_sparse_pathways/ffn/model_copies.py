@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
-from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.attached_experts import AttachedExperts
+from hf_sparse_pathways.ffn.blocks import find_blocks, survey_model
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.copies import (
     WHOLE,
@@ -33,6 +34,7 @@ class ModelCopies:
     Attributes:
         residents: Which keys have copies.
         blocks: One entry per FFN block, in layer order.
+        experts: One entry per layer with routed experts.
         rest: The linear leaves outside of them.
         clustered: The pathways that have clusters of tokens.
         skipping: The pathways that skip neurons token by token.
@@ -43,13 +45,15 @@ class ModelCopies:
         """Swap the leaves of a model, in place.
 
         Raises:
-            UnsupportedModelError: No FFN block was found.
+            UnsupportedModelError: Neither an FFN block nor routed experts were found.
         """
         self.residents = Residents(self.size, self._drop)
         self.blocks = tuple(
             AttachedBlock(block, key, self.residents) for block in find_blocks(model)
         )
-        self.rest = RestLeaves(model, key, self.residents)
+        self.experts = tuple(AttachedExperts(found, key) for found in survey_model(model).experts)
+        routers = [attached.router for attached in self.experts]
+        self.rest = RestLeaves(model, key, self.residents, routers)
         self.clustered: frozenset[int] = frozenset()
         self.skipping: frozenset[int] = frozenset()
         self.executor = "compact"
@@ -70,7 +74,7 @@ class ModelCopies:
         Args:
             leaves: Of each block.
         """
-        self.blocks = ()
+        self.blocks, self.experts = (), ()
         self.rest.reduced = tuple(map(tuple, leaves))
 
     def most(self, form: Form, among: Iterable[int] | None = None) -> int:
@@ -85,38 +89,47 @@ class ModelCopies:
     def form_bytes(self, key: Key, form: Form) -> int:
         """Return how many bytes the copies of a key take in a form."""
         own = _of_leaf(key)
-        return sum(copy_bytes(leaf, own, form) for leaf in self._leaves_of(key))
+        size = sum(copy_bytes(leaf, own, form) for leaf in self._leaves_of(key))
+        return size + sum(one.copy_bytes(pathway) for one, pathway in self._experts_of(key))
 
     def make(self, key: Key, form: Form) -> None:
         """Make the copies of a key that are not there or out of date."""
         for leaf in self._leaves_of(key):
             for own in copy_keys(leaf, _of_leaf(key), form):
                 kept_weights(leaf, own, form)
+        for attached, pathway in self._experts_of(key):
+            attached.make(pathway)
 
     def are_possible(self) -> bool:
         """Whether any block can be computed with copies, as of the last ``settle``."""
-        return any(attached.compact_leaves for attached in self.blocks)
+        return bool(self.experts) or any(attached.compact_leaves for attached in self.blocks)
 
     def are_traceable(self, pathway: int) -> bool:
         """Whether all copies of a pathway are there, in a form that a graph can hold."""
         return all(
             pathway in leaf.copies and leaf.copies[pathway].form.traceable
             for leaf in self._leaves_of(pathway)
-        )
+        ) and all(attached.state.has_copy(pathway) for attached in self.experts)
 
     def are_views(self) -> bool:
         """Whether every pathway can be computed on views of the weights alone."""
-        return all(has_views(leaf, own) for leaf in self.compact_leaves for own in self._pathways)
+        narrowed = any(one.copy_bytes(own) for one in self.experts for own in self._pathways)
+        views = (has_views(leaf, own) for leaf in self.compact_leaves for own in self._pathways)
+        return not narrowed and all(views)
 
     def drop(self) -> None:
         """Forget all copies; they are made again when needed."""
         for leaf in (*self.leaves, *self.rest.leaves):
             leaf.drop_copies()
+        for attached in self.experts:
+            attached.state.drop()
         self.residents.clear()
 
     def _drop(self, key: Key) -> None:
         for leaf in self.rest.leaves if key == REST else self.leaves:
             drop_copies(leaf, _of_leaf(key))
+        for attached, pathway in self._experts_of(key):
+            attached.state.drop(pathway)
 
     def check(self) -> None:
         """Drop copies whose weights were written past autograd's version counter.
@@ -125,12 +138,11 @@ class ModelCopies:
         stamp could show. Samples of the weights do, unless a write touches single entries only:
         after such a write call ``set_executor``, ``train`` or ``eval``, which drop all copies.
         """
-        leaves = [
-            leaf for leaf in (*self.compact_leaves, *self.rest.leaves) if not leaf.weight.is_meta
-        ]
-        if torch.compiler.is_compiling() or not leaves:
+        holders: tuple[Any, ...] = (*self.experts, *self.compact_leaves, *self.rest.leaves)
+        weights = [holder.weight for holder in holders if not holder.weight.is_meta]
+        if torch.compiler.is_compiling() or not weights:
             return
-        samples = torch.stack([_sample(leaf) for leaf in leaves])
+        samples = torch.stack([_sample(weight) for weight in weights])
         if self._samples is not None:  # leaves outside the blocks come and go, at the end
             common = min(len(samples), len(self._samples))
             if not torch.equal(samples[:common], self._samples[:common]):
@@ -146,9 +158,22 @@ class ModelCopies:
             return [leaf for leaf in leaves if not has_views(leaf, key)]
         return leaves
 
+    def _experts_of(self, key: Key) -> list[tuple[AttachedExperts, int]]:
+        """Return the routed experts that have copies of a key, and the pathway that it is."""
+        if not isinstance(key, int) or key < 0:
+            return []
+        return [(attached, key) for attached in self.experts]
+
     @property
     def _pathways(self) -> range:
-        return range(len(self.blocks[0].state.pathways))
+        holders: tuple[AttachedBlock | AttachedExperts, ...] = (*self.blocks, *self.experts)
+        return range(len(holders[0].state.pathways))
+
+    @property
+    def weight(self) -> Any:
+        """A weight that stands for all, by its dtype and device."""
+        holders: tuple[Any, ...] = (*self.ffn_leaves, *self.experts, *self.rest.candidates)
+        return holders[0].weight
 
     @property
     def leaves(self) -> list[PathwayLeaf]:
@@ -172,8 +197,8 @@ def _of_leaf(key: Key) -> Key:
 
 
 @torch.no_grad()
-def _sample(leaf: PathwayLeaf) -> Tensor:
-    """Return a weighted sum of about a hundred entries of a leaf's weight, on the CPU."""
-    values = stored_tensor(leaf.weight).detach().flatten()
+def _sample(weight: Tensor) -> Tensor:
+    """Return a weighted sum of about a hundred entries of a weight, on the CPU."""
+    values = stored_tensor(weight).detach().flatten()
     values = values[:: max(1, len(values) // 101)].float()
     return (values * torch.arange(1, len(values) + 1, device=values.device)).sum().cpu()

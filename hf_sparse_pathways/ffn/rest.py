@@ -43,11 +43,23 @@ class RestLeaves:
         reduced: The leaves of each FFN block that holds one pathway's neurons alone.
     """
 
-    def __init__(self, model: nn.Module, key: ModelKey, residents: Residents) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        key: ModelKey,
+        residents: Residents,
+        apart: Sequence[nn.Module] = (),
+    ) -> None:
+        """Find the leaves; none inside of modules that are to be left ``apart``."""
+        left = {id(inner) for module in apart for inner in module.modules()}
         self.leaves: tuple[PathwayLeaf, ...] = ()
         self.reduced: tuple[tuple[nn.Module, ...], ...] = ()
         self._state = BlockState(key, 0, residents)
-        self._found = [module for module in model.modules() if isinstance(module, _LINEAR)]
+        self._found = [
+            module
+            for module in model.modules()
+            if isinstance(module, _LINEAR) and id(module) not in left
+        ]
 
     @property
     def candidates(self) -> Sequence[Any]:

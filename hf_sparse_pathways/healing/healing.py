@@ -26,7 +26,14 @@ from hf_sparse_pathways.discovery.repair import STORED_DTYPE
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import make_batches, resolve_length
-from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named, option
+from hf_sparse_pathways.errors import (
+    PathwaysError,
+    TextError,
+    UnknownNameError,
+    UnsupportedModelError,
+    named,
+    option,
+)
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.healing.adapters import Adapter, add_lora, import_peft, make_adapter
@@ -145,6 +152,12 @@ def _check(model: Any, texts: Mapping[str, TextSource], settings: HealingSetting
     for domain in texts:
         if domain not in model.domains:
             raise UnknownNameError("domain", domain, model.domains)
+        if model.pathways[domain].experts:
+            raise UnsupportedModelError(
+                f"Pathway {domain!r} keeps some of the routed experts, among which healing cannot "
+                "train yet. Heal pathways that were selected without experts= (--experts) and "
+                "expert_neurons= (--expert-neurons)."
+            )
 
 
 def _check_settings(model: SparsePathwaysForCausalLM, settings: HealingSettings) -> None:

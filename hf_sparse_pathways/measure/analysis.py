@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.experiments import Experiments
+from hf_sparse_pathways.measure.expert_usage import LayerUsage, measure_experts
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
 from hf_sparse_pathways.measure.reading import read_report
@@ -75,7 +76,7 @@ class Analysis(ShownAsTables):
         base: The model's name.
         summary: Its shape in words.
         size: Parameters and FLOPs.
-        routed: Modules with routed experts, which are left out.
+        routed: Modules with routed experts.
         tokens: Domain -> tokens of the profile.
         blocks: Names of the FFN blocks.
         percentile: Below which a neuron is skipped.
@@ -86,6 +87,7 @@ class Analysis(ShownAsTables):
         overlaps: One per sparsity.
         roles: Early, middle and late blocks.
         experiments: None if nothing was measured.
+        experts: What the routed experts do, layer by layer; none in what was not profiled so.
     """
 
     base: str
@@ -102,6 +104,7 @@ class Analysis(ShownAsTables):
     overlaps: tuple[SkipOverlap, ...]
     roles: tuple[LayerRole, ...]
     experiments: Experiments | None
+    experts: tuple[LayerUsage, ...] = ()
 
     @property
     def domains(self) -> list[str]:
@@ -156,10 +159,7 @@ def analyse(profile: Profile, size: ModelSize, *, percentile: float = PERCENTILE
     Raises:
         PathwaysError: The percentile is out of range.
     """
-    skippable = measure_skippable(profile, percentile)
-    several = len(profile.domains) > 1
-    specialisation = measure_specialisation(profile) if several else None
-    return Analysis(
+    analysis = Analysis(
         base=profile.base.name,
         summary=profile.base.summary,
         size=size,
@@ -167,13 +167,30 @@ def analyse(profile: Profile, size: ModelSize, *, percentile: float = PERCENTILE
         tokens={name: domain.tokens for name, domain in profile.by_domain.items()},
         blocks=tuple(shape.name for shape in profile.base.blocks),
         percentile=percentile,
-        specialisation=specialisation,
+        specialisation=None,
         shuffled=None,
+        skippable=(),
+        speedups=(),
+        overlaps=(),
+        roles=(),
+        experiments=None,
+        experts=measure_experts(profile),
+    )
+    return _with_blocks(analysis, profile) if profile.base.blocks else analysis
+
+
+def _with_blocks(analysis: Analysis, profile: Profile) -> Analysis:
+    """Return an analysis with what follows from the FFN blocks' statistics. Pure."""
+    size, skippable = analysis.size, measure_skippable(profile, analysis.percentile)
+    several = len(profile.domains) > 1
+    specialisation = measure_specialisation(profile) if several else None
+    return replace(
+        analysis,
+        specialisation=specialisation,
         skippable=skippable,
         speedups=potential_speedups(skippable, size),
         overlaps=measure_overlap(profile),
         roles=_roles(profile, specialisation, next(f for f in skippable if f.pool == "model")),
-        experiments=None,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from hf_sparse_pathways.measure.analysis import Analysis
 from hf_sparse_pathways.measure.experiments import MeasuredRule
+from hf_sparse_pathways.measure.expert_usage import expert_sections
 from hf_sparse_pathways.measure.figures import Section, format_figure
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion, Specialisation
 from hf_sparse_pathways.measure.statements import compare_statements
@@ -30,8 +31,9 @@ def describe(analysis: Analysis) -> str:
         f"{size.head / (size.ffn + size.experts + size.other + size.head):.1%}.",
         f"Tokens profiled: {tokens}.",
     ]
-    if analysis.routed:
-        lines.append(f"Routed experts in {len(analysis.routed)} layers are left out.")
+    left_out = len(analysis.routed) - len(analysis.experts)
+    if left_out:
+        lines.append(f"Routed experts in {left_out} layers are left out.")
     if len(analysis.tokens) == 1:
         lines.append("With one domain nothing can be said of specialisation or overlap.")
     if analysis.experiments is None:
@@ -43,6 +45,13 @@ def describe(analysis: Analysis) -> str:
 
 def sections(analysis: Analysis) -> Iterator[Section]:
     """Yield the report's tables."""
+    if analysis.blocks:
+        yield from _block_sections(analysis)
+    yield from expert_sections(analysis.experts)
+
+
+def _block_sections(analysis: Analysis) -> Iterator[Section]:
+    """Yield the tables of the FFN blocks."""
     yield compare_statements(analysis)
     if analysis.specialisation is not None:
         yield _criteria(analysis, analysis.specialisation)

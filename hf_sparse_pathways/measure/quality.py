@@ -24,6 +24,7 @@ from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import Batch, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError, UnknownNameError, named
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock
+from hf_sparse_pathways.ffn.kept_experts import ExpertsShape, KeptExperts
 from hf_sparse_pathways.measure.adapters import active_adapters, without_adapters
 from hf_sparse_pathways.measure.arms import DENSE, MeasuredArm, ScoredText, measure_arms
 from hf_sparse_pathways.measure.pathway_sets import PathwaySet, gather_sets
@@ -102,7 +103,14 @@ def evaluate(  # noqa: PLR0913
     sets = gather_sets(pathways, label, also or {}, list(texts))
     if controls:
         sets = [
-            given.with_partners(partial(random_partner, shapes=pathways.base.blocks, seed=seed))
+            given.with_partners(
+                partial(
+                    random_partner,
+                    shapes=pathways.base.blocks,
+                    seed=seed,
+                    experts=given.pathways.base.experts,
+                )
+            )
             for given in sets
         ]
     drawn = _draw(sets, tokenizer, texts, settings)
@@ -217,10 +225,22 @@ def _prepared(model: SparsePathwaysForCausalLM, sets: Sequence[PathwaySet]) -> I
         model.set_pathways(pathways)
 
 
-def random_partner(pathway: Pathway, shapes: Sequence[BlockShape], seed: int) -> Pathway:
+def random_partner(
+    pathway: Pathway,
+    shapes: Sequence[BlockShape],
+    seed: int,
+    experts: Sequence[ExpertsShape] = (),
+) -> Pathway:
     """Return a pathway of the same FLOPs whose neurons are chosen at random. Pure.
 
-    Of each block it keeps as many neurons, and as many more as bypass and router cost.
+    Of each block it keeps as many neurons, and as many more as bypass and router cost; of routed
+    experts as many of each group, with as many neurons.
+
+    Args:
+        pathway: The other one.
+        shapes: The FFN blocks'.
+        seed: Of what is drawn.
+        experts: Of the layers with routed experts, if the pathway keeps some of them.
     """
     generator = torch.Generator().manual_seed(seed)
     keep = []
@@ -231,7 +251,26 @@ def random_partner(pathway: Pathway, shapes: Sequence[BlockShape], seed: int) ->
         more = int(shape.flops(block) // shape.flops_per_neuron) - block.kept
         mask[(~mask).nonzero().flatten()[:more]] = True
         keep.append(mask)
-    return Pathway.from_keep(keep, {"method": "random", "seed": seed})
+    drawn = tuple(
+        _random_experts(kept, shape, generator)
+        for kept, shape in zip(pathway.experts, experts, strict=False)
+    )
+    random = Pathway.from_keep(keep, {"method": "random", "seed": seed})
+    return replace(random, experts=drawn)
+
+
+def _random_experts(
+    kept: KeptExperts, shape: ExpertsShape, generator: torch.Generator
+) -> KeptExperts:
+    """Return as many experts of each group, and neurons of each, at random."""
+    groups = kept.keep.view(shape.groups, -1)
+    keep = torch.stack(
+        [own[torch.randperm(len(own), generator=generator)] for own in groups]
+    ).flatten()
+    if kept.width is None:
+        return KeptExperts(keep=keep)
+    order = torch.rand(shape.experts, shape.d_ff, generator=generator).argsort(1)
+    return KeptExperts(keep=keep, neurons=(order < kept.width) & keep.unsqueeze(1))
 
 
 def _dense_arm(settings: QualitySettings) -> MeasuredArm:

@@ -25,6 +25,7 @@ from hf_sparse_pathways.errors import (
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
+from hf_sparse_pathways.modeling.expert_baking import bake_experts
 from hf_sparse_pathways.modeling.fields import (
     Outline,
     find_bias_switch,
@@ -130,7 +131,8 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         UnsupportedModelError: The architecture has no form for it.
         PathwaysError: One domain's neurons were loaded alone, or widths would not be narrower.
     """
-    parts = _parts(model.pathways.subset([domain])[domain], domain)
+    pathway = model.pathways.subset([domain])[domain]
+    parts = _parts(pathway, domain)
     plain = model.to_dense()
     _check_plain(plain, parts)
     blocks = find_blocks(plain)
@@ -140,6 +142,9 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         reduced = ReducedBlock(block, part)
         reduced.finish()
         reduced.widen(form.widths[block.name])
+    if pathway.experts:
+        fields = bake_experts(plain, domain, pathway.experts)
+        form = replace(form, fields={**form.fields, **fields})
     form.apply(plain.config)
     plain.config.__dict__.pop("neuron_order", None)
     _add_missing_biases(plain)

@@ -65,7 +65,7 @@ class Executing(_Base):
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of the copies by pathway, those used longest ago first."""
-        rest = "attention and head" if self._attachment.blocks else "every leaf"
+        rest = "attention and head" if self._attachment.sparse else "every leaf"
         names = {WHOLE: "dense", REST: rest, **dict(enumerate(self._named))}
 
         def name(key: Key) -> str:
@@ -91,7 +91,7 @@ class Executing(_Base):
         if not isinstance(pathway, int):
             raise PathwaysError(f"prepare takes one domain, got {domain!r}.")
         self._look_at_weights()
-        if self.execution.executor == "masked" or not self._attachment.blocks:
+        if self.execution.executor == "masked" or not self._attachment.sparse:
             return False
         needed = self._attachment.copies.size(pathway)
         if needed > self.max_resident_bytes:

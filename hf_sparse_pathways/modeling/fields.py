@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import survey_model
 
-_REFUSALS = (
+REFUSALS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -78,7 +78,7 @@ class Outline:
         try:
             set_field(trial, field, value)
             return cls.of(trial)
-        except _REFUSALS:
+        except REFUSALS:
             return None
 
     def differing(self, other: Self) -> set[str]:

@@ -9,6 +9,7 @@ the base's own code runs.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -102,8 +103,11 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
+        if self._shape.experts and not pathways.base.experts:  # what was stored does not say
+            pathways = replace(pathways, base=pathways.base.with_experts_of(self._shape))
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
-        self._attachment.load([pathway.blocks for pathway in named])
+        experts = [pathway.experts for pathway in named]
+        self._attachment.load([pathway.blocks for pathway in named], experts)
         self._pathways = pathways
         self.config.domains = pathways.domains
         if self._adapters is not None:

@@ -6,10 +6,9 @@ weights and the swapped leaves are ordinary ones again. A leaf whose tensors are
 way, or come from files other than safetensors, is loaded whole and cut afterwards.
 """
 
-import copy
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.expert_reduction import ReducedExperts
 from hf_sparse_pathways.ffn.ranges import Excerpt
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
+from hf_sparse_pathways.modeling.partial_experts import reserve_experts
+from hf_sparse_pathways.modeling.sources import find_sources
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
@@ -87,6 +83,7 @@ class Loading:
         )
         self.domain = domain
         self._blocks: list[ReducedBlock] = []
+        self._experts: list[ReducedExperts] = []
         self._files: list[Any] = []
 
     def prepare(
@@ -116,6 +113,11 @@ class Loading:
         self._blocks = [
             ReducedBlock(one.block, part) for one, part in zip(attached, self._parts, strict=True)
         ]
+        routed = model._attachment.copies.experts
+        kept = self._chosen[self.domain].experts
+        self._experts = [
+            ReducedExperts(one.found, own) for one, own in zip(routed, kept, strict=bool(kept))
+        ]
         model._attachment.copies.reduce([one.block.leaves for one in attached])
         _check_own_weights(model, self._blocks)
         if state is None and not all(str(file).endswith(".safetensors") for file in files or [""]):
@@ -127,7 +129,11 @@ class Loading:
         for file in files:
             whole |= self._lazy(file, "pread" if _must_read(config) else "mmap")
             read |= self._lazy(file, "pread")
-        return {**whole, **self._excerpts(model, read, config)}
+        excerpts = self._excerpts(model, read, config)
+        unneeded = reserve_experts(model, self._experts, read, config, excerpts)
+        return {
+            name: tensor for name, tensor in {**whole, **excerpts}.items() if name not in unneeded
+        }
 
     def _lazy(self, file: str, backend: str) -> dict[str, Any]:
         opened: Any = safe_open(file, framework="pt", device="cpu", backend=backend)
@@ -136,7 +142,7 @@ class Loading:
 
     def _excerpts(self, model: nn.Module, read: dict[str, Any], config: Any) -> dict[str, Excerpt]:
         """Return an excerpt for each tensor that becomes one leaf's parameter as it is."""
-        sources = _sources(model, list(read), config.weight_mapping or [])
+        sources = find_sources(model, list(read), config.weight_mapping or [])
         names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
         excerpts = {}
         for block in self._blocks:
@@ -154,10 +160,12 @@ class Loading:
         """Add the compensation into a loaded model's weights, in place."""
         for block in self._blocks:
             block.finish()
+        for layer in self._experts:
+            layer.finish()
         for opened in self._files:
             opened.__exit__(None, None, None)
         model.become_partial(Partial(self.domain))
-        self._blocks = []
+        self._blocks, self._experts = [], []
 
 
 class _Local(threading.local):
@@ -224,20 +232,3 @@ def _check_own_weights(model: Any, blocks: list[ReducedBlock]) -> None:
 
 def _must_read(config: Any) -> bool:
     return bool(config.disable_mmap) or sys.platform == "win32"
-
-
-def _sources(model: nn.Module, keys: list[str], mapping: list[Any]) -> dict[str, list[str]]:
-    """Return which tensors of a checkpoint become which parameter as they are, by its name."""
-    mapping = copy.deepcopy(mapping)  # renaming leaves traces in it
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-    found = defaultdict(list)
-    for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = rename_source_key(key, [], [], prefix, expected)
-        if pattern is None:
-            found[name].append(key)
-    return found

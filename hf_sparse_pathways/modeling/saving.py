@@ -117,6 +117,12 @@ class Saving(_Base):
         return bool(base.is_custom_code())
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Say what the base says, whose module has the experts."""
+        base: Any = cls.__bases__[-1]
+        return bool(base._can_set_experts_implementation())
+
+    @classmethod
     def from_pretrained(  # noqa: PLR0913
         cls,
         pretrained_model_name_or_path: "str | PathLike[str]",

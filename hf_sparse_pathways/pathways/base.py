@@ -4,7 +4,7 @@ The shapes are the fingerprint that decides whether pathways, masks or a profile
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from hf_sparse_pathways.errors import MismatchError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks, survey_model
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
+from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
 from hf_sparse_pathways.pathways.revision import find_revision
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,11 @@ class BaseModel:
         revision: Commit of the Hub repository, if known.
         model_type: The architecture, as in its config.
         blocks: Its FFN blocks, in layer order.
-        routed: Modules with routed experts, which stay dense whatever the pathway.
+        routed: Modules with routed experts.
         neuron_order: Digest of the order of its neurons where ``permute`` has changed it; None for
             the original order.
+        experts: Those of the routed experts that a pathway may keep in part; none in what was
+            stored without a word of them.
     """
 
     name: str
@@ -111,14 +114,16 @@ class BaseModel:
     blocks: tuple[BlockShape, ...]
     routed: tuple[str, ...] = ()
     neuron_order: str | None = None
+    experts: tuple[ExpertsShape, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """Describe a live model, dense or with pathways.
 
         Raises:
-            UnsupportedModelError: It has no FFN blocks.
+            UnsupportedModelError: It has neither FFN blocks nor routed experts that fit.
         """
+        survey = survey_model(model)
         config: Any = getattr(model, "config", None)
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         return cls(
@@ -126,8 +131,9 @@ class BaseModel:
             revision=find_revision(config),
             model_type=str(getattr(type(config), "model_type", "")),
             blocks=tuple(BlockShape.of(block, prefix) for block in find_blocks(model)),
-            routed=tuple(name.removeprefix(prefix) for name in survey_model(model).routed),
+            routed=tuple(name.removeprefix(prefix) for name in survey.routed),
             neuron_order=getattr(config, "neuron_order", None),
+            experts=tuple(ExpertsShape.of(found, prefix) for found in survey.experts),
         )
 
     @property
@@ -141,10 +147,21 @@ class BaseModel:
         """The shape in a few words."""
         widths = sorted({block.d_ff for block in self.blocks})
         models = sorted({block.d_in for block in self.blocks})
+        told = f", {len(self.experts)} layers with routed experts" if self.experts else ""
+        if not self.blocks:
+            return f"{self.model_type} without FFN blocks{told}"
         return (
             f"{self.model_type} with {len(self.blocks)} FFN blocks, "
-            f"d_model {_span(models)}, d_ff {_span(widths)}"
+            f"d_model {_span(models)}, d_ff {_span(widths)}{told}"
         )
+
+    @property
+    def _parts(self) -> tuple[BlockShape | ExpertsShape, ...]:
+        return (*self.blocks, *self.experts)
+
+    def with_experts_of(self, other: Self) -> Self:
+        """Return it with another description's experts, if it does not speak of any. Pure."""
+        return self if self.experts else replace(self, experts=other.experts)
 
     @property
     def _order(self) -> str:
@@ -158,7 +175,9 @@ class BaseModel:
         Raises:
             MismatchError: It has others, or their neurons stand in another order.
         """
-        if self.model_type == other.model_type and self.blocks == other.blocks:
+        told = bool(self.experts and other.experts)
+        same = self.blocks == other.blocks and (self.experts == other.experts or not told)
+        if self.model_type == other.model_type and same:
             if self.neuron_order != other.neuron_order:
                 raise MismatchError(
                     f"Made for {self.name or 'a model without a name'!r} with its neurons in "
@@ -171,7 +190,7 @@ class BaseModel:
             (
                 f" First difference: {mine.name} ({mine.d_in} -> {mine.d_ff}) against "
                 f"{theirs.name} ({theirs.d_in} -> {theirs.d_ff})."
-                for mine, theirs in zip(self.blocks, other.blocks, strict=False)
+                for mine, theirs in zip(self._parts, other._parts, strict=False)
                 if mine != theirs
             ),
             "",

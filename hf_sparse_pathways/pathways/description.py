@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
 from hf_sparse_pathways.limits import (
     MOST_BLOCKS,
     MOST_DOMAINS,
@@ -35,6 +36,8 @@ def base_to_json(base: BaseModel) -> dict[str, Any]:
     data = asdict(base)
     if base.neuron_order is None:
         del data["neuron_order"]
+    if not base.experts:
+        del data["experts"]
     return data
 
 
@@ -45,9 +48,12 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
         ArtefactError: A value is missing, unknown, or of the wrong kind.
     """
     try:
-        blocks, routed = data["blocks"], data["routed"]
-        if not isinstance(blocks, list) or not 0 < len(blocks) <= MOST_BLOCKS:
-            raise TypeError(f"it has no list of 1 to {MOST_BLOCKS} blocks")
+        blocks, routed, experts = data["blocks"], data["routed"], data.get("experts", [])
+        for parts in (blocks, experts):
+            if not isinstance(parts, list) or len(parts) > MOST_BLOCKS:
+                raise TypeError(f"it has no list of at most {MOST_BLOCKS} blocks or experts")
+        if not blocks and not experts:
+            raise TypeError("it has neither blocks nor experts")
         if not isinstance(routed, list):
             raise TypeError("its list of routed experts is none")
         if not isinstance(data["name"], str) or len(data["name"]) > MOST_PATH:
@@ -55,7 +61,9 @@ def base_from_json(data: dict[str, Any]) -> BaseModel:
         marks = (data["revision"], data.get("neuron_order"))
         check_names([data["model_type"], *routed, *(mark for mark in marks if mark is not None)])
         shapes = tuple(_block_shape(block) for block in blocks)
-        return BaseModel(**{**data, "blocks": shapes, "routed": tuple(routed)})
+        routed_shapes = tuple(_experts_shape(layer) for layer in experts)
+        parts = {"blocks": shapes, "routed": tuple(routed), "experts": routed_shapes}
+        return BaseModel(**{**data, **parts})
     except (KeyError, TypeError) as error:
         told = plain(str(error))
         raise ArtefactError(f"The base's description does not fit: {told}.") from error
@@ -74,6 +82,18 @@ def check_names(names: Iterable[Any]) -> None:
                 f"{str(name)[:MOST_NAME]!r} is no name: it has to be a text of at most {MOST_NAME} "
                 "plain characters."
             )
+
+
+def _experts_shape(data: dict[str, Any]) -> ExpertsShape:
+    check_names([data["name"]])
+    numbers = {field.name: data[field.name] for field in fields(ExpertsShape)[1:]}
+    if not all(type(number) is int and 0 < number <= MOST_WIDTH for number in numbers.values()):
+        raise ArtefactError(f"Routed experts have impossible numbers: {numbers}.")
+    groups, top_groups = numbers["groups"], numbers["top_groups"]
+    few = numbers["top_k"] > numbers["experts"] or top_groups > groups
+    if few or numbers["experts"] % groups:
+        raise ArtefactError(f"Routed experts have numbers that do not fit together: {numbers}.")
+    return ExpertsShape(**data)
 
 
 def _block_shape(data: dict[str, Any]) -> BlockShape:

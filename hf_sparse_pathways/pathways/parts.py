@@ -84,8 +84,8 @@ def _check_blocks(
     entry: Mapping[str, Any], prefix: str, base: BaseModel, header: Mapping[str, Tensor]
 ) -> set[str]:
     """Check the blocks of one pathway; return the names of their tensors."""
-    holds = entry["holds"]
-    if not isinstance(holds, list) or not {"keep"} <= {*map(str, holds)} <= {*KNOWN}:
+    holds, least = entry["holds"], {"keep"} if base.blocks else set()
+    if not isinstance(holds, list) or not least <= {*map(str, holds)} <= {*KNOWN}:
         raise ArtefactError(
             f"{entry['name']!r} holds {holds!r:.200}, of which this version reads only "
             f"{list(KNOWN)}. Upgrade hf-sparse-pathways."

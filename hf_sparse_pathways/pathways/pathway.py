@@ -1,9 +1,10 @@
 """A pathway is one domain's kept neurons; pathways are a base model's pathways together.
 
 Both are values: frozen, without a link to a live model. A pathway holds one ``BlockPathway`` per
-FFN block, in layer order, or a ``ClusteredBlock`` where tokens have different experts. Besides the
-domains' pathways there may be *controls* (``pooled``: all domains' statistics together), which
-stand beside them in every measurement and are no domains.
+FFN block, in layer order, or a ``ClusteredBlock`` where tokens have different experts; and in
+mixture-of-experts models one ``KeptExperts`` per layer with routed experts, if it says anything of
+them. Besides the domains' pathways there may be *controls* (``pooled``: all domains' statistics
+together), which stand beside them in every measurement and are no domains.
 """
 
 import re
@@ -23,8 +24,10 @@ from hf_sparse_pathways.errors import (
 )
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.clusters import Kept, experts_of
+from hf_sparse_pathways.ffn.kept_experts import KeptExperts
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.entry import write_adapter_files
+from hf_sparse_pathways.pathways.expert_summary import describe_experts
 from hf_sparse_pathways.pathways.signature import Signature
 from hf_sparse_pathways.pathways.summary import describe_pathways
 from hf_sparse_pathways.shares import format_share
@@ -55,11 +58,14 @@ class Pathway:
         blocks: One entry per FFN block, in layer order.
         provenance: How it was made (text sources, tokens, score, ...); plain JSON values.
         signature: What tells the domain's text, for ``domain="auto"``; None if that is not known.
+        experts: What is kept of routed experts, one entry per layer that has some; none where all
+            of them are kept.
     """
 
     blocks: tuple[Kept, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature | None = None
+    experts: tuple[KeptExperts, ...] = ()
 
     @classmethod
     def from_keep(cls, keep: Iterable[Tensor], provenance: Mapping[str, Any] | None = None) -> Self:
@@ -75,7 +81,7 @@ class Pathway:
     @property
     def clusters(self) -> int:
         """Most experts that a block has; 1 where all tokens have the same neurons."""
-        return max(len(experts_of(block)) for block in self.blocks)
+        return max((len(experts_of(block)) for block in self.blocks), default=1)
 
     @property
     def skipped(self) -> float:
@@ -84,7 +90,7 @@ class Pathway:
         shares = [float(e.skipping.active) if e.skipping else 1.0 for e in experts]
         kept = [expert.kept for expert in experts]
         active = sum(share * own for share, own in zip(shares, kept, strict=True))
-        return 1.0 - active / sum(kept)
+        return 1.0 - active / sum(kept) if kept else 0.0
 
     def unclustered(self, name: str, instead: str) -> tuple[BlockPathway, ...]:
         """Return the blocks, for what can only be done where all tokens have the same neurons.
@@ -241,17 +247,37 @@ class Pathways(ShownAsTables):
                 for block, shape in zip(pathway.blocks, self.base.blocks, strict=True)
             ]
         total = sum(shape.d_ff for shape in self.base.blocks)
-        return 1.0 - sum(block.kept for block in pathway.blocks) / total
+        return 1.0 - sum(block.kept for block in pathway.blocks) / total if total else 0.0
+
+    def expert_sparsity(self, domain: str) -> float:
+        """Return the fraction of the routed experts' neurons removed, in [0, 1).
+
+        Those of experts that the router may not choose are removed, too.
+        """
+        pathway, shapes = self[domain], self.base.experts
+        if not pathway.experts:
+            return 0.0
+        kept = sum(
+            experts.kept * (shape.d_ff if experts.width is None else experts.width)
+            for experts, shape in zip(pathway.experts, shapes, strict=True)
+        )
+        return 1.0 - kept / sum(shape.experts * shape.d_ff for shape in shapes)
 
     def flops(self, domain: str) -> float:
         """Return the FFN FLOPs of a pathway as a fraction of the dense FFN's.
 
         Everything that the pathway computes is counted: kept neurons, and whatever compensation
-        or routing it carries.
+        or routing it carries. Where it says something of routed experts, they are counted: a
+        token has ``top_k`` of them, however many are kept.
         """
-        blocks = zip(self[domain].blocks, self.base.blocks, strict=True)
-        dense = sum(shape.dense_flops for shape in self.base.blocks)
-        return sum(shape.flops(block) for block, shape in blocks) / dense
+        pathway, base = self[domain], self.base
+        own = sum(s.flops(block) for block, s in zip(pathway.blocks, base.blocks, strict=True))
+        dense = sum(shape.dense_flops for shape in base.blocks)
+        for kept, shape in zip(pathway.experts, base.experts, strict=bool(pathway.experts)):
+            full = shape.top_k * shape.weights // shape.experts
+            own += full if kept.width is None else full * kept.width / shape.d_ff
+            dense += full
+        return own / dense if dense else 1.0
 
     def check_fits(self, model: nn.Module, *, allow_transfer: bool = False) -> None:
         """Check that a model is the one that these pathways were made for.
@@ -269,6 +295,21 @@ class Pathways(ShownAsTables):
         """Return a copy with more controls. Pure."""
         return replace(self, controls={**self.controls, **controls})
 
+    def with_experts(self, experts: Mapping[str, Sequence[KeptExperts]]) -> Self:
+        """Return a copy in which some domains keep some of the routed experts. Pure.
+
+        Args:
+            experts: Domain name -> one entry per layer with routed experts, in layer order.
+
+        Raises:
+            UnknownNameError: An unknown domain.
+            MismatchError: An entry does not fit its layer, or leaves too few to the router.
+        """
+        own = {
+            name: replace(self._domain(name), experts=tuple(kept)) for name, kept in experts.items()
+        }
+        return replace(self, by_domain={**self.by_domain, **own})
+
     def subset(self, domains: Iterable[str]) -> Self:
         """Return a copy with some of the domains, and all controls. Pure."""
         return replace(self, by_domain={name: self._domain(name) for name in domains})
@@ -280,11 +321,12 @@ class Pathways(ShownAsTables):
             MismatchError: The other was made for another base.
         """
         self.base.check_same(other.base)
-        return replace(self, by_domain={**self.by_domain, **other.by_domain})
+        base = self.base.with_experts_of(other.base)
+        return replace(self, base=base, by_domain={**self.by_domain, **other.by_domain})
 
     def sections(self) -> list[Table]:
         """Return the tables that a notebook shows."""
-        return [describe_pathways(self)]
+        return [describe_pathways(self), *describe_experts(self)]
 
     def _domain(self, name: str) -> Pathway:
         if name not in self.by_domain:
@@ -321,6 +363,8 @@ def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
         )
     for block, shape in zip(pathway.blocks, base.blocks, strict=True):
         check_block(name, block, shape)
+    if pathway.experts:
+        check_experts(name, pathway.experts, base)
 
 
 def check_block(name: str, block: Kept, shape: BlockShape) -> None:
@@ -333,3 +377,21 @@ def check_block(name: str, block: Kept, shape: BlockShape) -> None:
         block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out, shape.branches)
     except MismatchError as error:
         raise MismatchError(f"Domain {name!r}: {error}") from error
+
+
+def check_experts(name: str, experts: tuple[KeptExperts, ...], base: BaseModel) -> None:
+    """Check that what a domain's pathway keeps of routed experts fits them.
+
+    Raises:
+        MismatchError: It does not; the message names the domain and the layer.
+    """
+    if len(experts) != len(base.experts):
+        raise MismatchError(
+            f"Domain {name!r} keeps experts of {len(experts)} layers, but {base.name!r} has "
+            f"{len(base.experts)} layers with routed experts. Give one entry per layer."
+        )
+    for kept, shape in zip(experts, base.experts, strict=True):
+        try:
+            kept.check(shape)
+        except MismatchError as error:
+            raise MismatchError(f"Domain {name!r}: {error}") from error

@@ -27,8 +27,17 @@ from hf_sparse_pathways.errors import (
 )
 from hf_sparse_pathways.files import read_json, read_pair, write_pair
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.description import base_from_json, base_to_json
+from hf_sparse_pathways.pathways.expert_parts import (
+    choose_experts,
+    describe_experts,
+    name_experts,
+    restore_experts,
+    split_experts,
+)
 from hf_sparse_pathways.pathways.parts import (
+    GROUPS,
     choose_tensors,
     held_parts,
     name_tensors,
@@ -75,12 +84,12 @@ def write_rest(pathways: Pathways, folder: Path, places: Mapping[str, str]) -> N
     groups = {"domains": pathways.by_domain, "controls": pathways.controls}
     tensors: dict[str, Tensor] = {}
     for group, named in groups.items():
-        tensors |= name_tensors(group, named)
+        tensors |= name_tensors(group, named) | name_experts(GROUPS[group], named)
     tensors |= name_signatures(pathways.by_domain)
     meta = {
         "format": FORMAT_VERSION,
         "written_by": f"hf-sparse-pathways {__version__}",
-        "base": base_to_json(pathways.base),
+        "base": base_to_json(_told(pathways)),
         **{group: _described(named) for group, named in groups.items()},
         **({FIELD: dict(places)} if places else {}),
     }
@@ -88,6 +97,14 @@ def write_rest(pathways: Pathways, folder: Path, places: Mapping[str, str]) -> N
     write_pair(folder / JSON_NAME, meta, tensors)
     for place in before - {*places.values()}:
         _delete_pair(folder / place)
+
+
+def _told(pathways: Pathways) -> BaseModel:
+    """Return the base as it is stored: without experts where nothing depends on them."""
+    named = (*pathways.by_domain.values(), *pathways.controls.values())
+    if pathways.base.blocks and not any(pathway.experts for pathway in named):
+        return replace(pathways.base, experts=())
+    return pathways.base
 
 
 def _listed_before(folder: Path) -> set[str]:
@@ -137,7 +154,8 @@ def read_pathways(
         other = _read_apart(cls, source, name, place, hub)
         if name in by_domain:
             raise ArtefactError(f"{JSON_NAME} in {source}: domain {name!r} stands twice.")
-        if other.base != found.base:
+        found = replace(found, base=found.base.with_experts_of(other.base))
+        if other.base.with_experts_of(found.base) != found.base:
             raise MismatchError(
                 f"Domain {name!r} in {source} was made for {other.base.title}, the others for "
                 f"{found.base.title}."
@@ -189,7 +207,11 @@ def _read_pair(
             names = [entry["name"] for entry in meta["domains"]]
             raise UnknownNameError("domain", only, [*names, *places])
         controls = {} if only else restore_pathways("controls", meta, tensors, None)
-        return cls(base=base_from_json(meta["base"]), by_domain=by_domain, controls=controls)
+        base = base_from_json(meta["base"])
+        domain_entries, control_entries = (_entries(meta, group) for group in GROUPS)
+        by_domain = restore_experts(domain_entries, base, tensors, by_domain)
+        controls = restore_experts(control_entries, base, tensors, controls)
+        return cls(base=base, by_domain=by_domain, controls=controls)
     except UnknownNameError:
         raise
     except MismatchError as error:
@@ -204,7 +226,15 @@ def _read_pair(
 def _choose(only: str | None, meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
     """Check a file's header against its description; return the names of what is to be read."""
     signatures, rest = split_header(header)
-    return choose_tensors(only, meta, rest) + choose_signatures(only, meta, signatures)
+    experts, rest = split_experts(rest)
+    chosen = choose_tensors(only, meta, rest) + choose_signatures(only, meta, signatures)
+    entries = {**_entries(meta, "domains"), **_entries(meta, "controls")}
+    return chosen + choose_experts(entries, only, meta, experts)
+
+
+def _entries(meta: Mapping[str, Any], group: str) -> dict[str, Mapping[str, Any]]:
+    """Return what is said of each pathway, by what stands before its tensors' numbers."""
+    return {f"{GROUPS[group]}{index}": entry for index, entry in enumerate(meta[group])}
 
 
 def pathway_files(source: str | PathLike[str]) -> list[Path]:
@@ -254,6 +284,7 @@ def _described(group: Mapping[str, Pathway]) -> list[dict[str, Any]]:
             "provenance": dict(pathway.provenance),
             "holds": held_parts(pathway),
             **({SIGNATURE: True} if pathway.signature is not None else {}),
+            **describe_experts(pathway),
         }
         for name, pathway in group.items()
     ]

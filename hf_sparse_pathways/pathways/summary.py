@@ -57,7 +57,7 @@ def _describe_one(pathways: "Pathways", name: str) -> list[str]:
     shares = pathways.sparsity(name, per_block=True)
     return [
         format_share(pathways.sparsity(name), 1),
-        f"{format_share(min(shares))}-{format_share(max(shares))}",
+        f"{format_share(min(shares))}-{format_share(max(shares))}" if shares else "-",
         format_share(pathways.flops(name), 1),
         describe_compensation(pathway),
         str(pathway.provenance.get("method", "-")),

@@ -198,12 +198,20 @@ def _row(pathways: Pathways, name: str, picture: str | None) -> list[str]:
     counted = [f"{text[key]} {key}" for key in ("tokens", "documents") if key in text]
     return [
         name,
-        format_share(pathways.sparsity(name)),
-        f"{format_share(min(shares))} to {format_share(max(shares))}{shown}",
+        _removed(pathways, name),
+        f"{format_share(min(shares))} to {format_share(max(shares))}{shown}" if shares else "-",
         format_share(pathways.flops(name)),
         words(", ".join(how)) or "unknown",
         (words(", ".join(counted)) or "unknown") + _linked_datasets(text.get("datasets")),
     ]
+
+
+def _removed(pathways: Pathways, name: str) -> str:
+    """Say how much a domain removes, of FFN blocks and of routed experts."""
+    removed = [format_share(pathways.sparsity(name))] if pathways.base.blocks else []
+    if pathways[name].experts:
+        removed.append(f"{format_share(pathways.expert_sparsity(name))} of routed experts")
+    return ", ".join(removed) or format_share(0.0)
 
 
 def words(text: str) -> str:

@@ -57,7 +57,8 @@ def add_domains(
         base = base_from_json(repo.meta.get("base", {}))
         base.check_origin(pathways.base, allow_transfer=allow_transfer)
         for name in pathways.domains:
-            repo.add(replace(pathways.subset([name]), base=base, controls={}), name)
+            own = base.with_experts_of(pathways.base)
+            repo.add(replace(pathways.subset([name]), base=own, controls={}), name)
 
     return _change(repo_id, Push(**push), change, f"Add {', '.join(pathways.domains)}")
 

@@ -25,6 +25,7 @@ from hf_sparse_pathways.measure.plotting import load_plots
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.measure.speed import tables
 from hf_sparse_pathways.measure.speed.report import BenchmarkReport
+from hf_sparse_pathways.pathways.expert_summary import describe_experts
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.pathways.summary import block_table, describe_pathways, text_of
 from hf_sparse_pathways.share.card import is_hub_id
@@ -117,7 +118,8 @@ def write_html_report(
     """
     pathways = source if isinstance(source, Pathways) else Pathways.from_pretrained(source)
     measured = Measured(evaluation=evaluation, benchmark=benchmark, analysis=analysis)
-    write_atomically(Path(path), render_page(pathways, measured, plots=plots).encode())
+    drawn = plots and bool(pathways.base.blocks)  # pictures are of FFN blocks
+    write_atomically(Path(path), render_page(pathways, measured, plots=drawn).encode())
 
 
 def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -> str:
@@ -141,6 +143,7 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
             note="FFN FLOPs: of the dense FFN's, whatever compensation costs included.",
         ),
         blocks=block_table(pathways),
+        experts=describe_experts(pathways),
         overlap=overlap_section(pairs) if pairs else None,
         origins={name: _describe_origin(pathways[name]) for name in pathways.domains},
         evaluation=measured.evaluation,

@@ -29,6 +29,8 @@ def draw_pictures(pathways: Pathways, places: Mapping[str, str], root: Path) -> 
     Returns:
         Domain -> path of its picture below ``root``; empty without matplotlib.
     """
+    if not pathways.base.blocks:  # of which pictures are
+        return {}
     try:
         plots = load_plots()
     except PathwaysError as error:

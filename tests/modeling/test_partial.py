@@ -140,7 +140,7 @@ def test_sharded_bare_and_from_a_state_dict(tmp_path):
 def test_whatever_is_converted_on_the_way_is_cut_afterwards(tmp_path, monkeypatch):
     model = _model("phi3")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(partial, "_sources", lambda *_: {})
+    monkeypatch.setattr(partial, "find_sources", lambda *_: {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, domain="code")
     _close(loaded(IDS).logits, model(IDS, domain="code").logits)
     assert _parameters(loaded) == _expected_parameters(model, "code")

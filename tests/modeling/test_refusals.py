@@ -21,8 +21,11 @@ def _paths(model, **arguments):
     return sp.Pathways.from_masks(model, random_masks(model, **arguments))
 
 
-def _mixtral():
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=2))
+def _jetmoe():
+    sizes = {name: LLAMA_LIKE[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    return hf.JetMoeForCausalLM(
+        hf.JetMoeConfig(**sizes, num_hidden_layers=1, kv_channels=8, num_key_value_heads=2)
+    )
 
 
 def _mamba():
@@ -31,12 +34,17 @@ def _mamba():
     )
 
 
-def test_routed_experts_stay_dense_and_it_is_said():
-    with pytest.raises(sp.PathwaysError, match=r"model\.layers\.0: .*routed experts only"):
-        sp.Pathways.from_masks(_mixtral(), {})
+def test_unknown_routed_experts_stay_dense_and_it_is_said():
+    with pytest.raises(sp.PathwaysError, match=r"model\.layers\.0\.\S+: .*packed in a way"):
+        sp.Pathways.from_masks(_jetmoe(), {})
+
+
+def test_routed_experts_are_listed_apart():
     model = build("qwen3_moe")
     survey = survey_model(model)
     assert survey.routed == ("model.layers.1.mlp.experts",)
+    assert [found.name for found in survey.experts] == ["model.layers.1.mlp.experts"]
+    assert survey.dense == ()
     assert [refused.name for refused in survey.refused] == ["model.layers.1"]
     assert _paths(model).base.routed == ("layers.1.mlp.experts",)
 

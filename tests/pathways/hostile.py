@@ -293,4 +293,46 @@ SKIPPING = {
     "several shares": _tensor("0.0.active", lambda t: t.repeat(2)),
     "a share a scalar": _tensor("0.0.active", lambda t: t[0].clone()),
 }
+
+# Of a model with 8 routed experts of 12 neurons, of which a token has 2.
+_ROUTED, _NEURONS = "experts.0.0.keep", "experts.0.0.neurons"
+
+EXPERTS = {
+    "no experts": _tensor(_ROUTED, torch.zeros_like),
+    "fewer experts than a token has": _tensor(_ROUTED, lambda t: t & (t.cumsum(0) < 2)),
+    "experts of another number": _tensor(_ROUTED, lambda t: torch.cat([t, t[:1]])),
+    "experts in integers": _tensor(_ROUTED, lambda t: t.int()),
+    "experts a scalar": _tensor(_ROUTED, lambda t: t[0].clone()),
+    "experts a matrix": _tensor(_ROUTED, lambda t: t[None]),
+    "experts neither true nor false": _raw(_ROUTED, b"\x02"),
+    "experts of a billion": _entry(_ROUTED, shape=[2**30]),
+    "experts missing in a layer": _without(_ROUTED),
+    "experts of a layer too many": _more("experts.0.9.keep", "BOOL", [8], 8),
+    "experts of a domain too many": _more("experts.9.0.keep", "BOOL", [8], 8),
+    "experts of another kind": _more("experts.0.0.router", "F32", [8], 32),
+    "neurons without their experts": _without("experts.0.1.keep"),
+    "neurons neither true nor false": _raw(_NEURONS, b"\x02"),
+    "neurons none": _tensor(_NEURONS, torch.zeros_like),
+    "neurons of removed experts": _tensor(_NEURONS, torch.ones_like),
+    "neurons unequally many": _tensor(
+        _NEURONS, lambda t: t & (t.flatten().cumsum(0) > 1).view(8, -1)),
+    "neurons of another width": _tensor(_NEURONS, lambda t: t[:, :-1].clone()),
+    "neurons of another number": _tensor(_NEURONS, lambda t: t[:-1].clone()),
+    "neurons in bytes": _tensor(_NEURONS, lambda t: t.to(torch.uint8)),
+    **{f"held {value!r:.20}": _field("domains", 0, "experts", value)
+       for value in (5, "keep", {}, ["neurons"], ["keep", "x"], [["keep"]], [], True, None)},
+    **{f"{name} {value!r:.12}": _field("base", "experts", 0, name, value)
+       for name in ("experts", "top_k", "groups", "top_groups", "d_in", "d_ff", "d_out", "branches")
+       for value in (0, limits.MOST_WIDTH + 1, True, "8", None)},
+    "more per token than there are": _field("base", "experts", 0, "top_k", 9),
+    "groups that do not divide": _field("base", "experts", 0, "groups", 3),
+    "more groups than there are": _field("base", "experts", 0, "top_groups", 2),
+    "layers no list": _field("base", "experts", {"0": {}}),
+    "a layer no object": _field("base", "experts", 0, "x"),
+    "layers not named": _field("base", "experts", []),
+    "many layers": _meta(lambda meta: meta["base"].update(
+        experts=meta["base"]["experts"] * (limits.MOST_BLOCKS // 2 + 1))),
+    "a layer's name of control characters": _field("base", "experts", 0, "name", "\x1b]0;x\x07"),
+    "a field too many": _field("base", "experts", 0, "x", 1),
+}
 # fmt: on

@@ -1,0 +1,159 @@
+"""Statistics of routed experts: one more pass over a domain's text, with hooks on the experts.
+
+A hook sees which expert each token is routed to, and with what weight. Every expert is then
+computed for its tokens by its own class's forward, twice: as it is, which gives its output, and
+with the identity in place of the outgoing weights, which gives its activation; so whatever stands
+between gate, up and down is the model's own code.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_sparse_pathways.discovery.expert_statistics import TENSORS, ExpertStatistics
+from hf_sparse_pathways.discovery.passes import evaluation_mode, run_decoder
+from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
+from hf_sparse_pathways.ffn.blocks import survey_model
+from hf_sparse_pathways.ffn.choices import all_dense
+from hf_sparse_pathways.ffn.expert_layouts import cut_experts, find_parameter
+from hf_sparse_pathways.ffn.experts import RoutedExperts
+from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
+from hf_sparse_pathways.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+
+def collect_experts(
+    model: nn.Module,
+    domain: str,
+    windows: Sequence[Window],
+    batch_size: int,
+    processes: Processes,
+) -> tuple[ExpertStatistics, ...]:
+    """Run a domain's windows through the decoder; return one entry per layer with routed experts.
+
+    Args:
+        model: A causal LM; it is run densely, and left as it was.
+        domain: The domain, for the progress bar.
+        windows: Its text.
+        batch_size: Windows per forward pass.
+        processes: Those that share the batches.
+
+    Returns:
+        Nothing where weights of experts are offloaded, so that they cannot be computed apart.
+    """
+    experts = survey_model(model).experts
+    if any(weight.is_meta for found in experts for weight in found.module.parameters()):
+        logger.warning(
+            "Domain %r: routed experts are not profiled, since their weights are offloaded.", domain
+        )
+        return ()
+    collectors = [ExpertCollector(found) for found in experts]
+    if not collectors:
+        return ()
+    batches = list(processes.share(list(make_batches(windows, batch_size))))
+    silent = None if processes.is_first else True
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(all_dense())
+        stack.enter_context(evaluation_mode(model))
+        for collector in collectors:
+            handle = collector.found.module.register_forward_pre_hook(collector.see)
+            stack.callback(handle.remove)
+        for batch in tqdm(batches, desc=f"profile experts {domain}", disable=silent):
+            for collector in collectors:
+                collector.begin(batch)
+            run_decoder(model, batch)
+    return tuple(_together(collector.statistics, processes) for collector in collectors)
+
+
+class ExpertCollector:
+    """Accumulates the statistics of one layer's experts."""
+
+    def __init__(self, found: RoutedExperts) -> None:
+        self.found = found
+        self.statistics = ExpertStatistics.empty(ExpertsShape.of(found, ""))
+        self._real: Tensor | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Take note of which tokens of the coming forward pass are no padding."""
+        self._real = batch.mask.flatten()
+
+    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        """Add what the experts are given; a forward pre-hook."""
+        assert self._real is not None  # begin was called
+        hidden, index, weights = args
+        real = self._real.to(hidden.device)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[real]
+        index, weights = index.reshape(len(real), -1)[real], weights.reshape(len(real), -1)[real]
+        sums = {name: getattr(self.statistics, name).clone() for name in TENSORS}
+        for expert in index.unique().tolist():
+            tokens, places = torch.where(index == expert)
+            output, activation = compute_expert(self.found, expert, hidden[tokens])
+            weight, output = weights[tokens, places].double(), output.double()
+            sums["routed"][expert] += len(tokens)
+            sums["weight_sum"][expert] += weight.sum().cpu()
+            sums["reap_sum"][expert] += (weight * output.norm(dim=1)).abs().sum().cpu()
+            sums["output_sum"][expert] += output.sum(0).cpu()
+            sums["abs_sum"][expert] += activation.double().abs().sum(0).cpu()
+        tokens_now = self.statistics.tokens + len(hidden)
+        self.statistics = ExpertStatistics(tokens=tokens_now, **sums)
+
+
+def compute_expert(found: RoutedExperts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an expert's output ``(tokens, d_out)`` and its activation ``(tokens, d_ff)``.
+
+    Args:
+        found: The layer's experts.
+        expert: Which one.
+        tokens: Its input ``(tokens, d_in)``.
+    """
+    width = min(found.packed.d_ff, found.packed.d_out)
+    pieces = torch.split(torch.arange(found.packed.d_ff, device=tokens.device), width)
+    activation = [_run(found, expert, tokens, piece)[:, : len(piece)] for piece in pieces]
+    return _run(found, expert, tokens, None), torch.cat(activation, dim=1)
+
+
+def _run(found: RoutedExperts, expert: int, tokens: Tensor, piece: Tensor | None) -> Tensor:
+    """Run one expert, whole, or as far as the activation of some of its neurons."""
+    own_expert = torch.tensor([expert], device=tokens.device)
+    neurons = None if piece is None else piece.unsqueeze(0)
+    tensors = {
+        packing.name: packing.take(find_parameter(found.module, packing.name), own_expert, neurons)
+        for packing in found.packed.packings
+    }
+    if piece is not None:
+        outgoing = found.packed.packings[0]
+        tensors[outgoing.name] = _identity(tensors[outgoing.name])
+        bias = f"{outgoing.name}_bias"
+        tensors |= {bias: torch.zeros_like(tensors[bias])} if bias in tensors else {}
+    own = _own_class(found.module)
+    width = found.packed.d_ff if piece is None else len(piece)
+    module: Any = cut_experts(found.module, own, tensors, 1, width)
+    index = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+    weights = torch.ones(len(tokens), 1, dtype=tokens.dtype, device=tokens.device)
+    output: Tensor = own.forward(module, tokens, index, weights)
+    return output.reshape(len(tokens), -1)
+
+
+def _identity(weight: Tensor) -> Tensor:
+    """Return the identity in the shape of outgoing weights, in either order."""
+    ones = torch.eye(*weight.shape[-2:], dtype=weight.dtype, device=weight.device)
+    return ones.expand_as(weight)
+
+
+def _own_class(module: Any) -> Any:
+    """Return the class of experts as the model has it, whether they are swapped or not."""
+    state = getattr(module, "expert_state", None)
+    return type(module) if state is None else state.own
+
+
+def _together(own: ExpertStatistics, processes: Processes) -> ExpertStatistics:
+    """Return the sums of all processes."""
+    sums = {name: processes.add_up(getattr(own, name)) for name in TENSORS}
+    return ExpertStatistics(tokens=int(processes.add_up(torch.tensor(own.tokens))), **sums)
