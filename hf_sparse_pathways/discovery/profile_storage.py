@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, ch
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.files import read_pair, write_pair
+from hf_sparse_pathways.files import check_finite, read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.description import (
     base_from_json,
@@ -39,6 +39,7 @@ JSON_NAME = "profile.json"
 GRAMS_FOLDER = "grams"
 SPLITS = ("windows", "validation")
 BACKGROUND = "background"
+ENTANGLEMENT = "entanglement"
 
 
 def write_profile(profile: Profile, folder: Path) -> None:
@@ -53,6 +54,10 @@ def write_profile(profile: Profile, folder: Path) -> None:
         }
         for split in SPLITS:
             tensors |= _packed(f"{index}.{split}", getattr(domain, split))
+        tensors |= {
+            f"{index}.{position}.{ENTANGLEMENT}": distances
+            for position, distances in enumerate(domain.entanglement)
+        }
         files = [write_gram(source.load(), folder / GRAMS_FOLDER) for source in domain.grams]
         entries.append(
             {
@@ -63,6 +68,7 @@ def write_profile(profile: Profile, folder: Path) -> None:
                     {"file": file.path.name, "sha256": file.sha256, "size": file.size}
                     for file in files
                 ],
+                **({ENTANGLEMENT: True} if domain.entanglement else {}),
             }
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
@@ -131,6 +137,9 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
             for part in TENSORS:
                 statistic = without_memory(torch.float64, shape.d_ff)
                 expected[f"{index}.{position}.{part}"] = statistic
+            if entry.get(ENTANGLEMENT):
+                distances = without_memory(torch.float32, shape.branches, shape.d_ff)
+                expected[f"{index}.{position}.{ENTANGLEMENT}"] = distances
         for name in (f"{index}.{split}.{part}" for split in SPLITS for part in ("ids", "lengths")):
             length = header[name].numel()  # whatever it is
             expected[name] = without_memory(torch.int32, length)
@@ -153,10 +162,17 @@ def _restored(
         statistics = BlockStatistics(tokens=counts[position], **values)
         check_statistics(entry["name"], shape.name, statistics)
         blocks.append(statistics)
+    entanglement = [
+        tensors[f"{prefix}.{position}.{ENTANGLEMENT}"]
+        for position in range(len(base.blocks) if entry.get(ENTANGLEMENT) else 0)
+    ]
+    for distances in entanglement:
+        check_finite(f"Domain {entry['name']!r}: {ENTANGLEMENT}", distances)
     return DomainProfile(
         blocks=tuple(blocks),
         provenance=entry["provenance"],
         grams=_gram_files(entry["grams"], base.blocks, folder / GRAMS_FOLDER),
+        entanglement=tuple(entanglement),
         **{split: _unpacked(tensors, f"{prefix}.{split}") for split in SPLITS},
     )
 

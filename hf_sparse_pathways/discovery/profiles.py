@@ -7,6 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import Tensor
+
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
@@ -33,6 +35,8 @@ class DomainProfile:
         grams: One Gram matrix per FFN block, in memory or on disk; empty if none were taken.
         windows: The token ids of the calibration text, for methods that run the model again.
         validation: Token ids of other documents of the domain, on which methods are compared.
+        entanglement: Of every block's incoming leaves, how far from normal each row's output is
+            (W1 in standard deviations), float32 ``(branches, d_ff)``; empty if it was not measured.
     """
 
     blocks: tuple[BlockStatistics, ...]
@@ -40,6 +44,7 @@ class DomainProfile:
     grams: tuple[GramSource, ...] = ()
     windows: tuple[Window, ...] = ()
     validation: tuple[Window, ...] = ()
+    entanglement: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -50,6 +55,7 @@ class DomainProfile:
         """Return the statistics of both together. Pure.
 
         Gram matrices stay if both have them, and the blocks' inputs in them if both hold those.
+        Entanglement does not: it does not follow from that of the parts.
         What one was validated on and the other calibrated on is no validation text any more.
         """
         pairs = zip(self.blocks, other.blocks, strict=True)
@@ -60,6 +66,7 @@ class DomainProfile:
             grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
             windows=self.windows + other.windows,
             validation=self._validation_beside(other) + other._validation_beside(self),
+            entanglement=(),
         )
 
     def _validation_beside(self, other: Self) -> tuple[Window, ...]:
