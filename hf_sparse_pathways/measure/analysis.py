@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.experiments import Experiments
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
@@ -86,6 +87,7 @@ class Analysis(ShownAsTables):
         overlaps: One per sparsity.
         roles: Early, middle and late blocks.
         experiments: None if nothing was measured.
+        entanglement: None if the profile does not hold it.
     """
 
     base: str
@@ -102,6 +104,7 @@ class Analysis(ShownAsTables):
     overlaps: tuple[SkipOverlap, ...]
     roles: tuple[LayerRole, ...]
     experiments: Experiments | None
+    entanglement: Entanglement | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -174,6 +177,7 @@ def analyse(profile: Profile, size: ModelSize, *, percentile: float = PERCENTILE
         overlaps=measure_overlap(profile),
         roles=_roles(profile, specialisation, next(f for f in skippable if f.pool == "model")),
         experiments=None,
+        entanglement=summarise_entanglement(profile),
     )
 
 

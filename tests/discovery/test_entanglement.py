@@ -168,8 +168,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         done.append(None)
         run(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(collection, "run_decoder", stop)
+    monkeypatch.setattr(collection, "run_decoder", stop)
+    with pytest.raises(KeyboardInterrupt):
         _take(model, work_folder=tmp_path)
     again = []
     monkeypatch.setattr(collection, "run_decoder", lambda *a: (again.append(None), run(*a)))
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert len(done) == 20
 
 
-def test_processes_are_added(monkeypatch):
+def test_processes_are_added():
     """Two collectors with half the text each, as two processes have them, give that of both."""
     block = find_blocks(tiny_llama())[0]
     values = torch.randn(2, 300, block.d_ff, generator=torch.Generator().manual_seed(0)).exp()
