@@ -74,6 +74,7 @@ class Arm:
         prune: Chooses and repairs each block.
         inputs: Whether a bypass needs the blocks' inputs.
         clustering: How each block's tokens are clustered; None where all have the same neurons.
+        changes_rows: Whether incoming leaves change, too, and with them the activation.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -82,6 +83,7 @@ class Arm:
     prune: PruneBlock
     inputs: bool = True
     clustering: Clustering | None = None
+    changes_rows: bool = False
     blocks: list[Kept] = field(default_factory=list)
 
 
@@ -175,7 +177,9 @@ class _Layer:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
-        shortcut = self._can_shortcut(probes, [streams.batches[number] for number in numbers])
+        shortcut = not arm.changes_rows and self._can_shortcut(
+            probes, [streams.batches[number] for number in numbers]
+        )
         kept: dict[int, _Seen] = {}
         if probes:
             for number in numbers:

@@ -53,6 +53,18 @@ class Pattern:
         """N of N:M."""
         return round(self.group * (1.0 - self.sparsity))
 
+    def check_columns(self, columns: int) -> None:
+        """Check that so many columns are whole groups.
+
+        Raises:
+            PathwaysError: They are not.
+        """
+        if columns % self.group:
+            raise PathwaysError(
+                f"Pattern {self} needs a multiple of {self.group} columns, but a weight has "
+                f"{columns}. Choose {named('pattern', UNSTRUCTURED)}."
+            )
+
     def __str__(self) -> str:
         return UNSTRUCTURED if self.group == 1 else f"{self.kept}:{self.group}"
 
@@ -133,11 +145,7 @@ def prune_weights(
         PathwaysError: The columns are not whole groups of the pattern.
     """
     rows, columns = weight.shape
-    if columns % pattern.group:
-        raise PathwaysError(
-            f"Pattern {pattern} needs a multiple of {pattern.group} columns, but a weight has "
-            f"{columns}. Choose {named('pattern', UNSTRUCTURED)}."
-        )
+    pattern.check_columns(columns)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     turned = weight.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
     upper = inputs.upper.to(turned)

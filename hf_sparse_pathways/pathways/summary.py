@@ -74,9 +74,11 @@ def text_of(pathway: "Pathway") -> dict[str, Any]:
 def describe_compensation(pathway: "Pathway") -> str:
     """Say what a pathway adds to what it keeps: by its blocks, not by its provenance."""
     experts = [expert for block in pathway.blocks for expert in experts_of(block)]
+    clusters = "" if pathway.clusters == 1 else f" in {pathway.clusters} clusters"
+    if pathway.provenance.get("experts") == "copies":
+        return f"copies pruned {pathway.provenance.get('pattern', '')}{clusters}"
     parts = {part: None for expert in experts for part in _added(expert)}
-    added = "+".join(parts) or "none"
-    return added if pathway.clusters == 1 else f"{added} in {pathway.clusters} clusters"
+    return ("+".join(parts) or "none") + clusters
 
 
 def _added(block: BlockPathway) -> list[str]:
