@@ -65,6 +65,7 @@ class CopyRecipe:
             "method": METHOD,
             "experts": "copies",
             "pattern": str(self.pattern),
+            "compensation": f"{self.pattern} copies computed as dense matrices",
             "sparsity": self.pattern.sparsity,
             "order": "sequential",
             "precision": self.precision,
@@ -185,7 +186,7 @@ def _change(leaf: Any, inputs: InverseFactor, pattern: Pattern) -> Tensor:
     """Return what pruning adds to a leaf's weight, in its dtype: all of ``-w`` where w goes."""
     weight = linear_weight(leaf).detach().cpu()
     pruned = prune_weights(weight, inputs, pattern)
-    return (pruned - weight.float()).to(weight.dtype)
+    return (pruned - weight.to(pruned.dtype)).to(weight.dtype)
 
 
 def _check_weights(blocks: Sequence[FfnBlock], pattern: Pattern) -> None:

@@ -8,6 +8,8 @@ from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 HEADER = (
@@ -76,9 +78,16 @@ def describe_compensation(pathway: "Pathway") -> str:
     experts = [expert for block in pathway.blocks for expert in experts_of(block)]
     clusters = "" if pathway.clusters == 1 else f" in {pathway.clusters} clusters"
     if pathway.provenance.get("experts") == "copies":
-        return f"copies pruned {pathway.provenance.get('pattern', '')}{clusters}"
+        return f"{_pruned(pathway.provenance)}{clusters}"
     parts = {part: None for expert in experts for part in _added(expert)}
     return ("+".join(parts) or "none") + clusters
+
+
+def _pruned(provenance: "Mapping[str, Any]") -> str:
+    """Name pruned copies, whose FLOPs the paper counts by the weights that are not zero."""
+    nonzero = provenance.get("nonzero_flops")
+    counted = f" ({format_share(nonzero, 1)} not zero)" if isinstance(nonzero, float) else ""
+    return f"copies pruned {provenance.get('pattern', '')}{counted}"
 
 
 def _added(block: BlockPathway) -> list[str]:
