@@ -38,8 +38,6 @@ from hf_sparse_pathways.ffn.stored import is_int8
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
-METHOD = "sparsegpt"
-
 NONZERO = "nonzero_flops"
 """Name in the provenance of what ``nonzero_flops`` returns."""
 
@@ -62,10 +60,9 @@ class CopyRecipe:
         """Return the recipe as JSON values, for the artefact."""
         clustering = {} if self.clustering is None else {"clustering": asdict(self.clustering)}
         return {
-            "method": METHOD,
+            "method": f"sparsegpt, {self.pattern} copies computed as dense matrices",
             "experts": "copies",
             "pattern": str(self.pattern),
-            "compensation": f"{self.pattern} copies computed as dense matrices",
             "sparsity": self.pattern.sparsity,
             "order": "sequential",
             "precision": self.precision,
