@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.discovery.expansion import COPIES
 from tests.cli.conftest import save_dense
 from tests.texts import save_documents
@@ -63,6 +64,7 @@ def expansion(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import expansion
 
+    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
     save_dense(tmp_path / "tiny", "llama")
     for name in ("code", "law"):
         save_documents(tmp_path / "texts" / name, name, count=20, words=40)
