@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-memory benchmark-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-memory benchmark-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ benchmark: install
 
 benchmark-healing: install
 	$(BIN)/python benchmarks/healing.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-expansion: install
+	$(BIN)/python benchmarks/expansion.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py

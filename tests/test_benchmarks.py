@@ -1,9 +1,15 @@
 """Tables that are measured in parts: rows of other machines stay, and the verdict is of all."""
 
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_sparse_pathways.discovery import profiling
+from hf_sparse_pathways.discovery.expansion import COPIES
+from tests.cli.conftest import save_dense
+from tests.texts import save_documents
 
 ROOT = Path(__file__).parents[1]
 CAPTION = "30% of the FFN FLOPs removed: on 10 tokens; dense perplexity: code {}, law 10.2"
@@ -51,3 +57,55 @@ def test_other_text_is_another_table(quality):
     known = _table(quality, PATHWAY, POOLED)
     other = quality.Table(known.caption.replace("10 tokens", "20 tokens"), HEADER, (FLAP,))
     assert other.beside(known) == other
+
+
+@pytest.fixture
+def expansion(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import expansion
+
+    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
+    save_dense(tmp_path / "tiny", "llama")
+    for name in ("code", "law"):
+        save_documents(tmp_path / "texts" / name, name, count=20, words=40)
+    given = argparse.Namespace(
+        cache=tmp_path,
+        model="tiny",
+        domains=["code", "law"],
+        sparsity=[0.5],
+        clusters=[1, 3],
+        pattern="2:4",
+        partners=list(expansion.PARTNERS),
+        neurons=[3],
+        max_tokens=1200,
+        scored_tokens=60,
+        dtype="float32",
+        measured=False,
+    )
+    yield expansion.Benchmark(given)
+    del sys.modules["expansion"]
+
+
+def test_every_step_of_an_expansion_is_measured_once(expansion, monkeypatch):
+    results = expansion.measure()
+    titles = [step.title for step in results]
+    assert titles == [
+        "one SparseGPT model",
+        "copies, 3 clusters",
+        "neurons, 3 clusters",
+        "copy per domain",
+        "neurons per domain",
+        "neurons, pooled",
+    ]
+    for step, found in results.items():
+        assert list(found["rows"]) == ["code", "law"]
+        assert all(0.4 < row["flops"] < 0.56 for row in found["rows"].values()), step
+    sizes = {step.title: found["bytes"] for step, found in results.items()}
+    assert sizes["copies, 3 clusters"] > 2.9 * sizes["one SparseGPT model"]
+    monkeypatch.setattr(type(expansion), "_score", None)
+    assert expansion.measure() == results
+    table = expansion.table(results)
+    assert "| 50% | one SparseGPT model | 50.0% |" in table
+    assert "| 1.000 |" in table
+    expansion.arguments.pattern, expansion.arguments.measured = "unstructured", True
+    assert COPIES not in {step.way for step in expansion.measure()}

@@ -56,6 +56,7 @@ LAZY = {
     ("cli.analyze", "discovery.profiles"),
     ("cli.analyze", "measure.analysis"),
     ("cli.analyze", "measure.analysis_report"),
+    ("cli.analyze", "measure.entangled_rows"),
     ("cli.analyze", "measure.experiments"),
     ("cli.analyze", "measure.model_size"),
     ("cli.analyze", "measure.scale"),

@@ -1,7 +1,7 @@
 """``sparse-pathways analyze``: where a model's neurons specialise, and what that is worth."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 TOKENS = 8192
 EVALUATION_TOKENS = 2048
+
+TAKING = ("entanglement", *opt.PROFILING)
+"""Parameters that do nothing where no profile is taken."""
 
 RUNNING = ("eval_tokens", "max_length", "batch_size", "seed", "precision")
 """Parameters that do nothing where the model is not run."""
@@ -54,6 +57,12 @@ def run(  # noqa: PLR0913
             help="Run the model on held-out text: preservation, selection; profile shuffled text."
         ),
     ] = True,
+    entanglement: Annotated[
+        bool,
+        typer.Option(
+            "--entanglement", help="Measure how far from normal each neuron's products are, too."
+        ),
+    ] = False,
     percentile: Annotated[
         float, typer.Option(help="Below which of a domain's activations a neuron is skippable.")
     ] = PERCENTILE,
@@ -74,9 +83,9 @@ def run(  # noqa: PLR0913
 ) -> None:
     """Analyse specialisation, skippable neurons, overlap and layer roles; compare models."""
     if compare:
-        refuse_beside(ctx, "--compare", ("percentile", "experiments", *opt.PROFILING, *RUNNING))
+        refuse_beside(ctx, "--compare", ("percentile", "experiments", *TAKING, *RUNNING))
     if profile is not None:
-        refuse_beside(ctx, "--profile", opt.PROFILING if domain else (*opt.PROFILING, *RUNNING))
+        refuse_beside(ctx, "--profile", TAKING if domain else (*TAKING, *RUNNING))
     delivery = Delivery(output=output, plots=plots, as_json=as_json)
     delivery.check(overwrite, "models.json" if compare else "analysis.json")
     if compare:
@@ -93,6 +102,7 @@ def run(  # noqa: PLR0913
         dtype=dtype,
         profile=profile,
         experiments=experiments,
+        entanglement=entanglement,
         percentile=percentile,
         eval_tokens=eval_tokens,
         sampling=Sampling(
@@ -168,6 +178,7 @@ class Job:
     dtype: str
     profile: Path | None
     experiments: bool
+    entanglement: bool
     percentile: float
     eval_tokens: int
     sampling: Sampling
@@ -213,7 +224,13 @@ class Job:
         calibration = {name: documents[0] for name, documents in split.items()}
         # Gram matrices serve but one arm of the experiments.
         return take_profile(
-            dense, tokenizer, calibration, self.sampling, work, grams=self.experiments
+            dense,
+            tokenizer,
+            calibration,
+            self.sampling,
+            work,
+            grams=self.experiments,
+            entanglement=self.entanglement,
         )
 
     def _measure(
@@ -228,25 +245,25 @@ class Job:
         from hf_sparse_pathways.measure.specialisation import measure_specialisation
 
         sampling = self.sampling
+        held_out = {name: documents[1] for name, documents in split.items()}
+        running: dict[str, Any] = {
+            "max_length": sampling.max_length,
+            "batch_size": sampling.batch_size,
+            "seed": sampling.seed,
+        }
+        scored = {"max_tokens": self.eval_tokens, **running}
         found = run_experiments(
-            dense,
-            tokenizer,
-            taken,
-            {name: documents[1] for name, documents in split.items()},
-            max_tokens=self.eval_tokens,
-            max_length=sampling.max_length,
-            batch_size=sampling.batch_size,
-            seed=sampling.seed,
-            precision=sampling.precision,
+            dense, tokenizer, taken, held_out, precision=sampling.precision, **scored
         )
         shuffled = shuffled_profile(
-            dense,
-            tokenizer,
-            taken,
-            max_length=sampling.max_length,
-            batch_size=sampling.batch_size,
-            seed=sampling.seed,
-            precision=sampling.precision,
+            dense, tokenizer, taken, precision=sampling.precision, **running
         )
         chance = None if shuffled is None else measure_specialisation(shuffled)
-        return analysis.with_measurements(experiments=found, shuffled=chance)
+        measured = analysis.with_measurements(experiments=found, shuffled=chance)
+        if analysis.entanglement is None:
+            return measured
+        from hf_sparse_pathways.measure.entangled_rows import relate_entanglement
+
+        relations, harms = relate_entanglement(dense, tokenizer, taken, held_out, **scored)
+        known = replace(analysis.entanglement, relations=relations, harms=harms)
+        return replace(measured, entanglement=known)

@@ -66,6 +66,10 @@ def run(  # noqa: PLR0913
     inputs: Annotated[
         bool, typer.Option("--inputs", help="With the blocks' inputs, for a one-shot bypass.")
     ] = False,
+    entanglement: Annotated[
+        bool,
+        typer.Option("--entanglement", help="How far from normal each neuron's products are, too."),
+    ] = False,
     max_memory: opt.MaxMemory = MAX_MEMORY,
     precision: opt.Precision = "fastest",
     dtype: opt.Dtype = "auto",
@@ -92,7 +96,14 @@ def run(  # noqa: PLR0913
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
         taken = take_profile(
-            dense, tokenizer, calibration, sampling, work, grams=grams, launch=launch
+            dense,
+            tokenizer,
+            calibration,
+            sampling,
+            work,
+            grams=grams,
+            entanglement=entanglement,
+            launch=launch,
         )
         leave_unless_first(launch)
         with written_whole(output) as folder:
@@ -108,6 +119,7 @@ def take_profile(  # noqa: PLR0913
     work: Path,
     *,
     grams: bool,
+    entanglement: bool = False,
     launch: Any = None,
 ) -> "Profile":
     """Take a profile, with unfinished sums in a work folder; see ``join_launch`` for the last."""
@@ -123,6 +135,7 @@ def take_profile(  # noqa: PLR0913
         seed=sampling.seed,
         grams=grams,
         inputs=sampling.inputs,
+        entanglement=entanglement,
         validation_share=sampling.validation_share,
         precision=sampling.precision,
         max_memory=sampling.max_memory,

@@ -5,17 +5,17 @@ stored once for all; until then each stores its own, so that an interrupted run 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.collectors import BlockCollector, Workspaces
+from hf_sparse_pathways.discovery.collectors import BlockCollector, Collector, Workspaces
 from hf_sparse_pathways.discovery.grams import GramSource
 from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
 from hf_sparse_pathways.discovery.profiles import DomainProfile
@@ -26,6 +26,8 @@ from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.processes import Processes
+
+Own = TypeVar("Own", bound=Collector)
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,20 @@ class Collection:
         self, domain: str, sample: Sample, work_folder: "str | PathLike[str] | None"
     ) -> DomainProfile:
         """Run a domain's windows through the decoder, once per group of blocks."""
-        plan, processes = self._plan(sample), self.processes
+        plan, processes = self.plan(sample), self.processes
         processes.check_same(plan, f"Domain {domain!r}: model, text or settings")
         batches = list(make_batches(sample.windows, self.batch_size))
-        passes = _Passes.of(self, batches, plan, work_folder)
+        passes = Passes.of(self, batches, plan, work_folder)
         statistics: list[BlockStatistics] = []
         matrices: list[GramSource] = []
-        total = _count(passes.own_batches) * len(self.groups)
+        total = batch_tokens(passes.own_batches) * len(self.groups)
         silent = None if processes.is_first else True
         with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=silent) as bar:
             for number, group in enumerate(self.groups):
                 name = f"{number:04d}"
-                for index, collector in enumerate(passes.collect_group(group, name, bar)):
+                for index, collector in enumerate(
+                    passes.collect_group(self._collectors(group), name, bar)
+                ):
                     check_statistics(domain, collector.block.name, collector.statistics)
                     statistics.append(collector.statistics)
                     if collector.accumulator is not None:
@@ -88,7 +92,39 @@ class Collection:
             validation=sample.validation,
         )
 
-    def _plan(self, sample: Sample) -> dict[str, Any]:
+    def sum_up(
+        self,
+        domain: str,
+        sample: Sample,
+        work_folder: "str | PathLike[str] | None",
+        what: str,
+        make: Callable[[FfnBlock], Own],
+    ) -> Iterator[Own]:
+        """Yield other sums of every block, those of a group together.
+
+        Args:
+            domain: Whose windows.
+            sample: They.
+            work_folder: Where unfinished sums are stored.
+            what: The name of the sums.
+            make: Returns a block's collector.
+        """
+        plan = {**self.plan(sample), "sums": what}
+        batches = list(make_batches(sample.windows, self.batch_size))
+        passes = Passes.of(self, batches, plan, work_folder)
+        total = batch_tokens(passes.own_batches) * len(self.groups)
+        silent = None if self.processes.is_first else True
+        with tqdm(total=total, desc=f"{what} {domain}", unit="tok", disable=silent) as bar:
+            for number, group in enumerate(self.groups):
+                yield from passes.collect_group(list(map(make, group)), f"{number:04d}", bar)
+
+    def _collectors(self, group: Sequence[FfnBlock]) -> list[BlockCollector]:
+        spaces = Workspaces()
+        return [
+            BlockCollector(block, spaces, gram=self.grams, inputs=self.inputs) for block in group
+        ]
+
+    def plan(self, sample: Sample) -> dict[str, Any]:
         """Return everything that decides the sums, for ``Resumption``."""
         tokens = hashlib.sha256(str([window.ids for window in sample.windows]).encode())
         return {
@@ -103,7 +139,7 @@ class Collection:
 
 
 @dataclass(frozen=True)
-class _Passes:
+class Passes:
     """The passes over one domain's text.
 
     Attributes:
@@ -127,7 +163,7 @@ class _Passes:
         batches: Sequence[Batch],
         plan: dict[str, Any],
         work_folder: "str | PathLike[str] | None",
-    ) -> "_Passes":
+    ) -> "Passes":
         """Share the batches, and find where sums are stored."""
         processes, together = collection.processes, Resumption(work_folder, plan)
         own = together
@@ -136,26 +172,26 @@ class _Passes:
             own = Resumption(work_folder, {**plan, **part})
         return cls(collection, len(batches), processes.share(batches), together, own)
 
-    def collect_group(
-        self, group: tuple[FfnBlock, ...], name: str, bar: Any
-    ) -> list[BlockCollector]:
-        """Return the sums of a group of blocks over the batches of all processes."""
-        of, spaces = self.collection, Workspaces()
-        collectors = [
-            BlockCollector(block, spaces, gram=of.grams, inputs=of.inputs) for block in group
-        ]
-        if of.processes.count == 1:
+    def collect_group(self, collectors: Sequence[Own], name: str, bar: Any) -> Sequence[Own]:
+        """Return collectors of a group of blocks with the sums over the batches of all processes.
+
+        Args:
+            collectors: One per block of the group, in layer order; changed in place.
+            name: Under which their sums are stored.
+            bar: Told of every token of this process.
+        """
+        if self.collection.processes.count == 1:
             self._run(collectors, name, bar)
         elif not self._restore(collectors, name):
             self._run(collectors, name, bar)
             self._combine(collectors, name)
         return collectors
 
-    def _run(self, collectors: list[BlockCollector], name: str, bar: Any) -> None:
+    def _run(self, collectors: Sequence[Collector], name: str, bar: Any) -> None:
         """Run this process's batches through the decoder as far as the group's last block."""
         model = self.collection.model
         done = began = self.own.resume(name, collectors)
-        bar.update(_count(self.own_batches[:done]))
+        bar.update(batch_tokens(self.own_batches[:done]))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(all_dense())
@@ -170,13 +206,13 @@ class _Passes:
                 for collector in collectors:
                     collector.begin(batch)
                 run_decoder(model, batch)
-                bar.update(_count([batch]))
+                bar.update(batch_tokens([batch]))
                 done += 1
                 self.own.store_sometimes(name, collectors, done)
         if done > began:
             self.own.store(name, collectors, done)
 
-    def _restore(self, collectors: list[BlockCollector], name: str) -> bool:
+    def _restore(self, collectors: Sequence[Collector], name: str) -> bool:
         """Restore the sums of all processes, if every process finds them finished."""
         finished = self.together.stored(name, collectors) == self.batches
         if not all(self.collection.processes.gather(finished)):
@@ -184,7 +220,7 @@ class _Passes:
         self.together.resume(name, collectors)
         return True
 
-    def _combine(self, collectors: list[BlockCollector], name: str) -> None:
+    def _combine(self, collectors: Sequence[Collector], name: str) -> None:
         """Add the sums of all processes, and store them once."""
         processes = self.collection.processes
         for collector in collectors:
@@ -195,12 +231,27 @@ class _Passes:
         self.own.delete(name, len(collectors))
 
 
-def _count(batches: Sequence[Batch]) -> int:
+def cut_groups(
+    blocks: Sequence[FfnBlock], sizes: Sequence[int], room: int
+) -> list[tuple[FfnBlock, ...]]:
+    """Cut blocks, in layer order, into groups whose sums have room together, or are one block's."""
+    groups: list[list[FfnBlock]] = [[]]
+    used = 0
+    for block, size in zip(blocks, sizes, strict=True):
+        if groups[-1] and used + size > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(block)
+        used += size
+    return [tuple(group) for group in groups]
+
+
+def batch_tokens(batches: Sequence[Batch]) -> int:
     """Return the number of tokens, padding excluded."""
     return sum(int(batch.mask.sum()) for batch in batches)
 
 
-def _stop_after(collectors: list[BlockCollector]) -> Iterator[Any]:
+def _stop_after(collectors: Sequence[Collector]) -> Iterator[Any]:
     """Hook the blocks so that a forward pass ends when the last of them has been seen."""
     seen = [collector.batches for collector in collectors]
 

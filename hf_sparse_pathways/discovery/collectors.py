@@ -45,26 +45,21 @@ class Workspaces:
         return self._spaces[key]
 
 
-class BlockCollector:
-    """Accumulates the moments, and if asked the Gram matrix, of one FFN block.
+class Collector:
+    """Sums over one FFN block's tokens, which can be stored and added to those of other processes.
 
-    ``begin`` says which tokens of the coming forward pass are real; two forward pre-hooks then see
-    the block's input and its activation.
+    ``begin`` says which tokens of the coming forward pass are real; hooks then see the block.
+
+    Attributes:
+        block: It.
+        batches: How many have been seen.
     """
 
-    def __init__(
-        self, block: FfnBlock, spaces: Workspaces, *, gram: bool, inputs: bool = False
-    ) -> None:
+    def __init__(self, block: FfnBlock) -> None:
         self.block = block
-        self.statistics = BlockStatistics.empty(block.d_ff)
-        width = block.d_in if inputs else 0
-        self._inputs = inputs
-        self.accumulator = GramAccumulator(width, block.d_ff) if gram else None
         self.batches = 0
-        self._spaces = spaces
         self._rows: Tensor | None = None
         self._tokens = 0
-        self._input: Tensor | None = None
 
     def begin(self, batch: Batch) -> None:
         """Take note of which tokens of the coming forward pass are real."""
@@ -74,27 +69,26 @@ class BlockCollector:
 
     def attach(self) -> list[Any]:
         """Hook the block; return the handles."""
-        handles = [self.block.outgoing.register_forward_pre_hook(self._see_activation)]
-        if self.accumulator is not None and self._inputs:
-            handles.append(self.block.incoming[0].register_forward_pre_hook(self._see_input))
-        return handles
+        raise NotImplementedError
 
-    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        self._input = self._real(args[0])
+    def state(self) -> dict[str, Tensor]:
+        """Return all sums by name, to be stored; ``restore`` takes them back."""
+        raise NotImplementedError
 
-    def _see_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        activation = self._real(args[0])
-        space = self._spaces.sums(activation.shape[1], activation.device)
-        for chunk in torch.split(activation, space.shape[1]):
-            self.statistics = self.statistics.merged(_statistics(chunk, space))
-        if self.accumulator is not None:
-            width = len(self.accumulator.upper)
-            workspace = self._spaces.gram(width, activation.device)
-            self.accumulator.add(activation, self._input, workspace)
-            self._input = None
-        self.batches += 1
+    def restore(self, state: dict[str, Tensor], batches: int) -> None:
+        """Go on from stored sums, in place."""
+        raise NotImplementedError
 
-    def _real(self, values: Tensor) -> Tensor:
+    def combine(self, processes: Processes) -> None:
+        """Add the sums of all processes, in place; each then has those of all."""
+        raise NotImplementedError
+
+    @property
+    def real_tokens(self) -> int:
+        """Number of real tokens of the coming forward pass."""
+        return self._tokens if self._rows is None else len(self._rows)
+
+    def real(self, values: Tensor) -> Tensor:
         """Return the real tokens ``(tokens, width)``, without padding."""
         values = values.detach().flatten(0, -2)
         if len(values) != self._tokens:
@@ -106,6 +100,46 @@ class BlockCollector:
         return (
             values if self._rows is None else values.index_select(0, self._rows.to(values.device))
         )
+
+
+class BlockCollector(Collector):
+    """Accumulates the moments, and if asked the Gram matrix, of one FFN block.
+
+    Two forward pre-hooks see the block's input and its activation.
+    """
+
+    def __init__(
+        self, block: FfnBlock, spaces: Workspaces, *, gram: bool, inputs: bool = False
+    ) -> None:
+        super().__init__(block)
+        self.statistics = BlockStatistics.empty(block.d_ff)
+        width = block.d_in if inputs else 0
+        self._inputs = inputs
+        self.accumulator = GramAccumulator(width, block.d_ff) if gram else None
+        self._spaces = spaces
+        self._input: Tensor | None = None
+
+    def attach(self) -> list[Any]:
+        """Hook the block; return the handles."""
+        handles = [self.block.outgoing.register_forward_pre_hook(self._see_activation)]
+        if self.accumulator is not None and self._inputs:
+            handles.append(self.block.incoming[0].register_forward_pre_hook(self._see_input))
+        return handles
+
+    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        self._input = self.real(args[0])
+
+    def _see_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        activation = self.real(args[0])
+        space = self._spaces.sums(activation.shape[1], activation.device)
+        for chunk in torch.split(activation, space.shape[1]):
+            self.statistics = self.statistics.merged(_statistics(chunk, space))
+        if self.accumulator is not None:
+            width = len(self.accumulator.upper)
+            workspace = self._spaces.gram(width, activation.device)
+            self.accumulator.add(activation, self._input, workspace)
+            self._input = None
+        self.batches += 1
 
     def state(self) -> dict[str, Tensor]:
         """Return all sums by name, to be stored; ``restore`` takes them back."""

@@ -1,24 +1,32 @@
 """Sparse Expansion: clusters of tokens without any label, an expert for each, in one call.
 
 Source: Sawmya et al. 2025, "Sparse Expansion", arXiv:2405.15756. There the experts are one-shot
-pruned copies of the weights; here each keeps some of the block's neurons, with a repair.
+pruned copies of the weights (``"copies"``); ours keep some of the block's neurons each, with a
+repair (``"neurons"``).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.profiling import profile
+from hf_sparse_pathways.discovery.pruned_copies import CopyRecipe, make_copies
 from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.sparsegpt import UNSTRUCTURED, parse_pattern
 from hf_sparse_pathways.discovery.text import TextSource
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 EXPANDED = "expanded"
 """Name of the domain that stands for all of the text."""
 
+NEURONS, COPIES = "neurons", "copies"
+EXPERTS = (NEURONS, COPIES)
 
-def expand(
+
+def expand(  # noqa: PLR0913
     model: nn.Module,
     tokenizer: Any,
     text: TextSource,
@@ -26,6 +34,8 @@ def expand(
     clusters: int = 16,
     sparsity: float = 0.5,
     pca: int | None = None,
+    experts: str = NEURONS,
+    pattern: str = UNSTRUCTURED,
     **options: Any,
 ) -> Pathways:
     """Return pathways of one domain, ``"expanded"``, whose blocks route each token to an expert.
@@ -34,21 +44,59 @@ def expand(
         model: A causal LM; it is left as it was.
         tokenizer: Its tokenizer.
         text: Any text, of all kinds that the model shall read (see ``read_documents``).
-        clusters: Experts of each block.
-        sparsity: Fraction of the FFN's FLOPs to remove, routing included, in [0, 1).
+        clusters: Experts of each block; copies may be a single one.
+        sparsity: Fraction of the FFN's FLOPs to remove, routing included, in [0, 1); of copies the
+            fraction of every leaf's weights.
         pca: Principal components of a block's input; by default a sixteenth of its width.
+        experts: ``"neurons"``: each keeps some neurons, with a repair; less is computed.
+            ``"copies"``: each is the block pruned weight by weight by SparseGPT, as in the paper.
+            Copies are computed as dense matrices, and take the FFN's size in bytes each.
+        pattern: Of copies: ``"unstructured"``, or ``"2:4"`` and the like, which keep so many
+            weights of every so many.
         options: ``max_tokens``, ``max_length``, ``batch_size``, ``validation_tokens``,
             ``validation_share``, ``max_memory``, ``work_folder`` as in ``profile``; ``precision``
-            and ``seed`` as in both; others as in ``select``.
+            and ``seed`` as in both; others, for neurons, as in ``select``.
 
     Raises:
-        PathwaysError: As ``profile`` and ``select``.
+        PathwaysError: As ``profile`` and ``select``; or there is no such pattern, it removes
+            another fraction, or an option that copies do not have.
+        UnknownNameError: There are no such experts.
+        UnsupportedModelError: The layers cannot be run one at a time; or, for copies, weights are
+            quantised.
     """
-    clustering = Clustering(count=clusters, dimensions=pca, seed=options.get("seed", 0))
+    if experts not in EXPERTS:
+        raise UnknownNameError("kind of experts", experts, EXPERTS)
+    if experts == NEURONS and pattern != UNSTRUCTURED:
+        raise PathwaysError(
+            f"pattern={pattern!r} is of single weights, and experts={NEURONS!r} lose whole "
+            f"neurons: leave it out, or choose experts={COPIES!r}."
+        )
     own = {name: options.pop(name) for name in _PROFILING if name in options}
     shared = {name: options[name] for name in ("precision", "seed") if name in options}
-    taken = profile(model, tokenizer, {EXPANDED: text}, inputs=False, **own, **shared)
-    return select(model, taken, sparsity=sparsity, clusters=clustering, **options)
+    if experts == NEURONS:
+        clustering = _clustering(clusters, pca, options)
+        taken = profile(model, tokenizer, {EXPANDED: text}, inputs=False, **own, **shared)
+        return select(model, taken, sparsity=sparsity, clusters=clustering, **options)
+    _check_options({*options} - {*shared})
+    recipe = CopyRecipe(
+        pattern=parse_pattern(pattern, sparsity),
+        clustering=None if clusters == 1 else _clustering(clusters, pca, options),
+        precision=options.get("precision", "model"),
+    )
+    taken = profile(model, tokenizer, {EXPANDED: text}, grams=False, **own, **shared)
+    return make_copies(model, taken, recipe)
+
+
+def _clustering(clusters: int, pca: int | None, options: Mapping[str, Any]) -> Clustering:
+    return Clustering(count=clusters, dimensions=pca, seed=options.get("seed", 0))
+
+
+def _check_options(others: set[str]) -> None:
+    if others:
+        raise PathwaysError(
+            f"experts={COPIES!r} are pruned by SparseGPT and have no {', '.join(sorted(others))}: "
+            f"leave that out, or choose experts={NEURONS!r}."
+        )
 
 
 _PROFILING = (

@@ -31,7 +31,7 @@ from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, ch
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
-from hf_sparse_pathways.files import read_pair, write_pair
+from hf_sparse_pathways.files import check_finite, read_pair, write_pair
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 from hf_sparse_pathways.pathways.description import (
     base_from_json,
@@ -48,6 +48,7 @@ SPLITS = ("windows", "validation")
 BACKGROUND = "background"
 EXPERTS = "experts"
 """Of a domain's description: tokens per layer with routed experts, if it has statistics of them."""
+ENTANGLEMENT = "entanglement"
 
 
 def write_profile(profile: Profile, folder: Path) -> None:
@@ -67,6 +68,10 @@ def write_profile(profile: Profile, folder: Path) -> None:
         }
         for split in SPLITS:
             tensors |= _packed(f"{index}.{split}", getattr(domain, split))
+        tensors |= {
+            f"{index}.{position}.{ENTANGLEMENT}": distances
+            for position, distances in enumerate(domain.entanglement)
+        }
         files = [write_gram(source.load(), folder / GRAMS_FOLDER) for source in domain.grams]
         entries.append(
             {
@@ -78,6 +83,7 @@ def write_profile(profile: Profile, folder: Path) -> None:
                     for file in files
                 ],
                 **({EXPERTS: [one.tokens for one in domain.experts]} if domain.experts else {}),
+                **({ENTANGLEMENT: True} if domain.entanglement else {}),
             }
         )
     meta = {"format": FORMAT_VERSION, "base": base_to_json(profile.base), "domains": entries}
@@ -146,6 +152,9 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
             for part in TENSORS:
                 statistic = without_memory(torch.float64, shape.d_ff)
                 expected[f"{index}.{position}.{part}"] = statistic
+            if entry.get(ENTANGLEMENT):
+                distances = without_memory(torch.float32, shape.branches, shape.d_ff)
+                expected[f"{index}.{position}.{ENTANGLEMENT}"] = distances
         for layer, routed in enumerate(base.experts if entry.get(EXPERTS) else ()):
             parts = statistics_header(routed).items()
             expected |= {f"{index}.{EXPERTS}.{layer}.{part}": tensor for part, tensor in parts}
@@ -168,11 +177,18 @@ def _restored(
         statistics = BlockStatistics(tokens=counts[position], **values)
         check_statistics(entry["name"], shape.name, statistics)
         blocks.append(statistics)
+    entanglement = [
+        tensors[f"{prefix}.{position}.{ENTANGLEMENT}"]
+        for position in range(len(base.blocks) if entry.get(ENTANGLEMENT) else 0)
+    ]
+    for distances in entanglement:
+        check_finite(f"Domain {entry['name']!r}: {ENTANGLEMENT}", distances)
     return DomainProfile(
         blocks=tuple(blocks),
         provenance=entry["provenance"],
         grams=_gram_files(entry["grams"], base.blocks, folder / GRAMS_FOLDER),
         experts=_experts(entry, prefix, base, tensors),
+        entanglement=tuple(entanglement),
         **{split: _unpacked(tensors, f"{prefix}.{split}") for split in SPLITS},
     )
 

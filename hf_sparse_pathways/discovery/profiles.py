@@ -7,6 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import Tensor
+
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.expert_statistics import ExpertStatistics
@@ -35,6 +37,8 @@ class DomainProfile:
         windows: The token ids of the calibration text, for methods that run the model again.
         validation: Token ids of other documents of the domain, on which methods are compared.
         experts: One entry per layer with routed experts; none in older profiles.
+        entanglement: Of every block's incoming leaves, how far from normal each row's output is
+            (W1 in standard deviations), float32 ``(branches, d_ff)``; empty if it was not measured.
     """
 
     blocks: tuple[BlockStatistics, ...]
@@ -43,6 +47,7 @@ class DomainProfile:
     windows: tuple[Window, ...] = ()
     validation: tuple[Window, ...] = ()
     experts: tuple[ExpertStatistics, ...] = ()
+    entanglement: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -53,6 +58,7 @@ class DomainProfile:
         """Return the statistics of both together. Pure.
 
         Gram matrices stay if both have them, and the blocks' inputs in them if both hold those.
+        Entanglement does not: it does not follow from that of the parts.
         What one was validated on and the other calibrated on is no validation text any more.
         """
         pairs = zip(self.blocks, other.blocks, strict=True)
@@ -67,6 +73,7 @@ class DomainProfile:
                 mine.merged(theirs)
                 for mine, theirs in zip(self.experts, other.experts, strict=False)
             ),
+            entanglement=(),
         )
 
     def _validation_beside(self, other: Self) -> tuple[Window, ...]:

@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.discovery.background import take_background
-from hf_sparse_pathways.discovery.collection import Collection, Sample
+from hf_sparse_pathways.discovery.collection import Collection, Sample, cut_groups
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
+from hf_sparse_pathways.discovery.entanglement import measure_entanglement
 from hf_sparse_pathways.discovery.expert_profiling import collect_experts
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
@@ -58,6 +59,7 @@ def profile(  # noqa: PLR0913
     seed: int = 0,
     grams: bool = True,
     inputs: bool = True,
+    entanglement: bool = False,
     validation_tokens: int = 8192,
     validation_share: float = 0.0,
     precision: str = "model",
@@ -79,6 +81,8 @@ def profile(  # noqa: PLR0913
         grams: Whether to take Gram matrices, which selection with repair needs.
         inputs: Whether the Gram matrices hold the blocks' inputs too, which one-shot repair with a
             bypass needs.
+        entanglement: Whether to measure how far from normal the outputs of every neuron's incoming
+            products are, in two more passes over the text.
         validation_tokens: Most tokens per domain that are kept for comparing methods, from
             documents that are not calibrated on.
         validation_share: Fraction of the documents that is set aside for that; if there are fewer
@@ -133,6 +137,11 @@ def profile(  # noqa: PLR0913
             )
             for domain, sample in samples.items()
         }
+        if entanglement:
+            memory = parse_memory(max_memory)
+            for domain, sample in samples.items():
+                distances = measure_entanglement(run, domain, sample, work_folder, memory)
+                by_domain[domain] = replace(by_domain[domain], entanglement=distances)
         background = take_background(
             model, tokenizer, seed=seed, precision=precision, work_folder=work_folder
         )
@@ -166,16 +175,8 @@ def group_blocks(
             f"Gram matrices of {format_memory(needed)} do not fit into max_memory "
             f"({format_memory(max_memory)}): {way_out}."
         )
-    groups: list[list[FfnBlock]] = [[]]
     room = max_memory - max(sizes)  # for the copy of one that is being stored
-    used = 0
-    for block, size in zip(blocks, sizes, strict=True):
-        if groups[-1] and used + size > room:
-            groups.append([])
-            used = 0
-        groups[-1].append(block)
-        used += size
-    return [tuple(group) for group in groups]
+    return cut_groups(blocks, sizes, room)
 
 
 def _draw(  # noqa: PLR0913

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hf_sparse_pathways.discovery.collectors import BlockCollector
+from hf_sparse_pathways.discovery.collectors import Collector
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.tensor_files import check_header, open_tensors, without_memory
@@ -71,7 +71,7 @@ class Resumption:
         self.folder = None if folder is None else Path(folder, f"pass-{digest_plan(plan)}")
         self._stored = time.monotonic()
 
-    def resume(self, name: str, collectors: Sequence[BlockCollector]) -> int:
+    def resume(self, name: str, collectors: Sequence[Collector]) -> int:
         """Give collectors the sums that an earlier run stored; return how many batches are done.
 
         A run that was stopped while it stored leaves blocks that disagree: they begin anew.
@@ -87,7 +87,7 @@ class Resumption:
                     collector.restore(file.read(file.header), done)
         return done
 
-    def stored(self, name: str, collectors: Sequence[BlockCollector]) -> int:
+    def stored(self, name: str, collectors: Sequence[Collector]) -> int:
         """Return how many batches of a pass are in the sums that are stored.
 
         Raises:
@@ -104,7 +104,7 @@ class Resumption:
             if path is not None:
                 path.unlink(missing_ok=True)
 
-    def store(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
+    def store(self, name: str, collectors: Sequence[Collector], done: int) -> None:
         """Store the sums of a pass, block by block, each whole or not at all."""
         written: list[Path] = []
         for index, collector in enumerate(collectors):
@@ -119,7 +119,7 @@ class Resumption:
             os.replace(path.with_suffix(".partial"), path)
         self._stored = time.monotonic()
 
-    def store_sometimes(self, name: str, collectors: Sequence[BlockCollector], done: int) -> None:
+    def store_sometimes(self, name: str, collectors: Sequence[Collector], done: int) -> None:
         """Store the sums if the last time was a while ago."""
         if time.monotonic() - self._stored > STORE_SECONDS:
             self.store(name, collectors, done)
@@ -133,7 +133,7 @@ class Resumption:
         return None if self.folder is None else self.folder / f"{name}-{index}.safetensors"
 
 
-def _batches(path: Path | None, collector: BlockCollector) -> int | None:
+def _batches(path: Path | None, collector: Collector) -> int | None:
     """Return how many batches a stored block has seen; None if nothing is stored.
 
     Raises:

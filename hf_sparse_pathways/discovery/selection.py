@@ -171,7 +171,7 @@ def select(  # noqa: PLR0913
     )
     profile.base.check_same(BaseModel.of(model))
     check_in_memory(model)
-    dense = _dense(model)
+    dense = dense_of(model)
     pooled = {POOLED: profile.pooled()} if controls and len(goals) > 1 else {}
     goals[POOLED] = mean_goal(list(goals.values()))
     pathways = dict(made or {})
@@ -233,7 +233,7 @@ def usual_method(profile: Profile, percentile: float | None = None) -> str:
     return WITHOUT_GRAMS
 
 
-def _dense(model: Any) -> nn.Module:
+def dense_of(model: Any) -> nn.Module:
     """Return a model's dense form, whose leaves are its own."""
     dense: nn.Module = model.to_dense() if hasattr(model, "to_dense") else model
     return dense

@@ -83,6 +83,7 @@ class Arm:
         inputs: Whether a bypass needs the blocks' inputs.
         clustering: How each block's tokens are clustered; None where all have the same neurons.
         threshold: Finds what gates have to exceed; None where no token skips a neuron.
+        changes_rows: Whether incoming leaves change, too, and with them the activation.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -92,6 +93,7 @@ class Arm:
     inputs: bool = True
     clustering: Clustering | None = None
     threshold: FindThreshold | None = None
+    changes_rows: bool = False
     blocks: list[Kept] = field(default_factory=list)
 
 
@@ -186,7 +188,8 @@ class _Layer:
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
         batches = [streams.batches[number] for number in numbers]
-        shortcut = arm.threshold is None and self._can_shortcut(probes, batches)
+        shortcut = arm.threshold is None and not arm.changes_rows
+        shortcut = shortcut and self._can_shortcut(probes, batches)
         kept: dict[int, _Passed] = {}
         if probes:
             for number in numbers:

@@ -55,6 +55,11 @@ class FfnBlock:
         return self.parent.get_submodule(self.layout.outgoing)
 
     @property
+    def branches(self) -> int:
+        """Rows of the incoming leaves per neuron: 2 with a gate, else 1."""
+        return 2 if self.layout.fused else len(self.layout.incoming)
+
+    @property
     def leaves(self) -> tuple[nn.Module, ...]:
         """The incoming leaves and the outgoing one."""
         return (*self.incoming, self.outgoing)

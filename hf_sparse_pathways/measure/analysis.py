@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.experiments import Experiments
 from hf_sparse_pathways.measure.expert_usage import LayerUsage, measure_experts
 from hf_sparse_pathways.measure.model_size import ModelSize
@@ -88,6 +89,7 @@ class Analysis(ShownAsTables):
         roles: Early, middle and late blocks.
         experiments: None if nothing was measured.
         experts: What the routed experts do, layer by layer; none in what was not profiled so.
+        entanglement: None if the profile does not hold it.
     """
 
     base: str
@@ -105,6 +107,7 @@ class Analysis(ShownAsTables):
     roles: tuple[LayerRole, ...]
     experiments: Experiments | None
     experts: tuple[LayerUsage, ...] = ()
+    entanglement: Entanglement | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -191,6 +194,7 @@ def _with_blocks(analysis: Analysis, profile: Profile) -> Analysis:
         speedups=potential_speedups(skippable, size),
         overlaps=measure_overlap(profile),
         roles=_roles(profile, specialisation, next(f for f in skippable if f.pool == "model")),
+        entanglement=summarise_entanglement(profile),
     )
 
 

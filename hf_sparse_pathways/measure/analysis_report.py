@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from hf_sparse_pathways.measure.analysis import Analysis
+from hf_sparse_pathways.measure.entanglement_report import entanglement_sections
 from hf_sparse_pathways.measure.experiments import MeasuredRule
 from hf_sparse_pathways.measure.expert_usage import expert_sections
 from hf_sparse_pathways.measure.figures import Section, format_figure
@@ -64,6 +65,8 @@ def _block_sections(analysis: Analysis) -> Iterator[Section]:
         yield _preservation(analysis.experiments.preservation)
         if analysis.experiments.selection:
             yield _selection(analysis.experiments.selection)
+    if analysis.entanglement is not None:
+        yield from entanglement_sections(analysis.entanglement)
     yield _per_block(analysis)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse_pathways.discovery.documents import Document, Documents
@@ -116,21 +116,9 @@ def run_experiments(  # noqa: PLR0913
         UnknownNameError: A domain that the profile does not have.
         TextError: A domain has no text that the profile has not seen.
     """
-    length = resolve_length(model, max_length)
-    scored = {}
-    for domain, source in texts.items():
-        fresh, excluded = unseen(
-            profile, domain, read_documents(source, seed=seed, tokens=max_tokens)
-        )
-        scored[domain] = ScoredText.draw(
-            domain,
-            fresh,
-            tokenizer,
-            max_tokens=max_tokens,
-            max_length=length,
-            seed=seed,
-            excluded=excluded,
-        )
+    scored = draw_unseen(
+        model, tokenizer, profile, texts, max_tokens=max_tokens, max_length=max_length, seed=seed
+    )
     preservation: list[MeasuredRule] = []
     selection: list[MeasuredRule] = []
     for domain, text in scored.items():
@@ -150,6 +138,40 @@ def run_experiments(  # noqa: PLR0913
         preservation=tuple(preservation),
         selection=tuple(selection),
     )
+
+
+def draw_unseen(  # noqa: PLR0913
+    model: nn.Module,
+    tokenizer: Any,
+    profile: Profile,
+    texts: Mapping[str, TextSource],
+    *,
+    max_tokens: int,
+    max_length: int | None,
+    seed: int,
+) -> dict[str, ScoredText]:
+    """Draw windows of each domain's documents that a profile was not taken on.
+
+    Raises:
+        UnknownNameError: A domain that the profile does not have.
+        TextError: A domain has no text that the profile has not seen.
+    """
+    length = resolve_length(model, max_length)
+    scored = {}
+    for domain, source in texts.items():
+        fresh, excluded = unseen(
+            profile, domain, read_documents(source, seed=seed, tokens=max_tokens)
+        )
+        scored[domain] = ScoredText.draw(
+            domain,
+            fresh,
+            tokenizer,
+            max_tokens=max_tokens,
+            max_length=length,
+            seed=seed,
+            excluded=excluded,
+        )
+    return scored
 
 
 def unseen(profile: Profile, domain: str, documents: Documents) -> tuple[Documents, int]:

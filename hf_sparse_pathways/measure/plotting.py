@@ -16,11 +16,13 @@ def plot(thing: Any, kind: str | None = None) -> "Figure":
     object                  kinds, the usual one first
     ======================  ====================================================================
     ``Pathways``            ``sparsity`` of every FFN block, ``overlap`` of kept neurons
-    ``Profile``             ``specialisation``, ``skippable``, ``overlap`` of skipped neurons
+    ``Profile``             ``specialisation``, ``skippable``, ``overlap`` of skipped neurons,
+                            ``entanglement``
     ``sp.evaluate``'s       ``matrix`` of text by pathway, ``ratios`` to dense, ``cosines``
     ``sp.benchmark``'s      ``speed``, beside its ceiling
     ``RoutingReport``       ``confusion`` of where prompts went
-    an ``Analysis``         those of a profile, ``preservation``, ``selection``
+    an ``Analysis``         those of a profile, ``preservation``, ``selection``, ``relation`` of
+                            entanglement and the error of sparsified rows
     several of them         ``scale``
     ======================  ====================================================================
 

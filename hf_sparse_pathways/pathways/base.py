@@ -39,13 +39,12 @@ class BlockShape:
     @classmethod
     def of(cls, block: FfnBlock, prefix: str) -> Self:
         """Describe a live block; ``prefix`` is cut from its name."""
-        branches = 2 if block.layout.fused else len(block.layout.incoming)
         return cls(
             name=block.name.removeprefix(prefix),
             d_in=block.d_in,
             d_ff=block.d_ff,
             d_out=block.d_out,
-            branches=branches,
+            branches=block.branches,
         )
 
     @property

@@ -8,6 +8,8 @@ from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 HEADER = (
@@ -74,9 +76,18 @@ def text_of(pathway: "Pathway") -> dict[str, Any]:
 def describe_compensation(pathway: "Pathway") -> str:
     """Say what a pathway adds to what it keeps: by its blocks, not by its provenance."""
     experts = [expert for block in pathway.blocks for expert in experts_of(block)]
+    clusters = "" if pathway.clusters == 1 else f" in {pathway.clusters} clusters"
+    if pathway.provenance.get("experts") == "copies":
+        return f"{_pruned(pathway.provenance)}{clusters}"
     parts = {part: None for expert in experts for part in _added(expert)}
-    added = "+".join(parts) or "none"
-    return added if pathway.clusters == 1 else f"{added} in {pathway.clusters} clusters"
+    return ("+".join(parts) or "none") + clusters
+
+
+def _pruned(provenance: "Mapping[str, Any]") -> str:
+    """Name pruned copies, whose FLOPs the paper counts by the weights that are not zero."""
+    nonzero = provenance.get("nonzero_flops")
+    counted = f" ({format_share(nonzero, 1)} not zero)" if isinstance(nonzero, float) else ""
+    return f"copies pruned {provenance.get('pattern', '')}{counted}"
 
 
 def _added(block: BlockPathway) -> list[str]:

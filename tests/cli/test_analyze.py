@@ -51,6 +51,21 @@ def test_without_experiments_nothing_is_measured(analysed):
     assert values["shuffled"] is None
 
 
+def test_entanglement_is_measured_on_demand(places, tmp_path):
+    options = (*SMALL, "--entanglement", "--output", tmp_path / "out")
+    run_well("analyze", places.dense, *places.texts, *options)
+    values = json.loads((tmp_path / "out" / "analysis.json").read_text())["entanglement"]
+    assert len(values["spreads"]) == 2 * 3 * 2
+    assert len(values["relations"]) == 2 * 4
+    assert len(values["harms"]) == 2 * 3
+    assert {"entanglement.png", "relation.png"} <= {*_names(tmp_path / "out")}
+    saved = tmp_path / "profile"
+    taking = ("--max-tokens", 120, "--max-length", 32, "--entanglement", "--output", saved)
+    run_well("profile", places.dense, *places.texts, *taking)
+    again = run_well("analyze", places.dense, "--profile", saved, "--json")
+    assert json.loads(again)["entanglement"]["spreads"] == values["spreads"]
+
+
 def test_it_prints_tables_or_json(places):
     options = (*SMALL, "--no-experiments")
     shown = run_well("analyze", places.dense, *places.texts, *options)

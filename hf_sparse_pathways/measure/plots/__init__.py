@@ -8,6 +8,7 @@ from hf_sparse_pathways.measure.plots.analysis import (
     plot_specialisation,
 )
 from hf_sparse_pathways.measure.plots.drawing import as_svg, save_figures
+from hf_sparse_pathways.measure.plots.entanglement import plot_entanglement, plot_relation
 from hf_sparse_pathways.measure.plots.kinds import KINDS, draw, draw_all
 from hf_sparse_pathways.measure.plots.pathways import (
     plot_overlap,
@@ -27,9 +28,11 @@ __all__ = [
     "draw",
     "draw_all",
     "plot_cosines",
+    "plot_entanglement",
     "plot_matrix",
     "plot_overlap",
     "plot_ratios",
+    "plot_relation",
     "plot_rules",
     "plot_scale",
     "plot_skip_overlap",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.analysis import Analysis
+from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.paper import PERCENTILE, PRESERVED_COSINE
 from hf_sparse_pathways.measure.plots.analysis import (
     plot_rules,
@@ -19,6 +20,7 @@ from hf_sparse_pathways.measure.plots.analysis import (
     plot_specialisation,
 )
 from hf_sparse_pathways.measure.plots.drawing import literal_names, short_name
+from hf_sparse_pathways.measure.plots.entanglement import plot_entanglement, plot_relation
 from hf_sparse_pathways.measure.plots.pathways import plot_overlap, plot_sparsity
 from hf_sparse_pathways.measure.plots.quality import plot_cosines, plot_matrix
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
@@ -84,7 +86,7 @@ def _of_profile(profile: Profile) -> Ready:
         found, overlaps = measure_specialisation(profile), measure_overlap(profile)
         ready["specialisation"] = partial(plot_specialisation, found, base=base)
         ready["overlap"] = partial(plot_skip_overlap, overlaps, base=base)
-    return ready
+    return ready | _of_entanglement(summarise_entanglement(profile), base)
 
 
 def _of_quality(report: QualityReport) -> Ready:
@@ -118,6 +120,15 @@ def _of_analysis(analysis: Analysis) -> Ready:
             title=f"Negative against positive selection, {short_name(base)}",
             reference=None,
         )
+    return ready | _of_entanglement(analysis.entanglement, base)
+
+
+def _of_entanglement(found: Entanglement | None, base: str) -> Ready:
+    if found is None:
+        return {}
+    ready: Ready = {"entanglement": partial(plot_entanglement, found.spreads, base=base)}
+    if found.relations:
+        ready["relation"] = partial(plot_relation, found.relations, base=base)
     return ready
 
 
@@ -126,11 +137,11 @@ _PROFILE = ("specialisation", "skippable", "overlap")
 KINDS: Mapping[type, tuple[str, ...]] = MappingProxyType(
     {
         Pathways: ("sparsity", "overlap"),
-        Profile: _PROFILE,
+        Profile: (*_PROFILE, "entanglement"),
         QualityReport: ("matrix", "ratios", "cosines"),
         BenchmarkReport: ("speed",),
         RoutingReport: ("confusion",),
-        Analysis: (*_PROFILE, "preservation", "selection"),
+        Analysis: (*_PROFILE, "preservation", "selection", "entanglement", "relation"),
         ScaleComparison: ("scale",),
     }
 )
