@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+    from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
+    from hf_sparse_pathways.sgatlin.settings import (
+        MlpConfig,
+        MoeConfig,
+        PeerConfig,
+        SgatlinConfig,
+        SwigluConfig,
+    )
     from hf_sparse_pathways.share.card import CardSettings
     from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
     from hf_sparse_pathways.share.exporting import Export, export
@@ -46,12 +54,18 @@ __all__ = [
     "Healed",
     "HealingSettings",
     "LowRank",
+    "MlpConfig",
+    "MoeConfig",
     "Pathway",
     "Pathways",
     "PathwaysError",
+    "PeerConfig",
     "Profile",
+    "SgatlinConfig",
+    "SgatlinFFN",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
+    "SwigluConfig",
     "TokenRouter",
     "__version__",
     "add_domains",
@@ -72,6 +86,12 @@ __all__ = [
 
 _HOMES = {
     "PathwaysError": "errors",
+    "MlpConfig": "sgatlin.settings",
+    "MoeConfig": "sgatlin.settings",
+    "PeerConfig": "sgatlin.settings",
+    "SgatlinConfig": "sgatlin.settings",
+    "SgatlinFFN": "sgatlin.linear_experts",
+    "SwigluConfig": "sgatlin.settings",
     "BlockPathway": "ffn.block_pathway",
     "ClusteredBlock": "ffn.clusters",
     "LowRank": "ffn.block_pathway",

@@ -29,6 +29,7 @@ ORDER = (
         "transport",
     ),
     ("native",),
+    ("sgatlin",),
     ("ffn",),
     ("pathways",),
     ("discovery",),
