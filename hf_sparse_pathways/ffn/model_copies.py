@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
-from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.copies import (
     WHOLE,
@@ -38,16 +38,10 @@ class ModelCopies:
         executor: The executor that the copies are for.
     """
 
-    def __init__(self, model: nn.Module, key: ModelKey) -> None:
-        """Swap the leaves of a model, in place.
-
-        Raises:
-            UnsupportedModelError: No FFN block was found.
-        """
+    def __init__(self, model: nn.Module, blocks: Sequence[FfnBlock], key: ModelKey) -> None:
+        """Swap the leaves of a model's FFN blocks, in place."""
         self.residents = Residents(self.size, self._drop)
-        self.blocks = tuple(
-            AttachedBlock(block, key, self.residents) for block in find_blocks(model)
-        )
+        self.blocks = tuple(AttachedBlock(block, key, self.residents) for block in blocks)
         self.rest = RestLeaves(model, key, self.residents)
         self.clustered: frozenset[int] = frozenset()
         self.executor = "compact"
