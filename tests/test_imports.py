@@ -100,6 +100,8 @@ LAZY = {
     ("cli.info", "ffn.forms"),
     ("cli.info", "ffn.verdicts"),
     ("cli.info", "files"),
+    ("cli.info", "pathways.entry"),
+    ("cli.info", "sgatlin.settings"),
     ("cli.info", "pathways.pathway"),
     ("cli.info", "pathways.storage"),
     ("cli.loading", "modeling.causal_lm"),
@@ -130,6 +132,7 @@ LAZY = {
 LAZY_OUTSIDE = {
     ("cli.benchmark", "torch"),
     ("cli.info", "torch"),
+    ("cli.info", "transformers"),
     ("cli.generate", "transformers"),
     ("cli.loading", "huggingface_hub"),
     ("cli.loading", "torch"),
