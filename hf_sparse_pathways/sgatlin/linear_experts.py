@@ -10,12 +10,13 @@ Source: Schug 2026, arXiv 2606.07414.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hf_sparse_pathways.sgatlin.initialisation import scale_variance
 from hf_sparse_pathways.sgatlin.layer import FfnLayer
 from hf_sparse_pathways.sgatlin.routers import make_router
 from hf_sparse_pathways.sgatlin.rows import multiply_rows, sum_rows
-from hf_sparse_pathways.sgatlin.settings import SgatlinConfig
+from hf_sparse_pathways.sgatlin.settings import IDENTITY, SgatlinConfig
 
 
 class SgatlinFFN(FfnLayer):
@@ -72,4 +73,6 @@ class SgatlinFFN(FfnLayer):
         rows = (index + first[:, None]).flatten(1)
         u, v = self.u.flatten(0, 1), self.v.flatten(0, 1)
         gated = scores.flatten(1).to(u.dtype) * multiply_rows(u, rows, x.to(u.dtype))
+        if self.config.activation != IDENTITY:
+            gated = getattr(functional, self.config.activation)(gated)
         return sum_rows(v, rows, gated).to(x.dtype)

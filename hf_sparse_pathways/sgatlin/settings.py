@@ -18,6 +18,9 @@ ROUTERS = ("product_dense", "product_key", "dense")
 ACTIVATIONS = ("gelu", "relu", "silu")
 """What an MLP may have between its two matrices."""
 
+IDENTITY = "identity"
+"""No activation."""
+
 MOST = 1 << 24
 """Largest number that a field takes: what is read may have been written by anybody."""
 
@@ -65,6 +68,8 @@ class SgatlinConfig(FfnConfig):
         router: ``"product_dense"`` adds two scores of ``sqrt(n_experts)`` each, made from one query
             that the channels share; ``"product_key"`` compares two queries of each channel with as
             many keys; ``"dense"`` scores each expert by itself, from the shared query.
+        activation: Of an expert's score times its product. ``"identity"`` is the layer; others are
+            there to see what a nonlinearity changes.
     """
 
     kind: ClassVar[str] = "sgatlin"
@@ -74,17 +79,20 @@ class SgatlinConfig(FfnConfig):
     top_k: int = 8
     d_key: int = 128
     router: str = "product_dense"
+    activation: str = IDENTITY
 
     def __post_init__(self) -> None:
         """Check that the router can choose so many of so many.
 
         Raises:
             PathwaysError: It cannot.
-            UnknownNameError: There is no such router.
+            UnknownNameError: There is no such router, or no such activation.
         """
         super().__post_init__()
         if self.router not in ROUTERS:
             raise UnknownNameError("router", self.router, ROUTERS)
+        if self.activation not in (IDENTITY, *ACTIVATIONS):
+            raise UnknownNameError("activation", self.activation, (IDENTITY, *ACTIVATIONS))
         if self.router == "dense":
             _check_top_k(self.top_k, self.n_experts)
         else:

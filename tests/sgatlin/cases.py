@@ -14,6 +14,9 @@ CONFIGS = {
     **{f"sgatlin-{router}": config for router, config in SGATLIN.items()},
     "sgatlin-odd": sp.SgatlinConfig(n_experts=7, n_channels=1, top_k=7, d_key=1, router="dense"),
     "sgatlin-all": sp.SgatlinConfig(n_experts=9, n_channels=2, top_k=3, d_key=5),
+    "sgatlin-gelu": sp.SgatlinConfig(
+        n_experts=9, n_channels=2, top_k=3, d_key=5, activation="gelu"
+    ),
     "peer": sp.PeerConfig(n_experts=16, n_heads=3, top_k=3, d_key=5),
     "swiglu": sp.SwigluConfig(d_ff=20),
     "mlp": sp.MlpConfig(d_ff=20),

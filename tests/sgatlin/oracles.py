@@ -10,7 +10,10 @@ def sgatlin(layer, x):
     for t, token in enumerate(x):
         for c, scores in enumerate(layer.all_scores(x)[t]):
             for i in scores.argsort(descending=True)[: layer.config.top_k]:
-                output[t] += scores[i] * (layer.u[c, i] @ token) * layer.v[c, i]
+                gated = scores[i] * (layer.u[c, i] @ token)
+                if layer.config.activation == "gelu":
+                    gated = functional.gelu(gated)
+                output[t] += gated * layer.v[c, i]
     return output
 
 
