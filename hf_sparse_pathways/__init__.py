@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -50,6 +51,7 @@ __all__ = [
     "CardSettings",
     "ClusteredBlock",
     "Clustering",
+    "ExpertUsage",
     "Export",
     "Healed",
     "HealingSettings",
@@ -74,12 +76,14 @@ __all__ = [
     "expand",
     "export",
     "heal",
+    "measure_experts",
     "permute",
     "plot",
     "profile",
     "push_folder",
     "remove_domains",
     "rename_domain",
+    "restrict_experts",
     "select",
     "write_html_report",
 ]
@@ -105,6 +109,9 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "ExpertUsage": "measure.experts",
+    "measure_experts": "measure.experts",
+    "restrict_experts": "measure.experts",
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",

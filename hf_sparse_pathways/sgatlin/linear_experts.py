@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from hf_sparse_pathways.sgatlin.initialisation import scale_variance
 from hf_sparse_pathways.sgatlin.layer import FfnLayer
+from hf_sparse_pathways.sgatlin.restriction import find_allowed
 from hf_sparse_pathways.sgatlin.routers import make_router
 from hf_sparse_pathways.sgatlin.rows import multiply_rows, sum_rows
 from hf_sparse_pathways.sgatlin.settings import IDENTITY, SgatlinConfig
@@ -53,18 +54,24 @@ class SgatlinFFN(FfnLayer):
         Returns:
             Two tensors ``(tokens, n_channels, top_k)``; an index counts within its channel.
         """
-        scores, index = self.router(h)
+        allowed = find_allowed(self)
+        if allowed is None:
+            scores, index = self.router(h)
+        else:
+            scores, index = self.all_scores(h).topk(self.config.top_k)
         return scores, index
 
     def all_scores(self, h: Tensor) -> Tensor:
         """Return every expert's score, ``(tokens, n_channels, n_experts)``.
 
-        The best ``top_k`` of them are what ``route`` returns, without computing all.
+        The best ``top_k`` of them are what ``route`` returns, without computing all. Those that
+        ``restrict_experts`` does not allow have minus infinity.
 
         Args:
             h: ``(tokens, d_model)``.
         """
-        return self.router.all_scores(h)
+        scores, allowed = self.router.all_scores(h), find_allowed(self)
+        return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output for tokens in one row; see the base."""
