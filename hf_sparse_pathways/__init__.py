@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.expert_quality import ExpertReport, evaluate_experts
     from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
@@ -51,6 +52,7 @@ __all__ = [
     "CardSettings",
     "ClusteredBlock",
     "Clustering",
+    "ExpertReport",
     "ExpertUsage",
     "Export",
     "Healed",
@@ -73,6 +75,7 @@ __all__ = [
     "add_domains",
     "benchmark",
     "evaluate",
+    "evaluate_experts",
     "expand",
     "export",
     "heal",
@@ -109,7 +112,9 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "ExpertReport": "measure.expert_quality",
     "ExpertUsage": "measure.experts",
+    "evaluate_experts": "measure.expert_quality",
     "measure_experts": "measure.experts",
     "restrict_experts": "measure.experts",
     "plot": "measure.plotting",

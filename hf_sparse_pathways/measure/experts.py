@@ -17,7 +17,13 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.passes import evaluation_mode, run_decoder
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.discovery.windows import Batch, draw_windows, make_batches, resolve_length
+from hf_sparse_pathways.discovery.windows import (
+    Batch,
+    draw_windows,
+    list_digests,
+    make_batches,
+    resolve_length,
+)
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.measure.overlap import PairOverlap, compare_neurons
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
@@ -51,11 +57,13 @@ class ExpertUsage:
         by_domain: Domain -> one entry per layer.
         tokens: Domain -> how many tokens were read.
         top_k: Experts that a token gets of each channel.
+        seen: Domain -> digests of the documents that were read, and of those cut for that.
     """
 
     by_domain: Mapping[str, tuple[LayerUsage, ...]]
     tokens: Mapping[str, int]
     top_k: int
+    seen: Mapping[str, tuple[Sequence[str], Sequence[str]]]
 
     def utilisation(self, domain: str) -> tuple[float, ...]:
         """Return the share of each layer's experts that a domain has chosen at all."""
@@ -151,7 +159,7 @@ def measure_experts(  # noqa: PLR0913
     if not texts:
         raise PathwaysError("No domains were given. Pass a dictionary {domain: text source}.")
     length = resolve_length(model, max_length)
-    by_domain, tokens = {}, {}
+    by_domain, tokens, seen = {}, {}, {}
     for domain, source in texts.items():
         documents = read_documents(source, seed=seed, tokens=max_tokens)
         windows = draw_windows(
@@ -162,7 +170,9 @@ def measure_experts(  # noqa: PLR0913
             for batch in make_batches(windows, batch_size):
                 tally.read(model, batch)
         by_domain[domain], tokens[domain] = tally.usage(), tally.tokens
-    return ExpertUsage(by_domain=by_domain, tokens=tokens, top_k=layers[0].config.top_k)
+        seen[domain] = list_digests(windows)
+    top_k = layers[0].config.top_k
+    return ExpertUsage(by_domain=by_domain, tokens=tokens, top_k=top_k, seen=seen)
 
 
 @contextmanager

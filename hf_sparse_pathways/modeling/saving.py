@@ -1,6 +1,7 @@
 """Saving and loading weights with their pathways: all of them, or what one domain needs."""
 
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ class Saving(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
-        ffn = None if pathways else _find_ffn(pretrained_model_name_or_path, kwargs)
+        ffn = None if pathways is not None else _find_ffn(pretrained_model_name_or_path, kwargs)
         if ffn is not None:
             if any((executor, default_domain, max_resident_bytes, domain)):
                 raise refuse(ffn, "it cannot be loaded for a domain, or with an executor")
@@ -232,7 +233,9 @@ def _find_ffn(place: "str | PathLike[str]", kwargs: dict[str, Any]) -> FfnConfig
     if config is not None:
         return getattr(config, "ffn", None)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    fields, _ = PreTrainedConfig.get_config_dict(place, **hub)
+    fields: dict[str, Any] = {}
+    with suppress(OSError):  # what is missing is told when it is needed
+        fields, _ = PreTrainedConfig.get_config_dict(place, **hub)
     return read_ffn(fields["ffn"]) if fields.get("ffn") is not None else None
 
 

@@ -17,7 +17,7 @@ TEXTS = {name: documents(name, count=6) for name in ("code", "law")}
 TOKENIZER = tiny_tokenizer()
 
 
-def _make(router="product_dense"):
+def make_sgatlin(router="product_dense"):
     torch.manual_seed(0)
     ffn = sp.SgatlinConfig(n_experts=16, n_channels=2, top_k=3, d_key=8, router=router)
     config = sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), ffn=ffn)
@@ -30,7 +30,7 @@ def _make(router="product_dense"):
 
 @pytest.fixture(scope="module")
 def model():
-    return _make()
+    return make_sgatlin()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(model, usage):
 @pytest.mark.parametrize("router", ["product_dense", "product_key", "dense"])
 @torch.no_grad()
 def test_a_layer_takes_the_best_of_the_allowed(router):
-    model = _make(router)
+    model = make_sgatlin(router)
     layer, x = sgatlin_layers(model)[0], torch.randn(9, 32)
     sets = [torch.rand(2, 16, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(3)]
     free = layer(x)
