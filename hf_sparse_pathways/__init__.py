@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.expert_quality import ExpertReport, evaluate_experts
     from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
+    from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -55,6 +56,7 @@ __all__ = [
     "ExpertReport",
     "ExpertUsage",
     "Export",
+    "Gates",
     "Healed",
     "HealingSettings",
     "LowRank",
@@ -84,10 +86,13 @@ __all__ = [
     "plot",
     "profile",
     "push_folder",
+    "read_gates",
     "remove_domains",
     "rename_domain",
     "restrict_experts",
     "select",
+    "swap_effect",
+    "swap_gates",
     "write_html_report",
 ]
 
@@ -113,6 +118,10 @@ _HOMES = {
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
     "ExpertReport": "measure.expert_quality",
+    "Gates": "measure.gating",
+    "read_gates": "measure.gating",
+    "swap_effect": "measure.gating",
+    "swap_gates": "measure.gating",
     "ExpertUsage": "measure.experts",
     "evaluate_experts": "measure.expert_quality",
     "measure_experts": "measure.experts",
