@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.distillation import Distilled, distil_block
     from hf_sparse_pathways.measure.expert_quality import ExpertReport, evaluate_experts
     from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
@@ -53,6 +54,7 @@ __all__ = [
     "CardSettings",
     "ClusteredBlock",
     "Clustering",
+    "Distilled",
     "ExpertReport",
     "ExpertUsage",
     "Export",
@@ -76,6 +78,7 @@ __all__ = [
     "__version__",
     "add_domains",
     "benchmark",
+    "distil_block",
     "evaluate",
     "evaluate_experts",
     "expand",
@@ -117,6 +120,8 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "Distilled": "measure.distillation",
+    "distil_block": "measure.distillation",
     "ExpertReport": "measure.expert_quality",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",

@@ -131,16 +131,16 @@ def _score(
     model: Any, domain: str, batches: Sequence[Batch], sets: Mapping[str, ExpertSets]
 ) -> ExpertQuality:
     """Return a model's perplexity on a text, and what each set of experts makes of it."""
-    loss, tokens = _loss(model, batches)
+    loss, tokens = mean_loss(model, batches)
     ratios = {}
     for name, experts in sets.items():
         with restrict_experts(model, experts):
-            ratios[name] = math.exp(_loss(model, batches)[0] - loss)
+            ratios[name] = math.exp(mean_loss(model, batches)[0] - loss)
     return ExpertQuality(domain=domain, tokens=tokens, perplexity=math.exp(loss), ratios=ratios)
 
 
 @torch.no_grad()
-def _loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+def mean_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
     """Return the mean loss of all tokens that have one before them, in nats, and their number."""
     total, tokens, device = 0.0, 0, find_device(model)
     with evaluation_mode(model):

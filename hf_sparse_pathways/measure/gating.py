@@ -128,7 +128,8 @@ def read_gates(  # noqa: PLR0913
         max_length=resolve_length(model, None),
         seed=seed,
     )
-    scores, index, ids, lengths = [], [], [], []
+    scores, index, ids = [], [], []
+    lengths: list[int] = []
     with evaluation_mode(model):
         for batch in make_batches(windows, batch_size):
             seen: list[Tensor] = []
