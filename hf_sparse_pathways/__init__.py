@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
+    from hf_sparse_pathways.measure.distillation import Distilled, distil_block
+    from hf_sparse_pathways.measure.expert_quality import ExpertReport, evaluate_experts
+    from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
+    from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -32,6 +36,14 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.permutation import permute
     from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+    from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
+    from hf_sparse_pathways.sgatlin.settings import (
+        MlpConfig,
+        MoeConfig,
+        PeerConfig,
+        SgatlinConfig,
+        SwigluConfig,
+    )
     from hf_sparse_pathways.share.card import CardSettings
     from hf_sparse_pathways.share.domains import add_domains, remove_domains, rename_domain
     from hf_sparse_pathways.share.exporting import Export, export
@@ -43,37 +55,60 @@ __all__ = [
     "CardSettings",
     "ClusteredBlock",
     "Clustering",
+    "Distilled",
+    "ExpertReport",
+    "ExpertUsage",
     "Export",
+    "Gates",
     "Healed",
     "HealingSettings",
     "KeptExperts",
     "LowRank",
+    "MlpConfig",
+    "MoeConfig",
     "Pathway",
     "Pathways",
     "PathwaysError",
+    "PeerConfig",
     "Profile",
+    "SgatlinConfig",
+    "SgatlinFFN",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
+    "SwigluConfig",
     "TokenRouter",
     "__version__",
     "add_domains",
     "benchmark",
+    "distil_block",
     "evaluate",
+    "evaluate_experts",
     "expand",
     "export",
     "heal",
+    "measure_experts",
     "permute",
     "plot",
     "profile",
     "push_folder",
+    "read_gates",
     "remove_domains",
     "rename_domain",
+    "restrict_experts",
     "select",
+    "swap_effect",
+    "swap_gates",
     "write_html_report",
 ]
 
 _HOMES = {
     "PathwaysError": "errors",
+    "MlpConfig": "sgatlin.settings",
+    "MoeConfig": "sgatlin.settings",
+    "PeerConfig": "sgatlin.settings",
+    "SgatlinConfig": "sgatlin.settings",
+    "SgatlinFFN": "sgatlin.linear_experts",
+    "SwigluConfig": "sgatlin.settings",
     "BlockPathway": "ffn.block_pathway",
     "ClusteredBlock": "ffn.clusters",
     "KeptExperts": "ffn.kept_experts",
@@ -88,6 +123,17 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "Distilled": "measure.distillation",
+    "distil_block": "measure.distillation",
+    "ExpertReport": "measure.expert_quality",
+    "Gates": "measure.gating",
+    "read_gates": "measure.gating",
+    "swap_effect": "measure.gating",
+    "swap_gates": "measure.gating",
+    "ExpertUsage": "measure.experts",
+    "evaluate_experts": "measure.expert_quality",
+    "measure_experts": "measure.experts",
+    "restrict_experts": "measure.experts",
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",

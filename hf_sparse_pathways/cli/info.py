@@ -1,6 +1,7 @@
 """``sparse-pathways info``: what is in a folder or Hub repository. No weights are loaded."""
 
 import json
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,10 @@ how large a block is, and nothing else of it has been seen."""
 
 def run(folder: opt.Folder, as_json: opt.Json = False) -> None:
     """Show the domains, their sparsity per layer, their text, the base and the size."""
-    if as_json:
+    layers = describe_layers(folder)
+    if layers is not None:
+        typer.echo(json.dumps(layers, indent=2) if as_json else _say_layers(layers))
+    elif as_json:
         typer.echo(json.dumps(describe(folder), indent=2))
     else:
         print_summary(folder)
@@ -84,6 +88,35 @@ def _describe_layer(pathways: "Pathways", index: int) -> dict[str, Any]:
             for name, own in kept.items()
         },
     }
+
+
+def describe_layers(source: str | PathLike[str]) -> dict[str, Any] | None:
+    """Return what ``info`` shows of a model with FFN layers of its own; None of any other."""
+    from transformers.configuration_utils import PreTrainedConfig
+
+    from hf_sparse_pathways.pathways.entry import BASE_TYPE
+    from hf_sparse_pathways.sgatlin.settings import read_ffn
+
+    fields: dict[str, Any] = {}
+    with suppress(OSError):  # pathways alone need no configuration
+        fields, _ = PreTrainedConfig.get_config_dict(str(source))
+    if fields.get("ffn") is None:
+        return None
+    return {
+        "base": {"model_type": str(fields.get(BASE_TYPE))},
+        "ffn": read_ffn(fields["ffn"]).to_dict(),
+        "weight_bytes": _weight_bytes(source),
+    }
+
+
+def _say_layers(facts: dict[str, Any]) -> str:
+    """Return the same as text."""
+    ffn = dict(facts["ffn"])
+    told = f"{plain(facts['base']['model_type'])} with {ffn.pop('kind')} layers as FFNs, no domains"
+    lines = [told, *(f"  {name}: {value}" for name, value in ffn.items())]
+    if facts["weight_bytes"]:
+        lines.append(f"  weights: {facts['weight_bytes'] / 1e6:.1f} MB")
+    return "\n".join(lines)
 
 
 def _weight_bytes(source: str | PathLike[str]) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
+from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import Choice, ModelKey, find_choice, push_choice, remove_choice
 from hf_sparse_pathways.ffn.clusters import Kept
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
@@ -36,14 +37,19 @@ class Attachment:
         copies: The leaves, and the copies of their weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[FfnBlock] | None = None) -> None:
         """Swap the leaves of a model, in place.
+
+        Args:
+            model: The model.
+            blocks: Its FFN blocks; by default those that are found.
 
         Raises:
             UnsupportedModelError: Neither an FFN block nor routed experts were found.
         """
         self.key = ModelKey()
-        self.copies = ModelCopies(model, self.key)
+        blocks = find_blocks(model) if blocks is None else blocks
+        self.copies = ModelCopies(model, blocks, self.key)
         self._execution: tuple[Any, Execution] | None = None
         self._mixtures: dict[Any, Mixture] = {}
 

@@ -16,6 +16,7 @@ from hf_sparse_pathways.ffn.clusters import Kept
 from hf_sparse_pathways.ffn.experts import RoutedExperts, list_candidates, match_routed
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 from hf_sparse_pathways.ffn.sharding import is_sharded
+from hf_sparse_pathways.sgatlin.layer import FfnLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,12 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     survey = survey_model(model)
     if survey.blocks or survey.experts:
         return survey.blocks
+    layer = next((module for module in model.modules() if isinstance(module, FfnLayer)), None)
+    if layer is not None:
+        raise UnsupportedModelError(
+            f"The FFNs of this {type(model).__name__} are {layer.config.kind} layers, which have "
+            "no neurons that could be chosen for a domain. Take a model with dense FFNs."
+        )
     refusals = survey.dense or survey.refused
     reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in refusals[:2])
     hint = "Routed experts fit where they are as in hf_sparse_pathways/ffn/expert_layouts.py."

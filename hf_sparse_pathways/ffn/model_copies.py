@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 from hf_sparse_pathways.ffn.attached_experts import AttachedExperts
-from hf_sparse_pathways.ffn.blocks import find_blocks, survey_model
+from hf_sparse_pathways.ffn.blocks import FfnBlock, survey_model
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.copies import (
     WHOLE,
@@ -41,16 +41,10 @@ class ModelCopies:
         executor: The executor that the copies are for.
     """
 
-    def __init__(self, model: nn.Module, key: ModelKey) -> None:
-        """Swap the leaves of a model, in place.
-
-        Raises:
-            UnsupportedModelError: Neither an FFN block nor routed experts were found.
-        """
+    def __init__(self, model: nn.Module, blocks: Sequence[FfnBlock], key: ModelKey) -> None:
+        """Swap the leaves of a model's FFN blocks, and its routed experts, in place."""
         self.residents = Residents(self.size, self._drop)
-        self.blocks = tuple(
-            AttachedBlock(block, key, self.residents) for block in find_blocks(model)
-        )
+        self.blocks = tuple(AttachedBlock(block, key, self.residents) for block in blocks)
         self.experts = tuple(AttachedExperts(found, key) for found in survey_model(model).experts)
         routers = [attached.router for attached in self.experts]
         self.rest = RestLeaves(model, key, self.residents, routers)

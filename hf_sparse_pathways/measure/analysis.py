@@ -15,7 +15,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.experiments import Experiments
-from hf_sparse_pathways.measure.expert_usage import LayerUsage, measure_experts
+from hf_sparse_pathways.measure.expert_usage import LayerUsage, summarise_experts
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
 from hf_sparse_pathways.measure.reading import read_report
@@ -177,7 +177,7 @@ def analyse(profile: Profile, size: ModelSize, *, percentile: float = PERCENTILE
         overlaps=(),
         roles=(),
         experiments=None,
-        experts=measure_experts(profile),
+        experts=summarise_experts(profile),
     )
     return _with_blocks(analysis, profile) if profile.base.blocks else analysis
 

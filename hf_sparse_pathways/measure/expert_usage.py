@@ -63,7 +63,7 @@ class LayerUsage:
         return len(tops[0] & tops[1]) / half
 
 
-def measure_experts(profile: Profile) -> tuple[LayerUsage, ...]:
+def summarise_experts(profile: Profile) -> tuple[LayerUsage, ...]:
     """Return what a profile says of each layer's experts; nothing if it has no statistics. Pure."""
     if not all(domain.experts for domain in profile.by_domain.values()):
         return ()

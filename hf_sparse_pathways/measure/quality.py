@@ -141,8 +141,8 @@ def _check(model: Any, texts: Mapping[str, TextSource], seen: str) -> None:
     if seen not in SEEN:
         raise UnknownNameError("value of seen", seen, SEEN)
     for domain in texts:
-        if domain not in model.domains:
-            raise UnknownNameError("domain", domain, model.domains)
+        if domain not in model.pathways.domains:
+            raise UnknownNameError("domain", domain, model.pathways.domains)
 
 
 def _what_is_measured(sets: Sequence[PathwaySet], drawn: Sequence[ScoredText]) -> list[Any]:

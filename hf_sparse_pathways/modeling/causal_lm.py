@@ -22,6 +22,7 @@ from hf_sparse_pathways.modeling.model import (
     batch_size,
     made_class,
 )
+from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.modeling.routing import agreed, tell_domains
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
@@ -96,6 +97,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         check_undispatched(self)
         if self._partial is not None:
             raise self._partial.refuse("there is no dense form of it")
+        if self.config.ffn is not None:
+            raise refuse(self.config.ffn, "there is no dense form of it")
         self.check_no_adapters("a plain model has no domains that they could follow")
         base_config = self.config.base_config
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})

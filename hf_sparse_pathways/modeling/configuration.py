@@ -8,16 +8,22 @@ weight conversions, tokenisers), and every field of the base is where it was.
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.errors import (
+    ArtefactError,
+    PathwaysError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
 from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.sgatlin.settings import FfnConfig, read_ffn
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -37,6 +43,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         default_domain: The domain when ``domain`` is omitted; None for dense.
         executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
         pathways_format: Version of the artefact's format.
+        ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; then
+            there are no domains. None for the base's own.
 
     Where ``permute`` has put the neurons in another order, ``neuron_order`` identifies it; the
     plain configuration of ``to_dense`` has it too, since the order is that of the weights.
@@ -48,6 +56,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
     default_domain: str | None = None
     executor: str = "auto"
     pathways_format: int = FORMAT_VERSION
+    ffn = cast("FfnConfig | None", None)
     weights_of = None
     """Name and revision of the base's repository where the pathways lie without weights."""
 
@@ -67,13 +76,15 @@ class SparsePathwaysConfig(PreTrainedConfig):
 
         Args:
             base_config: Configuration of the dense model.
-            fields: ``domains``, ``default_domain``, ``executor``.
+            fields: ``domains``, ``default_domain``, ``executor``; or ``ffn`` alone, for a model
+                that ``AutoModelForCausalLM.from_config`` builds with other FFNs.
 
         Raises:
             UnsupportedModelError: The base is not an architecture of Transformers.
             UnknownNameError: An unknown field, or a default that is no domain.
+            PathwaysError: ``ffn`` is no FFN layer's configuration, or stands beside other fields.
         """
-        known = ("domains", "default_domain", "executor")
+        known = ("domains", "default_domain", "executor", "ffn")
         for name in fields:
             if name not in known:
                 raise UnknownNameError("field", name, known)
@@ -82,6 +93,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         values = {"domains": [], "default_domain": None, "executor": "auto", **fields}
         for name, value in {**values, "pathways_format": FORMAT_VERSION}.items():
             setattr(config, name, value)
+        config.check_ffn()
         config.check_default_domain(config.domains)
         return config
 
@@ -89,9 +101,11 @@ class SparsePathwaysConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from a saved dictionary; the entry class makes the base's derived class."""
         if cls is not SparsePathwaysConfig:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(_with_ffn(config_dict), **kwargs)
         weights_of = base_of(config_dict)
         fields = dict(config_dict) if weights_of is None else _base_fields(*weights_of)
+        if "pathways_format" in fields and fields.get("model_type") != MODEL_TYPE:
+            fields.setdefault("base_model_type", fields.get("model_type"))  # of to_dict()
         base_type = _check_saved(fields)
         for name in ("model_type", "base_model_type", "auto_map"):
             fields.pop(name, None)
@@ -124,6 +138,13 @@ class SparsePathwaysConfig(PreTrainedConfig):
             fields = {**fields, "model_type": _check_saved(fields)}
         return fields, rest
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, as JSON values."""
+        fields = super().to_dict()
+        if self.ffn is not None:
+            fields["ffn"] = self.ffn.to_dict()
+        return fields
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is saved: the entry's model type, and the base's beside it."""
         fields = super().to_diff_dict()
@@ -142,7 +163,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """A plain base configuration with the same values."""
         config = copy.deepcopy(self)
         config.__class__ = type(self).__bases__[1]
-        for name in (*_OWN_FIELDS, "weights_of"):
+        for name in (*_OWN_FIELDS, "weights_of", "ffn"):
             config.__dict__.pop(name, None)
         return config
 
@@ -154,6 +175,28 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """
         if self.default_domain not in (None, AUTO, *domains):
             raise UnknownNameError("default domain", self.default_domain, domains)
+
+    def check_ffn(self) -> None:
+        """Check that ``ffn`` is of an FFN layer, and that nothing asks for pathways beside it.
+
+        Raises:
+            PathwaysError: It is not, or something does.
+        """
+        if self.ffn is None:
+            return
+        if not isinstance(self.ffn, FfnConfig):
+            raise PathwaysError(
+                "ffn takes the configuration of an FFN layer, such as sp.SgatlinConfig(n_experts="
+                f"1024), got {self.ffn!r:.100}."
+            )
+        asked = [name for name in ("domains", "default_domain") if getattr(self, name)]
+        if self.executor != "auto":
+            asked.append("executor")
+        if asked:
+            raise PathwaysError(
+                f"ffn does not go together with {', '.join(asked)}: {self.ffn.kind} layers have no "
+                "pathways, so no domains, and no executor of kept neurons."
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the base's class, since the derived one is made at run time."""
@@ -214,6 +257,18 @@ def _check_saved(fields: dict[str, Any]) -> str:
     executor = fields.get("executor", "auto")
     check_executor(executor if isinstance(executor, str) else repr(executor))
     return str(base_type)
+
+
+def _with_ffn(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration with the FFN layers' as an object.
+
+    Raises:
+        ArtefactError: It is none.
+    """
+    ffn = fields.get("ffn")
+    if ffn is None or isinstance(ffn, FfnConfig):
+        return fields
+    return {**fields, "ffn": read_ffn(ffn)}
 
 
 def _is_word(value: Any) -> bool:

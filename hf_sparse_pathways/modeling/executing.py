@@ -9,6 +9,7 @@ from hf_sparse_pathways.ffn.execution import Execution, check_executor
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
+from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
@@ -34,14 +35,23 @@ class Executing(_Base):
 
         Raises:
             UnknownNameError: There is no such executor.
+            PathwaysError: The model has FFN layers without neurons to keep.
         """
         check_executor(executor)
+        if self.config.ffn is not None and executor != "auto":
+            raise refuse(self.config.ffn, f"executor {executor!r} computes kept neurons")
         self.config.executor = executor
         self._attachment.reset()
 
     @property
     def execution(self) -> Execution:
-        """Which executor computes kept neurons now, and why."""
+        """Which executor computes kept neurons now, and why.
+
+        Raises:
+            PathwaysError: The model has FFN layers without neurons to keep.
+        """
+        if self.config.ffn is not None:
+            raise refuse(self.config.ffn, "there are no kept neurons to compute")
         self._attachment.settle()
         return self._attachment.execution(self.config.executor)
 
@@ -54,8 +64,7 @@ class Executing(_Base):
         fit alone, or because other threads are using theirs, it is computed by ``masked``.
         """
         limit = self._attachment.residents.limit
-        assert limit is not None  # from the start: see set_pathways
-        return limit
+        return 0 if limit is None else limit  # None before there are pathways: see set_pathways
 
     @max_resident_bytes.setter
     def max_resident_bytes(self, size: int | str) -> None:

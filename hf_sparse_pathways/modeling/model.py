@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_sparse_pathways.errors import PathwaysError
@@ -33,6 +34,12 @@ from hf_sparse_pathways.modeling.executing import Executing
 from hf_sparse_pathways.modeling.grouping import group_rows
 from hf_sparse_pathways.modeling.partial import (
     Partial,
+)
+from hf_sparse_pathways.modeling.replacement import (
+    check_checkpointing,
+    find_layers,
+    refuse,
+    replace_blocks,
 )
 from hf_sparse_pathways.modeling.routing import (
     Decision,
@@ -65,11 +72,26 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
     _router: tuple[Pathways, Router] | None = None
 
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
-        """Build the base model and swap its FFN leaves; pathways are given afterwards."""
+        """Build the base model and swap its FFN leaves; pathways are given afterwards.
+
+        Where the configuration has ``ffn``, such layers take the place of the FFN blocks instead.
+        """
+        config.check_ffn()
         super().__init__(config, *args, **kwargs)
         self._pathways = None
-        self._shape = BaseModel.of(self)
-        self._attachment = Attachment(self)
+        if config.ffn is None:
+            self._shape = BaseModel.of(self)
+            self._attachment = Attachment(self)
+        else:
+            replace_blocks(self, config.ffn)
+            self._attachment = Attachment(self, blocks=())
+
+    def initialize_weights(self) -> None:
+        """Draw new weights as the base does, and in FFN layers as those do, in place."""
+        super().initialize_weights()
+        with guard_torch_init_functions():  # what was loaded stays
+            for layer in find_layers(self):
+                layer.reset_parameters()
 
     # -- pathways ---------------------------------------------------------------------------
 
@@ -82,6 +104,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """
         if self._partial is not None:
             raise self._partial.refuse("its pathway is part of the weights now")
+        if self.config.ffn is not None:
+            raise refuse(self.config.ffn, "nothing of it is of one domain")
         if self._pathways is None:
             raise PathwaysError(
                 "This model has no pathways yet. Load it with from_pretrained, or give it some "
@@ -100,6 +124,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """
         if self._partial is not None:
             raise self._partial.refuse("other pathways need other neurons")
+        if self.config.ffn is not None:
+            raise refuse(self.config.ffn, "it cannot be given any")
         self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
@@ -246,6 +272,8 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """Resolve names to indices; controls come after the domains."""
         if self._partial is not None:
             self._partial.check(domain)
+        if self.config.ffn is not None and _names_one(domain):
+            raise refuse(self.config.ffn, f"it cannot compute {domain!r:.100}")
         controls = [] if self._pathways is None else list(self._pathways.controls)
         return resolve_domain(domain, self.domains, controls)
 
@@ -286,6 +314,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
     ) -> None:
         """Set it as the base does, with a function under which recomputation keeps the choice."""
         if gradient_checkpointing_func is not None:
+            check_checkpointing(self.config.ffn, gradient_checkpointing_func)
             kwargs["gradient_checkpointing_func"] = CheckpointedChoices(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
@@ -311,6 +340,12 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(value, Tensor):
             return int(value.shape[0])
     return 1
+
+
+def _names_one(domain: Any) -> bool:
+    """Whether a call's ``domain`` asks for anything but dense passes."""
+    names = domain if isinstance(domain, list | tuple) else [domain]
+    return any(name is not None for name in names)
 
 
 def made_class(base: type[PreTrainedModel], config_class: type[SparsePathwaysConfig]) -> Any:

@@ -1,10 +1,12 @@
 """Saving and loading weights with their pathways: all of them, or what one domain needs."""
 
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_sparse_pathways.errors import UnsupportedModelError
@@ -16,8 +18,10 @@ from hf_sparse_pathways.modeling.partial import (
     current_loading,
     partial_load,
 )
+from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.revision import find_revision, note_revision
+from hf_sparse_pathways.sgatlin.settings import FfnConfig, read_ffn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,16 +62,18 @@ class Saving(_Base):
     ) -> None:
         """Save weights, configuration and pathways; see the base for the other arguments.
 
+        A model with FFN layers of its own has no pathways to save.
+
         Raises:
             UnsupportedModelError: Adapters are attached to domains.
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
-        pathways = self.pathways
+        pathways = None if self.config.ffn is not None else self.pathways
         self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
+        if is_main_process and pathways is not None:
             pathways.save_pretrained(save_directory)
         if push_to_hub:
             hub.setdefault("repo_id", Path(save_directory).name)
@@ -84,6 +90,7 @@ class Saving(_Base):
     ) -> str:
         """Upload weights, configuration and pathways to a Hub repository.
 
+        A model with FFN layers of its own has no pathways, and is uploaded without.
         Pathways that it has are replaced; other files, such as a tokenizer's, stay.
 
         Args:
@@ -157,6 +164,11 @@ class Saving(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
+        ffn = None if pathways is not None else _find_ffn(pretrained_model_name_or_path, kwargs)
+        if ffn is not None:
+            if any((executor, default_domain, max_resident_bytes, domain)):
+                raise refuse(ffn, "it cannot be loaded for a domain, or with an executor")
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         weights_of = getattr(kwargs.get("config"), "weights_of", None)
         beside = pathways is None and weights_of is None
         pathways = _read_pathways(pathways, pretrained_model_name_or_path, domain, kwargs)
@@ -214,6 +226,23 @@ class Saving(_Base):
         if loading is not None:
             loading.finish(model)
         return info
+
+
+def _find_ffn(place: "str | PathLike[str]", kwargs: dict[str, Any]) -> FfnConfig | None:
+    """Return what the FFNs of a model that is being loaded are instead of its base's, if they are.
+
+    Args:
+        place: The model's folder or Hub id.
+        kwargs: As of ``from_pretrained``.
+    """
+    config = kwargs.get("config")
+    if config is not None:
+        return getattr(config, "ffn", None)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    fields: dict[str, Any] = {}
+    with suppress(OSError):  # what is missing is told when it is needed
+        fields, _ = PreTrainedConfig.get_config_dict(place, **hub)
+    return read_ffn(fields["ffn"]) if fields.get("ffn") is not None else None
 
 
 def _from_base(of: tuple[str, str | None], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:

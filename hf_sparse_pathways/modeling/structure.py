@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
+from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.processes import is_spread
 
 
@@ -27,8 +28,11 @@ def check_convertible(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: It is no causal LM of Transformers, or already dispatched.
+        PathwaysError: It has FFN layers without neurons to keep.
     """
     base, config = type(model), getattr(model, "config", None)
+    if isinstance(config, SparsePathwaysConfig) and config.ffn is not None:
+        raise refuse(config.ffn, "it cannot be given any")
     if isinstance(config, SparsePathwaysConfig):
         raise UnsupportedModelError(
             f"{base.__name__} has pathways already: use set_pathways, or to_dense() first."

@@ -20,6 +20,9 @@ MODEL_TYPE = "sparse_pathways"
 BASE = "pathways_of"
 """Field of a configuration that stands for the base's, by name and revision."""
 
+BASE_TYPE = "base_model_type"
+"""Field that names the base's architecture."""
+
 MODULE_NAME = "sparse_pathways_plugin.py"
 AUTO_MAP = {"AutoConfig": f"{Path(MODULE_NAME).stem}.SparsePathwaysConfig"}
 MODULE = b'''"""Loads the plug-in that this model needs: pip install hf-sparse-pathways"""
@@ -61,6 +64,15 @@ def is_adapter(config: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(fields, dict) and BASE in fields
+
+
+def has_layers(config: bytes) -> bool:
+    """Whether a configuration is of a model with FFN layers of its own, and no pathways."""
+    try:
+        fields = parse_json(config)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and fields.get("ffn") is not None
 
 
 def base_of(fields: dict[str, Any]) -> tuple[str, str | None] | None:

@@ -15,12 +15,13 @@ from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.files import read_json
 from hf_sparse_pathways.limits import MOST_JSON_BYTES, MOST_TEXT_BYTES
 from hf_sparse_pathways.pathways.apart import PARENT, list_apart
-from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, is_adapter
+from hf_sparse_pathways.pathways.entry import CONFIG_NAME, adapter_files, has_layers, is_adapter
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME, write_pathways
 from hf_sparse_pathways.reading import read_bytes
 from hf_sparse_pathways.share.card import CARD_NAME, CardSettings, is_own_card, render_card
 from hf_sparse_pathways.share.hub import Push, read_text
+from hf_sparse_pathways.share.layers_card import render_layers_card
 from hf_sparse_pathways.share.pictures import draw_pictures
 from hf_sparse_pathways.transport import hub_errors
 
@@ -33,8 +34,9 @@ def push_folder(
 ) -> str:
     """Upload a folder with pathways: the weights beside them, if there are any, and all else.
 
-    Hidden files stay behind. Pathways that the repository has are replaced. A card is written,
-    unless there is one that somebody else has written.
+    A model with FFN layers of its own has none, and is pushed as it is. Hidden files stay behind.
+    Pathways that the repository has are replaced. A card is written, unless there is one that
+    somebody else has written.
 
     Args:
         folder: As written by ``save_pretrained`` or ``sparse-pathways build``.
@@ -56,6 +58,10 @@ def push_folder(
             "repository, push its pathways alone (--pathways-only, Pathways.push_to_hub) or single "
             "domains (--domain, sp.add_domains)."
         )
+    config = root / CONFIG_NAME
+    if config.is_file() and has_layers(read_bytes(config, MOST_JSON_BYTES)):
+        text = render_layers_card(read_json(config), repo_id, card or CardSettings())
+        return push_checkpoint(root, repo_id, Push(**push), card=text)
     pathways, others = Pathways.from_pretrained(root), _list_files(root)
     return _push(pathways, others, repo_id, card or CardSettings(), Push(**push))
 
@@ -83,13 +89,16 @@ def push_pathways(
     return _push(pathways, {}, repo_id, card or CardSettings(), Push(**push))
 
 
-def push_checkpoint(folder: str | PathLike[str], repo_id: str, push: Push) -> str:
-    """Upload a plain checkpoint; weights that the repository has beside it are deleted.
+def push_checkpoint(
+    folder: str | PathLike[str], repo_id: str, push: Push, card: str | None = None
+) -> str:
+    """Upload a checkpoint without pathways; weights that are there beside it are deleted.
 
     Args:
-        folder: As written by ``sp.export``.
+        folder: As written by ``sp.export``, or by a model with FFN layers of its own.
         repo_id: Such as ``"me/smollm2-code"``; it is created if needed.
         push: How.
+        card: What the card says, unless somebody else has written one; by default the folder's.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -98,16 +107,18 @@ def push_checkpoint(folder: str | PathLike[str], repo_id: str, push: Push) -> st
         PathwaysError: The repository has pathways, whose base's weights these are not.
         HubError: The Hub refuses.
     """
-    files = _list_files(Path(folder))
+    files: dict[str, Path | bytes] = {**_list_files(Path(folder))}
     with hub_errors():
         repo_id, present = _open_repo(repo_id, push)
+        if card is not None and CARD_NAME not in files:
+            files[CARD_NAME] = card.encode()
         if any(_is_of_pathways(path) for path in present):
             raise PathwaysError(
                 f"{repo_id} has pathways, and this checkpoint is not their base. Push it to a "
                 "repository of its own."
             )
         if CARD_NAME in present and not _is_own(repo_id, push):
-            del files[CARD_NAME]
+            files.pop(CARD_NAME, None)
         gone = [path for path in present if _is_weights(path) and path not in files]
         operations = [CommitOperationAdd(path, file) for path, file in files.items()]
         title = "Upload model"

@@ -27,6 +27,7 @@ EXAMPLES = {
     "export_and_serve.py": ["my-model code plain court"],
     "add_a_domain.py": ["my-model me/shared", "my-model me/shared law"],
     "push_and_pull.py": ["my-model me/shared"],
+    "linear_experts.py": ["base trained 3 code=src law=law"],
 }
 
 

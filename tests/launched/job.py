@@ -12,11 +12,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from tests.launched import data_parallel, tensor_parallel
+from tests.launched import data_parallel, layers, tensor_parallel
 
 CHECKS = {
     f"{module.__name__}.{name}": check
-    for module in (data_parallel, tensor_parallel)
+    for module in (data_parallel, layers, tensor_parallel)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

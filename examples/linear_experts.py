@@ -1,0 +1,56 @@
+"""Train a small model of sparsely gated linear experts, and see which of them domains use.
+
+Usage: python examples/linear_experts.py TOKENIZER OUTPUT STEPS NAME=TEXT NAME=TEXT ...
+"""
+
+import sys
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.text import read_documents
+
+LENGTH = 64
+
+
+def main(tokenizer_name: str, output: str, steps: str, *named: str) -> None:
+    """Train, save, load, and measure each domain's experts."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    texts = dict(text.split("=", 1) for text in named)
+    base = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4
+    )
+    ffn = sp.SgatlinConfig(n_experts=256, n_channels=4, top_k=8, d_key=32)
+    model = AutoModelForCausalLM.from_config(sp.SparsePathwaysConfig.from_base(base, ffn=ffn))
+    print(f"{model.num_parameters():,} parameters, {ffn.flops(128):,} FLOPs per token and FFN")
+    rows = []
+    for text in texts.values():
+        for document in read_documents(text).items:
+            ids = tokenizer(document.text)["input_ids"]
+            starts = range(0, len(ids) - 1, LENGTH)
+            rows += [ids[start : start + LENGTH] for start in starts]
+    settings = TrainingArguments(
+        output, max_steps=int(steps), learning_rate=3e-3, report_to=[], save_strategy="no"
+    )
+    pad = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    Trainer(model, settings, pad, train_dataset=[{"input_ids": row} for row in rows]).train()
+    model.save_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    usage = sp.measure_experts(model, tokenizer, texts, max_tokens=4096, max_length=LENGTH)
+    for pair in usage.overlaps(0.25):
+        print(
+            f"{pair.first}, {pair.second}: {pair.jaccard:.2f} in common, chance {pair.chance:.2f}"
+        )
+    with sp.restrict_experts(model, usage.experts(next(iter(texts)), 0.25)):
+        print(model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=8))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Which class computes which configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_sparse_pathways.sgatlin.dense import MlpFFN, SwigluFFN
+from hf_sparse_pathways.sgatlin.layer import FfnLayer
+from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
+from hf_sparse_pathways.sgatlin.mixture import MoeFFN
+from hf_sparse_pathways.sgatlin.peer import PeerFFN
+from hf_sparse_pathways.sgatlin.settings import (
+    FfnConfig,
+    MlpConfig,
+    MoeConfig,
+    PeerConfig,
+    SgatlinConfig,
+    SwigluConfig,
+)
+
+_LAYERS: Mapping[type[FfnConfig], Any] = {
+    SgatlinConfig: SgatlinFFN,
+    PeerConfig: PeerFFN,
+    SwigluConfig: SwigluFFN,
+    MlpConfig: MlpFFN,
+    MoeConfig: MoeFFN,
+}
+
+
+def make_layer(config: FfnConfig, d_model: int) -> FfnLayer:
+    """Return a new layer of a configuration."""
+    return _LAYERS[type(config)](config, d_model)

@@ -1,0 +1,75 @@
+"""What every FFN layer can do, whatever its kind."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_sparse_pathways.sgatlin.settings import FfnConfig
+
+
+class FfnLayer(nn.Module):
+    """A layer from ``(..., d_model)`` to the same, token by token.
+
+    Attributes:
+        config: What it is made of.
+        d_model: Width of its input and output.
+    """
+
+    config: FfnConfig
+    d_model: int
+
+    def __init__(self, config: FfnConfig, d_model: int) -> None:
+        super().__init__()
+        self.config, self.d_model = config, d_model
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a token's matrix products; see ``FfnConfig.flops``."""
+        return self.config.flops(self.d_model)
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, in place."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output for tokens in one row, ``(tokens, d_model)``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output, of the input's shape."""
+        return self.compute(x.reshape(-1, self.d_model)).view(x.shape)
+
+    def extra_repr(self) -> str:
+        """Say what it is made of."""
+        return f"d_model={self.d_model}, {self.config}"
+
+
+class _Collected(local):
+    losses: list[Tensor] | None = None
+
+
+_COLLECTED = _Collected()
+
+
+@contextmanager
+def collect_losses() -> Iterator[list[Tensor]]:
+    """Within the block, on this thread, gather what layers add to the loss while they train."""
+    before, _COLLECTED.losses = _COLLECTED.losses, []
+    try:
+        yield _COLLECTED.losses
+    finally:
+        _COLLECTED.losses = before
+
+
+def add_loss(loss: Tensor) -> None:
+    """Hand a layer's part of the loss to whoever collects, if anybody does."""
+    if _COLLECTED.losses is not None:
+        _COLLECTED.losses.append(loss)
+
+
+def has_losses(config: Any) -> bool:
+    """Whether layers of a configuration add to the loss."""
+    return any(getattr(config, name, 0) for name in ("load_balancing", "z_loss"))

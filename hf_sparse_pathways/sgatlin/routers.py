@@ -1,0 +1,149 @@
+"""How tokens get their experts: scores of all, and the best of each channel without them.
+
+A product router adds two scores: expert ``(i, j)`` of a channel has ``a_i + b_j``, from two tables
+of ``sqrt(N)`` each. An expert among the best k has its ``a_i`` among the best k of its table, and
+its ``b_j`` as well (if k other rows were better, so would be k other experts of its column), so the
+best k of the ``k * k`` sums are the best k of all N.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_sparse_pathways.sgatlin.initialisation import fill, scale_variance
+from hf_sparse_pathways.sgatlin.settings import PeerConfig, SgatlinConfig
+
+Routed = tuple[Tensor, Tensor]
+"""Scores and indices, each ``(tokens, channels, top_k)``, the best first."""
+
+
+class Router(nn.Module):
+    """Scores a number of channels' experts for every token.
+
+    Attributes:
+        top_k: How many a token gets in each channel.
+    """
+
+    top_k: int
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, in place."""
+        raise NotImplementedError
+
+    def all_scores(self, x: Tensor) -> Tensor:
+        """Return the score of every expert, ``(tokens, channels, experts)``.
+
+        Args:
+            x: ``(tokens, d_model)``.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Routed:
+        """Return the best experts of each channel; see ``all_scores``."""
+        scores, index = self.all_scores(x).topk(self.top_k)
+        return scores, index
+
+
+class DenseRouter(Router):
+    """Every expert's score is a linear map of one query that the channels share."""
+
+    def __init__(self, config: SgatlinConfig, d_model: int) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.query = nn.Linear(d_model, config.d_key, bias=False)
+        self.keys = nn.Parameter(torch.empty(config.n_channels, config.n_experts, config.d_key))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, in place."""
+        scale_variance(self.query.weight, self.query.in_features)
+        scale_variance(self.keys, self.query.out_features)
+
+    def all_scores(self, x: Tensor) -> Tensor:
+        """Return the score of every expert; see the base."""
+        return _score(self.query(x), self.keys)
+
+
+class ProductRouter(Router):
+    """A router whose scores are sums; see the module."""
+
+    def tables(self, x: Tensor) -> Tensor:
+        """Return the scores that are added, ``(tokens, 2, channels, sqrt(experts))``."""
+        raise NotImplementedError
+
+    def all_scores(self, x: Tensor) -> Tensor:
+        """Return the score of every expert; see the base."""
+        first, second = self.tables(x).unbind(1)
+        return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+
+    def forward(self, x: Tensor) -> Routed:
+        """Return the best experts of each channel, of the sums of the best of each table."""
+        tables = self.tables(x)
+        best, place = tables.topk(self.top_k)
+        sums = (best[:, 0].unsqueeze(-1) + best[:, 1].unsqueeze(-2)).flatten(-2)
+        index = place[:, 0].unsqueeze(-1) * tables.shape[-1] + place[:, 1].unsqueeze(-2)
+        scores, chosen = sums.topk(self.top_k)
+        return scores, index.flatten(-2).gather(-1, chosen)
+
+
+class ProductDenseRouter(ProductRouter):
+    """Both tables of all channels are linear maps of one query."""
+
+    def __init__(self, config: SgatlinConfig, d_model: int) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.query = nn.Linear(d_model, config.d_key, bias=False)
+        side = math.isqrt(config.n_experts)
+        self.keys = nn.Parameter(torch.empty(2, config.n_channels, side, config.d_key))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, in place."""
+        scale_variance(self.query.weight, self.query.in_features)
+        scale_variance(self.keys, self.query.out_features)
+
+    def tables(self, x: Tensor) -> Tensor:
+        """Return the scores that are added; see the base."""
+        return _score(self.query(x), self.keys)
+
+
+class ProductKeyRouter(ProductRouter):
+    """Each table is a channel's keys against a query of its own."""
+
+    def __init__(self, config: SgatlinConfig | PeerConfig, d_model: int, n_channels: int) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        side = math.isqrt(config.n_experts)
+        self.query = nn.Linear(d_model, 2 * n_channels * config.d_key, bias=False)
+        self.keys = nn.Parameter(torch.empty(2, n_channels, side, config.d_key))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights, in place."""
+        scale_variance(self.query.weight, self.query.in_features)
+        fill(self.keys, 1.0)
+
+    def tables(self, x: Tensor) -> Tensor:
+        """Return the scores that are added, of unit variance together; see the base."""
+        halves, channels, _, d_key = self.keys.shape
+        queries = self.query(x).view(len(x), halves * channels, d_key).transpose(0, 1)
+        keys = self.keys.flatten(0, 1).transpose(1, 2)
+        scores = torch.bmm(queries, keys.to(queries.dtype)) / math.sqrt(halves * d_key)
+        return scores.transpose(0, 1).reshape(len(x), *self.keys.shape[:-1])
+
+
+def make_router(config: SgatlinConfig, d_model: int) -> Router:
+    """Return the router that a configuration names, with new weights."""
+    if config.router == "product_key":
+        return ProductKeyRouter(config, d_model, config.n_channels)
+    made: Any = {"product_dense": ProductDenseRouter, "dense": DenseRouter}[config.router]
+    return made(config, d_model)
+
+
+def _score(query: Tensor, keys: Tensor) -> Tensor:
+    """Multiply queries ``(tokens, d_key)`` with keys ``(..., d_key)``, whatever their shape."""
+    scores = functional.linear(query, keys.flatten(0, -2))
+    return scores.view(len(query), *keys.shape[:-1])

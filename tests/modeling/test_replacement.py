@@ -1,0 +1,422 @@
+"""Models whose FFNs are layers of another kind: built, saved, loaded, generating, trained."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.errors import ArtefactError
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.modeling.replacement import find_layers
+from tests.architectures import ARCHITECTURES, LLAMA_LIKE, build, prompt
+
+IDS = prompt()
+SGATLIN = sp.SgatlinConfig(n_experts=16, n_channels=2, top_k=3, d_key=8)
+KINDS = {
+    "sgatlin": SGATLIN,
+    "peer": sp.PeerConfig(n_experts=16, n_heads=2, top_k=3, d_key=8),
+    "swiglu": sp.SwigluConfig(d_ff=24),
+    "mlp": sp.MlpConfig(d_ff=24),
+    "moe": sp.MoeConfig(n_experts=4, top_k=2, d_ff=8),
+}
+EVERY_KIND = pytest.mark.parametrize("ffn", KINDS.values(), ids=KINDS)
+
+
+def make(ffn=SGATLIN, base=None, seed=0, **extra):
+    """Return a new model, its layers' weights large enough to be seen in the logits."""
+    base = base or LlamaConfig(**{**LLAMA_LIKE, **extra})
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(sp.SparsePathwaysConfig.from_base(base, ffn=ffn)).eval()
+
+
+# -- built from a configuration, in any architecture -------------------------------------------
+
+
+@EVERY_KIND
+def test_the_layer_takes_the_block_s_place(ffn):
+    model = make(ffn)
+    layers = [layer.mlp for layer in model.model.layers]
+    assert find_layers(model) == layers
+    assert [layer.config for layer in layers] == [ffn] * 3
+    assert not any("gate_proj" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_layers_stand_where_the_blocks_stood(name):
+    """A layer that computes ``x @ m`` gives the logits of a base whose blocks' outputs are that."""
+    base = build(name)
+    model = make(SGATLIN, base.config)
+    model.load_state_dict(base.state_dict(), strict=False)
+    blocks, layers = find_blocks(base), find_layers(model)
+    assert len(blocks) == len(layers)
+    matrices = [torch.randn(block.d_in, block.d_in) * 0.2 for block in blocks]
+    for block, layer, matrix in zip(blocks, layers, matrices, strict=True):
+        _give(block, matrix)
+        layer.compute = matrix.__rmatmul__
+    ids = prompt()
+    assert torch.allclose(model(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def _give(block, matrix):
+    """Let a block of a plain model give its input times a matrix."""
+    seen = []
+    block.incoming[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.outgoing.register_forward_hook(lambda *_: seen.pop() @ matrix)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_any_architecture_is_saved_loaded_and_generates(name, tmp_path):
+    model = make(SGATLIN, build(name).config)
+    for layer in find_layers(model):
+        layer.v.mul_(20.0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-5)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = again.generate(IDS, **options)
+    assert torch.equal(found, model.generate(IDS, **options))
+    assert found.shape == (2, 11)
+
+
+def test_routed_experts_stay_and_that_is_said(caplog):
+    model = make(SGATLIN, build("qwen3_moe").config)
+    assert "routed experts stay as they are: model.layers.1.mlp.experts" in caplog.text
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == [
+        "SgatlinFFN",
+        "Qwen3MoeSparseMoeBlock",
+        "SgatlinFFN",
+    ]
+
+
+def test_a_base_without_dense_blocks_is_refused():
+    config = build("qwen3_moe").config
+    config.mlp_only_layers = []
+    with pytest.raises(sp.PathwaysError, match="no FFN block that sgatlin layers could replace"):
+        make(SGATLIN, config)
+
+
+def test_the_headless_model():
+    config = sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), ffn=SGATLIN)
+    model = AutoModel.from_config(config)
+    assert len(find_layers(model)) == 3
+    assert model(IDS).last_hidden_state.shape == (2, 7, 32)
+
+
+def test_weights_are_drawn_by_the_seed_and_as_the_layers_say():
+    one, two, other = make(seed=1), make(seed=1), make(seed=2)
+    assert torch.equal(one(IDS).logits, two(IDS).logits)
+    assert not torch.equal(one(IDS).logits, other(IDS).logits)
+    one.init_weights()
+    for layer in find_layers(one):
+        assert abs(layer.u.std().item() - 0.25) < 0.02, "1 / sqrt(16 experts)"
+
+
+# -- the configuration --------------------------------------------------------------------------
+
+
+def _ways(config, folder):
+    config.save_pretrained(folder)
+    yield copy.deepcopy(config)
+    yield copy.copy(config)
+    yield pickle.loads(pickle.dumps(config))
+    yield type(config).from_dict(config.to_dict())
+    yield sp.SparsePathwaysConfig.from_dict(config.to_dict())
+    yield sp.SparsePathwaysConfig.from_dict(json.loads(config.to_json_string()))
+    yield AutoConfig.from_pretrained(folder)
+    yield sp.SparsePathwaysConfig.from_pretrained(folder)
+    yield type(config).from_pretrained(folder)
+    yield sp.SparsePathwaysConfig.from_base(config.base_config, ffn=config.ffn)
+
+
+@EVERY_KIND
+def test_the_layers_survive_every_way_of_a_configuration(ffn, tmp_path):
+    config = sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), ffn=ffn)
+    assert config.ffn == ffn
+    for found in _ways(config, tmp_path):
+        assert type(found) is type(config)
+        assert found.ffn == ffn
+        assert found.hidden_size == 32
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["ffn"] == ffn.to_dict()
+    assert "ffn" not in vars(config.base_config)
+    assert repr(config)
+
+
+def test_a_configuration_without_layers_is_saved_as_before():
+    config = sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE))
+    assert config.ffn is None
+    assert "ffn" not in config.to_dict()
+    assert "ffn" not in config.to_diff_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ffn": "sgatlin"}, r"such as sp\.SgatlinConfig"),
+        ({"ffn": {"kind": "sgatlin"}}, "ffn takes"),
+        ({"ffn": SGATLIN, "domains": ["code"]}, "does not go together with domains"),
+        ({"ffn": SGATLIN, "executor": "compact"}, "does not go together with executor"),
+        ({"fnn": SGATLIN}, "Did you mean 'ffn'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+    with pytest.raises(sp.PathwaysError, match=message):
+        sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), **fields)
+
+
+def test_a_damaged_configuration_is_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for ffn in (5, "sgatlin", {"kind": "sgatlin", "n_experts": 15}, {"kind": "other"}):
+        path.write_text(json.dumps({**fields, "ffn": ffn}))
+        for load in (AutoConfig, AutoModelForCausalLM, type(make())):
+            with pytest.raises(ArtefactError, match=r"config\.json has ffn"):
+                load.from_pretrained(tmp_path)
+
+
+# -- saved and loaded ---------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@torch.no_grad()
+def test_saved_and_loaded(ffn, tmp_path):
+    model = make(ffn)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "pathways.json").exists()
+    for load in (AutoModelForCausalLM, sp.SparsePathwaysForCausalLM, type(model)):
+        again = load.from_pretrained(tmp_path)
+        assert torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-6)
+        assert again.num_parameters() == model.num_parameters()
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    errors = (half(IDS).logits.float() - model(IDS).logits).abs()
+    assert errors.median() < 0.05 * model(IDS).logits.abs().max()
+    made = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_copies_compute_alone():
+    model = make()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        find_layers(other)[0].v.zero_()
+        assert not torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_missing_weights_are_drawn_as_new_ones_are(tmp_path):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    kept = weights["model.layers.0.mlp.v"].clone()
+    del weights["model.layers.0.mlp.u"]
+    save_file(weights, path, {"format": "pt"})
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp
+    assert torch.equal(layer.v, kept)
+    assert abs(layer.u.std().item() - 0.25) < 0.02
+
+
+def test_number_of_parameters_by_hand():
+    model = make(sp.SgatlinConfig(n_experts=16, n_channels=2, top_k=3, d_key=8))
+    own = 2 * 2 * 16 * 32 + 8 * 32 + 2 * 2 * 4 * 8
+    plain = build("llama").num_parameters() - 3 * 3 * 32 * 48
+    assert model.num_parameters() == plain + 3 * own
+
+
+# -- what pathways can do, and such a model cannot ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m(IDS, domain="code"),
+        lambda m: m(IDS, domain=["code", None]),
+        lambda m: m(IDS, domain=torch.tensor([0, -1])),
+        lambda m: m.generate(IDS, domain="code"),
+        lambda m: m.generate(IDS, domain="auto"),
+        lambda m: m.pathway("code").__enter__(),
+        lambda m: m.route(IDS),
+        lambda m: m.pathways,
+        lambda m: m.set_pathways(None),
+        lambda m: m.to_dense(),
+        lambda m: m.set_executor("compact"),
+        lambda m: m.execution,
+        lambda m: m.prepare("code"),
+        lambda m: sp.SparsePathwaysForCausalLM.from_dense(m, None),
+        lambda m: sp.profile(m, None, {"code": ["text"]}),
+        lambda m: sp.evaluate(m, None, {"code": ["text"]}),
+        lambda m: sp.export(m, "code", "nowhere"),
+    ],
+)
+def test_pathways_are_refused_with_the_reason(use):
+    with pytest.raises(sp.PathwaysError, match="sgatlin layers"):
+        use(make())
+
+
+def test_loading_for_a_domain_is_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    for options in ({"domain": "code"}, {"executor": "indexed"}, {"default_domain": "code"}):
+        for load in (AutoModelForCausalLM, sp.SparsePathwaysForCausalLM):
+            with pytest.raises(sp.PathwaysError, match="sgatlin layers"):
+                load.from_pretrained(tmp_path, **options)
+
+
+@torch.no_grad()
+def test_dense_is_all_that_a_domain_may_be():
+    model = make()
+    expected = model(IDS).logits
+    assert torch.equal(model(IDS, domain=None).logits, expected)
+    assert torch.equal(model(IDS, domain=[None, None]).logits, expected)
+    assert model.domains == []
+    assert not model.has_router
+    with model.pathway(None):
+        assert torch.equal(model(IDS).logits, expected)
+
+
+# -- generating ---------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+    ],
+    ids=["greedy", "beams", "returned", "static", "uncached"],
+)
+@torch.no_grad()
+def test_generation_is_the_naive_one_s(ffn, options):
+    """A row alone and without cache gives the same tokens as the padded batch."""
+    model = make(ffn)
+    for layer in find_layers(model):
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+    ids = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], 1)
+    ids[1, :3] = torch.tensor([5, 9, 11])
+    mask = (ids != 0).long()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    found = model.generate(ids, attention_mask=mask, **settings, **options)
+    beams = {k: v for k, v in options.items() if "beams" in k or "return" in k}
+    each = options.get("num_return_sequences", 1)
+    for row, start in ((0, 3), (1, 0)):
+        alone = model.generate(ids[row : row + 1, start:], **settings, use_cache=False, **beams)
+        assert torch.equal(found[row * each : (row + 1) * each, start:], alone)
+
+
+@torch.no_grad()
+def test_compiled_whole():
+    torch._dynamo.reset()
+    model = make()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-6)
+
+
+@torch.no_grad()
+def test_compiled_where_leaves_are_replaced():
+    torch._dynamo.reset()
+    model = make(base=build("opt").config)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-6)
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def _gradients(model):
+    model.zero_grad()
+    output = model(IDS, labels=IDS, use_cache=False)
+    output.loss.backward()
+    return output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("base", ["llama", "opt"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["modern", "reentrant"])
+def test_checkpointing_gives_the_same_gradients(ffn, base, reentrant):
+    config = build(base).config
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    model = make(ffn, config).train()
+    loss, expected = _gradients(model)
+    assert all(
+        gradient.abs().sum() > 0 for n, gradient in expected.items() if "k_proj.bias" not in n
+    )
+    if reentrant and ffn.kind == "moe":
+        with pytest.raises(sp.PathwaysError, match="use_reentrant=False"):
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        return
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    again, found = _gradients(model)
+    assert torch.equal(loss, again)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-6), name
+
+
+def test_losses_of_a_mixture_are_added_while_it_trains():
+    ffn = sp.MoeConfig(n_experts=4, top_k=2, d_ff=8, load_balancing=0.5, z_loss=0.25)
+    model = make(ffn)
+    plain = model(IDS, labels=IDS).loss
+    inputs = []
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].reshape(-1, 32)))
+    model.train()
+    trained = model(IDS, labels=IDS).loss
+    added = 0.0
+    for layer, x in zip(find_layers(model), inputs, strict=True):
+        logits = layer.router(x)
+        added = added + layer.losses(logits, logits.topk(2).indices)
+    assert torch.allclose(trained, plain + added, atol=1e-5)
+    as_tuple = model(IDS, labels=IDS, return_dict=False)
+    assert torch.allclose(as_tuple[0], trained, atol=1e-5)
+    assert model(IDS).loss is None
+    with torch.no_grad():
+        assert torch.equal(model(IDS, labels=IDS).loss, plain)
+
+
+@pytest.mark.parametrize("kind", ["sgatlin", "moe"])
+def test_trainer(kind, tmp_path):
+    ffn = KINDS[kind]
+    model = make(ffn).train()
+    before = copy.deepcopy(model.state_dict())
+    rows = [{"input_ids": row, "labels": row} for row in prompt(8, 9, seed=3)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=3,
+        use_cpu=True,
+        disable_tqdm=True,
+        activation_checkpointing=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert all(not torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3").eval()
+    with torch.no_grad():
+        assert torch.allclose(again(IDS).logits, model.eval()(IDS).logits, atol=1e-6)

@@ -1,0 +1,102 @@
+"""The iso-FLOP experiment: equal FLOPs, stored runs, a table and a picture."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.texts import documents
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def isoflop(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import isoflop
+
+    yield isoflop
+    for name in ("isoflop", "isoflop_training"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def run(isoflop, monkeypatch, tmp_path):
+    for name in ("code", "law"):
+        (tmp_path / name).mkdir()
+        for index, text in enumerate(documents(name, count=20)):
+            (tmp_path / name / f"{index}.txt").write_text(text)
+
+    def call(*options):
+        arguments = ["--text", tmp_path / "code", tmp_path / "law", "--output", tmp_path / "out"]
+        arguments += ["--d-model", 32, "--layers", 1, "--length", 16, "--batch", 2]
+        arguments += ["--scored", 64, "--budgets", 2e7, 8e7, *options]
+        monkeypatch.setattr(sys, "argv", ["isoflop.py", *map(str, arguments)])
+        isoflop.main()
+        return tmp_path / "out"
+
+    return call
+
+
+@pytest.mark.usefixtures("isoflop")
+@pytest.mark.parametrize("d_model", [32, 128])
+def test_kinds_have_equal_flops_per_token(d_model):
+    import isoflop_training as training
+
+    shape = training.Shape(d_model=d_model, d_key=8)
+    most = 16 * d_model**2
+    found = {kind: training.make_ffn(kind, shape).flops(d_model) for kind in training.KINDS}
+    assert all(0.9 * most <= flops <= most for flops in found.values()), found
+
+
+def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
+    kinds = ["--kinds", "sgatlin", "swiglu", "--seeds", 0, 1, "--learning-rates", 1e-3, 1e-2]
+    out = run(*kinds)
+    runs = sorted((out / "runs").iterdir())
+    assert len(runs) == 2 * (2 * 2 + 1), "each kind's other learning rate was tried once"
+    for path in runs:
+        made = json.loads(path.read_text())
+        step = 3 * made["forward_flops_per_token"] * 2 * 16
+        assert made["flops"] == made["tokens"] // 32 * step
+        assert made["budget"] - step < made["flops"] <= made["budget"]
+        assert 0 < made["test"] < 8
+    table = (out / "isoflop.md").read_text()
+    assert "| sgatlin |" in table
+    assert "8.0e+07 FLOPs" in table
+    assert (out / "isoflop.png").stat().st_size > 5000
+    assert "perplexity" in capsys.readouterr().out
+    import isoflop
+
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    monkeypatch.setattr(isoflop, "train", None)  # not needed any more
+    run(*kinds)
+    assert {path: path.stat().st_mtime_ns for path in runs} == before
+    assert (out / "isoflop.md").read_text() == table
+
+
+def test_no_document_is_in_two_parts(isoflop, tmp_path):
+    for index in range(40):
+        (tmp_path / f"{index}.txt").write_text(f"document {index:02} " * 5)
+    text = isoflop.read_text([str(tmp_path)])
+    parts = [set(bytes(part.tolist()).split(b"\0")) - {b""} for part in text.tensors.values()]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40
+    assert [len(part) for part in parts] == [32, 4, 4]
+
+
+@pytest.mark.usefixtures("isoflop")
+def test_training_learns_and_is_repeated_by_the_seed():
+    import isoflop_training as training
+
+    data = bytes(range(97, 117)) * 50
+    text = training.Text(data, data, data)
+    shape = training.Shape(d_model=32, layers=1, length=32, batch=4, n_experts=16, d_key=8)
+
+    def loss(flops, seed=0):
+        run = training.Run(kind="swiglu", flops=flops, seed=seed, learning_rate=1e-2, shape=shape)
+        return training.train(run, text, 256)["test"]
+
+    few, many = loss(3e7), loss(1e9)
+    assert many < 0.5 * few
+    assert loss(3e7) == few
+    assert loss(3e7, seed=1) != few
