@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,20 @@ class Router:
                 "were made from masks, or by an earlier version. Build them anew with "
                 "`sparse-pathways build` (or sp.profile and sp.select), or name the domain."
             )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """What tokens say of each domain, in nats, float32 ``(vocabulary + 1, domains)``.
+
+        Special tokens say nothing; the last row is of those that are not in the vocabulary.
+        """
+        size = max((len(one.tokens) for one in self.signatures.values()), default=0)
+        table = torch.zeros(size + 1, len(self.signatures))
+        for column, signature in enumerate(self.signatures.values()):
+            weights = signature.tokens.float()
+            weights[signature.ignored[signature.ignored < len(weights)].long()] = 0.0
+            table[: len(weights), column] = weights
+        return table
 
     def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
         """Decide for each row.
@@ -199,8 +214,7 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
         PathwaysError: There are no token ids, or they continue a text whose beginning is in a
             cache: a choice is made once, from the prompt.
     """
-    named = (kwargs.get(name) for name in ("input_ids", "inputs"))
-    ids = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    ids = find_ids(args, kwargs)
     if ids is None:
         raise PathwaysError(
             f"domain={AUTO!r} reads the prompt's tokens, and this call has none (inputs_embeds are "
@@ -216,6 +230,12 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     check_prompts(ids)
     return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def find_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a call's token ids, if it has any."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs"))
+    return next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
 
 
 def check_prompts(input_ids: Any) -> Tensor:
