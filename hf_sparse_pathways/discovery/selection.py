@@ -19,6 +19,7 @@ from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
+from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
 from hf_sparse_pathways.discovery.profiles import Profile
@@ -67,6 +68,7 @@ def select(  # noqa: PLR0913
     controls: bool = True,
     made: Mapping[str, Pathway] | None = None,
     clusters: int | Clustering = 1,
+    target_error: float = TARGET_ERROR,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -109,6 +111,8 @@ def select(  # noqa: PLR0913
             block's input, and each cluster gets neurons and a repair of its own: better for the
             same FLOPs, with so many times as much to store. Needs ``"obs"`` in sequential order.
             A ``Clustering`` says more than their number.
+        target_error: For ``domain="auto"``: share of a domain's prompts that may go to another of
+            these domains, judged by held-out text, in (0, 1).
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -132,6 +136,7 @@ def select(  # noqa: PLR0913
         seed=seed,
         clusters=clusters,
     )
+    check_target(target_error)
     check_division(sparsity, percentile, allocation, multiple)
     check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
     goals = make_goals(
@@ -157,7 +162,9 @@ def select(  # noqa: PLR0913
         by_domain={
             name: pathways[name]
             if name in (made or {})
-            else replace(pathways[name], signature=profile.signature(name))
+            else replace(
+                pathways[name], signature=profile.signature(name, target_error=target_error)
+            )
             for name in profile.by_domain
         },
         controls={name: pathways[name] for name in pooled},

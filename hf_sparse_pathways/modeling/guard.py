@@ -73,12 +73,15 @@ class Guard:
         router: Knows the domains' text.
         rows: What the call's rows may compute.
         prompt: Tokens before the new ones.
+
+    Attributes:
+        rows: As given.
     """
 
     def __init__(self, router: Router, rows: Sequence[Watched], prompt: int) -> None:
         self._names = list(router.signatures)
         self._table = router.table
-        self._rows = rows
+        self.rows = rows
         self._prompt = prompt
         self._seen = torch.empty(0, 0, dtype=torch.int64)
         self._states: list[_State] = []
@@ -126,7 +129,7 @@ class Guard:
             logger.info("Guarded %d rows: %s.", len(switches), _describe(switches))
         if whole:
             output.switches = switches
-        return [row.domain for row in self._rows]
+        return [row.domain for row in self.rows]
 
     def _recall(self, new: Tensor) -> list[_State]:
         """Return the states of rows that were put in another order, or begin with other tokens."""
@@ -173,10 +176,10 @@ class Guard:
 
     def _source(self, row: int, count: int) -> int:
         """Return of which of the call's rows one of ``count`` is a copy."""
-        return row * len(self._rows) // count
+        return row * len(self.rows) // count
 
     def _watched(self, row: int, count: int) -> Watched:
-        return self._rows[self._source(row, count)]
+        return self.rows[self._source(row, count)]
 
 
 def watch_rows(router: Router, domains: Sequence[str | None], asked: Any) -> list[Watched]:

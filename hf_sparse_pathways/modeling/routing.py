@@ -7,7 +7,6 @@ than none. Unknown domains need not be known for that.
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +20,6 @@ from transformers.utils.generic import ModelOutput
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
 from hf_sparse_pathways.pathways.signature import LENGTHS, Signature, at_length
-
-MISSED = 0.08
-"""Fraction of a domain's own held-out text below whose score nothing is taken to be its."""
-
-TAKEN = 0.01
-"""Fraction of the model's own text that may be taken to be a domain's."""
-
-ERROR = 0.01
-"""How likely another domain may be, beside the one that is chosen."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +62,7 @@ class Router:
             for name, pathway in pathways.by_domain.items()
             if pathway.signature is not None
         }
-        thresholds = {
-            name: signature.thresholds(missed=MISSED, taken=TAKEN)
-            for name, signature in signatures.items()
-        }
+        thresholds = {name: signature.usual_thresholds() for name, signature in signatures.items()}
         return cls(signatures=signatures, thresholds=thresholds)
 
     def check(self) -> None:
@@ -143,8 +130,11 @@ class Router:
         if count < LENGTHS[0]:
             return Decision(domain=None, tokens=count, scores=scores, typicality=None)
         usual = scores[best] >= at_length(self.thresholds[best], count)
-        rest = (sums[best] - total for name, total in sums.items() if name != best)
-        alone = all(lead >= -math.log(ERROR) for lead in rest)
+        alone = all(
+            sums[best] - sums[name] >= other.margin(self.signatures[best], count)
+            for name, other in self.signatures.items()
+            if name != best
+        )
         typicality = self.signatures[best].typicality(scores[best], count)
         domain = best if usual and alone else None
         return Decision(domain=domain, tokens=count, scores=scores, typicality=typicality)
