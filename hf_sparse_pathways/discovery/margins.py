@@ -1,12 +1,12 @@
 """How far a domain has to be ahead of another, so that a stated share of prompts goes wrong.
 
 Held-out text of a domain is scored by its own weights, which were counted without it, and by those
-of each domain that was profiled with it. The margin is the least lead that the other one may be
-asked for, so that no more of the texts are taken to be its; it depends on the number of tokens. Of
-two domains that were never seen together nothing is known here; the router has a usual margin.
+of each domain that was profiled with it. The margin is the least lead that the other one has to be
+asked for, so that no more of the texts are taken to be its; it depends on the number of tokens. It
+is never below the usual one, which also holds for domains that were not profiled together: text of
+no domain is held back by it, and of that there is none here.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,10 +21,6 @@ from hf_sparse_pathways.pathways.signature import LENGTHS, USUAL_MARGIN, Signatu
 
 TARGET_ERROR = 0.01
 """Usual share of a domain's prompts that may go to a wrong domain."""
-
-
-LEAST_MARGIN = math.log(10.0)
-"""Nats that are asked for whatever held-out text says: text of no domain shall not slip through."""
 
 
 def check_target(target_error: float) -> None:
@@ -97,12 +93,12 @@ def _lead(
 
 
 def _least(leads: Tensor, share: float) -> float:
-    """Return the least margin that at most a share of the leads reaches.
+    """Return the least margin, from the usual one on, that at most a share of the leads reaches.
 
-    Fewer texts than it takes to see such a share show nothing: then the margin is the usual one.
+    Fewer texts than it takes to see such a share show nothing: then it is the usual one.
     """
     allowed = int(share * len(leads))
     if allowed == 0:
         return USUAL_MARGIN
     next_one = leads.sort(descending=True).values[allowed]
-    return max(LEAST_MARGIN, float(next_one.nextafter(torch.tensor(torch.inf))))
+    return max(USUAL_MARGIN, float(next_one.nextafter(torch.tensor(torch.inf))))

@@ -8,7 +8,7 @@ import torch
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Document
-from hf_sparse_pathways.discovery.margins import LEAST_MARGIN, find_margins
+from hf_sparse_pathways.discovery.margins import check_target, find_margins
 from hf_sparse_pathways.discovery.signatures import (
     cut_texts,
     hold_out,
@@ -100,7 +100,7 @@ def test_no_more_texts_are_taken_than_was_stated(case, target):
                     assert margin == pytest.approx(USUAL_MARGIN)
                     continue
                 assert taken <= share * count
-                if margin > LEAST_MARGIN + 1e-4:  # the least one that will do
+                if margin > USUAL_MARGIN + 1e-4:  # the least one that will do
                     assert _taken(case, name, other, place, margin - 0.01)[1] > share * count - 1
 
 
@@ -108,8 +108,8 @@ def test_near_domains_need_more_and_a_stricter_target_does_not_need_less(case):
     strict, loose = (find_margins(*case, target) for target in (0.02, 0.2))
     for name in strict:
         assert (strict[name].margins >= loose[name].margins).all()
-    near, far = strict["one"].margins[:, 0]
-    assert near > far == pytest.approx(LEAST_MARGIN)
+    near, far = strict["one"].margins[:, 2]  # texts of 32 tokens
+    assert near > far == pytest.approx(USUAL_MARGIN)
 
 
 def test_few_texts_show_nothing(case):
@@ -149,7 +149,5 @@ def test_the_router_asks_for_the_margin(case):
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -1.0, float("nan")])
 def test_a_share_that_is_none_is_refused(target):
-    from hf_sparse_pathways.discovery.margins import check_target
-
     with pytest.raises(sp.PathwaysError, match="share"):
         check_target(target)
