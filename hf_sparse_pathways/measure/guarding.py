@@ -58,7 +58,7 @@ def measure_guard(model: Any, halves: Mapping[str, Tensor]) -> tuple[GuardedText
 
 def _measure(model: Any, before: str, after: str, ids: Tensor) -> GuardedText:
     """Return what a guard does to documents ``(documents, 2 * HALF)``."""
-    router = model.router
+    router = model.text_router
     home = Watched(domain=before, choices=frozenset({before}))
     free = Watched(domain=before, choices=frozenset(router.signatures))
     steps = 2 * HALF - PROMPT
@@ -138,10 +138,10 @@ def time_guard(model: Any, domain: str) -> GuardCost:
     device = find_device(model)
     size = model.get_input_embeddings().num_embeddings
     ids = torch.randint(size, (1, HALF), generator=torch.Generator().manual_seed(0)).to(device)
-    row = Watched(domain=domain, choices=frozenset(model.router.signatures))
+    row = Watched(domain=domain, choices=frozenset(model.text_router.signatures))
     watching, decoding = [], []
     for _ in range(ROUNDS + 1):
-        guard = Guard(model.router, [row], PROMPT)
+        guard = Guard(model.text_router, [row], PROMPT)
         guard.follow(ids[:, :-STEPS])
         start = now(device)
         for left in range(STEPS - 1, -1, -1):

@@ -116,13 +116,13 @@ def measure_routing(  # noqa: PLR0913
         cost=tuple(costs),
         guarded=guarded,
         guard_cost=watched,
-        size=sum(signature.size for signature in model.router.signatures.values()),
+        size=sum(signature.size for signature in model.text_router.signatures.values()),
         excluded=excluded,
         settings={
             "max_prompts": max_prompts,
             "seed": seed,
             "least_tokens": LENGTHS[0],
-            "margins": _describe_margins(model.router),
+            "margins": _describe_margins(model.text_router),
         },
     )
 

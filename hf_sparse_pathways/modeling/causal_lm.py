@@ -213,8 +213,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         chosen, count = choice.pathway, batch_size(args, kwargs)
         indices = chosen.tolist() if isinstance(chosen, Tensor) else [chosen] * count
         names = [None if index in (None, -1) else self._named[index] for index in indices]
-        rows = watch_rows(self.router, names, asked)
-        return Guard(self.router, rows, count_prompt(args, kwargs))
+        rows = watch_rows(self.text_router, names, asked)
+        return Guard(self.text_router, rows, count_prompt(args, kwargs))
 
     def follow_guard(self, input_ids: Any) -> None:
         """Let the guard of the generation that is running, if it has one, see its text."""

@@ -200,7 +200,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         return self._pathways is not None and bool(self._pathways.routed)
 
     @property
-    def router(self) -> Router:
+    def text_router(self) -> Router:
         """What knows the domains' text: the router of the pathways in use. It may know none."""
         pathways = self.pathways
         if self._router is None or self._router[0] is not pathways:
@@ -211,7 +211,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """Return the router, for a call that names ``domain``."""
         if self._partial is not None:
             self._partial.check(domain)
-        router = self.router
+        router = self.text_router
         router.check()
         if not isinstance(domain, str):
             self._resolve([None if name == AUTO else name for name in domain])

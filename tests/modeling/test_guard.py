@@ -269,13 +269,13 @@ def test_reordered_and_replaced_rows_are_judged_by_their_own_tokens(case):
     rows = [Watched(domain="code", choices=frozenset(["code"]))] * 2
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 90, (4, 50), generator=generator)
-    guard = Guard(model.router, rows, 0)
+    guard = Guard(model.text_router, rows, 0)
     for step in range(1, 50):
         order = torch.cat([torch.randperm(2, generator=generator) + at for at in (0, 2)])
         ids[:, :step] = ids[order, :step]
         if step % 7 == 0:  # as rejected drafts do
             ids[:, step - 3 : step] = torch.randint(4, 90, (4, 3), generator=generator)
-        fresh = Guard(model.router, rows, 0)
+        fresh = Guard(model.text_router, rows, 0)
         assert guard.follow(ids[:, :step]) == fresh.follow(ids[:, :step])
 
 
