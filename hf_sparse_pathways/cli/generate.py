@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,9 @@ def run(  # noqa: PLR0913
         str | None, typer.Option(help="Domain to use, or auto; the default domain if not given.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Use all neurons.")] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Go on densely where the text leaves the domain.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")
@@ -53,6 +57,7 @@ def run(  # noqa: PLR0913
         **inputs,
         **chosen,
         **sampling,
+        guard=guard,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
     )
@@ -61,7 +66,14 @@ def run(  # noqa: PLR0913
     if as_json:
         named = chosen.get("domain", model.config.default_domain)
         used = getattr(output, "domains", [named])[0]
-        record = {"domain": used, "prompt": text, "continuation": continuation, "tokens": len(new)}
+        record: dict[str, Any] = {
+            "domain": used,
+            "prompt": text,
+            "continuation": continuation,
+            "tokens": len(new),
+        }
+        if guard:
+            record["switches"] = [asdict(switch) for switch in output.switches[0]]
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:
         typer.echo(text + continuation)

@@ -34,6 +34,9 @@ def run(  # noqa: PLR0913
     quality: Annotated[
         bool, typer.Option("--quality", help="Measure perplexity behind the prompts, too.")
     ] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Measure a guard on text that changes halfway, too.")
+    ] = False,
     cost: Annotated[bool, typer.Option(help="Time deciding beside the prefill.")] = True,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     dtype: opt.Dtype = "auto",
@@ -58,6 +61,7 @@ def run(  # noqa: PLR0913
         lengths=counts,
         max_prompts=max_prompts,
         quality_prompts=QUALITY_PROMPTS if quality else 0,
+        guard=guard,
         cost=cost,
         seed=seed,
     )

@@ -13,6 +13,7 @@ from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Documents, join_datasets
 from hf_sparse_pathways.discovery.expert_statistics import ExpertStatistics
 from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
+from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target, find_margins
 from hf_sparse_pathways.discovery.signatures import learn_signature
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
@@ -145,18 +146,33 @@ class Profile(ShownAsTables):
         """
         return replace(self, by_domain={name: self[name] for name in domains})
 
-    def signature(self, domain: str) -> Signature | None:
-        """Return what tells a domain's text, always the same object; None if that is not known."""
-        if domain not in self._signatures:
-            taken, learnt = self[domain], None
-            if self.background is not None and taken.windows:
-                learnt = learn_signature(taken.windows, taken.validation, self.background)
-            self._signatures[domain] = learnt
-        return self._signatures[domain]
+    def signature(self, domain: str, *, target_error: float = TARGET_ERROR) -> Signature | None:
+        """Return what tells a domain's text, always the same object; None if that is not known.
+
+        Args:
+            domain: The domain.
+            target_error: Share of its held-out texts that may be taken to be another domain's.
+        """
+        self[domain]  # there is one
+        if target_error not in self._signatures:
+            self._signatures[target_error] = self._learn_signatures(target_error)
+        return self._signatures[target_error].get(domain)
 
     @cached_property
-    def _signatures(self) -> dict[str, Signature | None]:
+    def _signatures(self) -> dict[float, dict[str, Signature]]:
         return {}
+
+    def _learn_signatures(self, target_error: float) -> dict[str, Signature]:
+        check_target(target_error)
+        if self.background is None:
+            return {}
+        windows = {
+            name: (taken.windows, taken.validation)
+            for name, taken in self.by_domain.items()
+            if taken.windows
+        }
+        learnt = {name: learn_signature(*own, self.background) for name, own in windows.items()}
+        return find_margins(learnt, windows, self.background, target_error)
 
     def pooled(self) -> DomainProfile:
         """Return the statistics of all domains' text together, always the same object. Pure."""

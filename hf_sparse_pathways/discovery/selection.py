@@ -21,6 +21,7 @@ from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.expert_selection import ExpertGoal, keep_experts
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
+from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
 from hf_sparse_pathways.discovery.probes import Seen
@@ -81,6 +82,7 @@ def select(  # noqa: PLR0913
     experts: float | None = None,
     expert_neurons: float | None = None,
     expert_score: str = "reap",
+    target_error: float = TARGET_ERROR,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
 
@@ -133,6 +135,8 @@ def select(  # noqa: PLR0913
             By default all of them.
         expert_score: Which experts stay: ``"reap"``, those of the largest mean of weight times
             output norm over their tokens, or ``"usage"``, those that most tokens are routed to.
+        target_error: For ``domain="auto"``: share of a domain's prompts that may go to another of
+            these domains, judged by held-out text, in (0, 1).
 
     Raises:
         MismatchError: The profile was taken from another model.
@@ -164,6 +168,7 @@ def select(  # noqa: PLR0913
         clusters=clusters,
         skip=skip,
     )
+    check_target(target_error)
     check_division(sparsity, percentile, allocation, multiple)
     check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
     goals = make_goals(
@@ -195,7 +200,9 @@ def select(  # noqa: PLR0913
         by_domain={
             name: pathways[name]
             if name in (made or {})
-            else replace(pathways[name], signature=profile.signature(name))
+            else replace(
+                pathways[name], signature=profile.signature(name, target_error=target_error)
+            )
             for name in profile.by_domain
         },
         controls={name: pathways[name] for name in pooled},

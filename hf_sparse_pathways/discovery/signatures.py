@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.windows import Window
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, no_margins
 
 COUNTED = 1 / 3
 """Part of a domain's likelihoods that is counted; the rest is the background's."""
@@ -42,16 +42,17 @@ def learn_signature(
     """
     weights = _weigh(windows, background)
     own: _Scores = {length: [] for length in LENGTHS}
-    for kept, held_out in ((weights, validation), *_folds(windows, background)):
+    for kept, held_out in hold_out(windows, validation, background):
         for window in held_out:
-            _add_scores(own, torch.tensor(window.ids), kept, background.ignored)
+            for place, texts in cut_texts(window):
+                own[LENGTHS[place]].append(score_texts(texts, kept, background.ignored))
     written: _Scores = {length: [] for length in LENGTHS}
     samples = background.samples.long()
     for start in range(len(samples)):
         ids = samples.roll(-start, 0).flatten()
         for length in LENGTHS:
             text = ids[None, :length]
-            written[length].append(_score(text, weights, background.ignored))
+            written[length].append(score_texts(text, weights, background.ignored))
     return Signature(
         tokens=weights.half(),
         own=_quantiles(own),
@@ -59,6 +60,7 @@ def learn_signature(
         ignored=background.ignored,
         prefix=background.prefix,
         suffix=background.suffix,
+        **no_margins(),
     )
 
 
@@ -74,13 +76,15 @@ def _weigh(windows: Sequence[Window], background: Background) -> Tensor:
     return weights.float()
 
 
-def _folds(
-    windows: Sequence[Window], background: Background
-) -> Iterator[tuple[Tensor, list[Window]]]:
-    """Yield the weights without each fold of the documents, and that fold's windows.
+def hold_out(
+    windows: Sequence[Window], validation: Sequence[Window], background: Background
+) -> Iterator[tuple[Tensor, Sequence[Window]]]:
+    """Yield weights of tokens, and windows of documents that they were counted without.
 
-    Where a stored profile does not know the windows' documents, each window is one.
+    Those are the validation windows, and each fold of the calibrated documents. Where a stored
+    profile does not know the windows' documents, each window is one.
     """
+    yield _weigh(windows, background), validation
     keys = [
         str(index) if window.document is None else window.document.digest
         for index, window in enumerate(windows)
@@ -93,15 +97,15 @@ def _folds(
         yield _weigh(rest, background), held_out
 
 
-def _add_scores(scores: _Scores, ids: Tensor, weights: Tensor, ignored: Tensor) -> None:
-    """Add the scores of the texts of each length within a window."""
-    for length in LENGTHS:
+def cut_texts(window: Window) -> Iterator[tuple[int, Tensor]]:
+    """Yield places in ``LENGTHS``, and the texts of that length within a window."""
+    ids = torch.tensor(window.ids)
+    for place, length in enumerate(LENGTHS):
         if len(ids) >= length:
-            texts = ids.unfold(0, length, max(length, SHORT))
-            scores[length].append(_score(texts, weights, ignored))
+            yield place, ids.unfold(0, length, max(length, SHORT))
 
 
-def _score(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:
+def score_texts(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:
     """Return the mean weights of texts, ``(texts,)``."""
     counted = ~torch.isin(ids, ignored.long()) & (ids < len(weights))
     return (weights[ids.where(counted, 0)] * counted).sum(1) / counted.sum(1).clamp_min(1)

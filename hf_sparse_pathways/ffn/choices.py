@@ -41,6 +41,7 @@ class Choice:
         asked: What a scope asks each call within to decide from its own prompt, ``"auto"`` for all
             rows or some; None where all is decided.
         routed: The domain of each row, where a router has decided.
+        guard: What watches the text of a generation, and changes ``pathway`` between its passes.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
         routes: Where the tokens of those with clusters go, with the input that was routed.
         ups: What the gates of blocks that skip neurons are multiplied by; by block state.
@@ -59,6 +60,7 @@ class Choice:
     held: int | None = None
     asked: Any = None
     routed: list[str | None] | None = None
+    guard: Any = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
     ups: dict[int, Tensor] = field(default_factory=dict)

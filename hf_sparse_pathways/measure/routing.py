@@ -19,6 +19,7 @@ from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows
 from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.measure.guarding import DOCUMENTS, HALF, measure_guard, time_guard
 from hf_sparse_pathways.measure.routing_report import (
     DENSE,
     RoutedQuality,
@@ -28,6 +29,7 @@ from hf_sparse_pathways.measure.routing_report import (
 )
 from hf_sparse_pathways.measure.speed.clock import now
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
+from hf_sparse_pathways.modeling.routing import Router
 from hf_sparse_pathways.pathways.pathway import POOLED
 from hf_sparse_pathways.pathways.signature import LENGTHS
 
@@ -52,6 +54,7 @@ def measure_routing(  # noqa: PLR0913
     lengths: Sequence[int] = PROMPTS,
     max_prompts: int = 200,
     quality_prompts: int = 0,
+    guard: bool = False,
     cost: bool = True,
     seed: int = 0,
 ) -> RoutingReport:
@@ -64,6 +67,7 @@ def measure_routing(  # noqa: PLR0913
         lengths: Of prompts, in tokens.
         max_prompts: Most prompts per text and length.
         quality_prompts: Prompts per text behind which perplexity is measured; 0 for none.
+        guard: Whether to measure what a guard does where text changes.
         cost: Whether to time deciding beside the prefill.
         seed: Of what is drawn.
 
@@ -76,6 +80,7 @@ def measure_routing(  # noqa: PLR0913
     pathways = model.pathways
     seen = [path.provenance.get("text", {}) for path in pathways.by_domain.values()]
     rows: list[RoutedText] = []
+    halves: dict[str, Tensor] = {}
     quality: list[RoutedQuality] = []
     excluded = 0
     with torch.no_grad(), evaluation_mode(model):
@@ -99,17 +104,38 @@ def measure_routing(  # noqa: PLR0913
             if quality_prompts:
                 prompts = draw(QUALITY_LENGTH + SCORED, quality_prompts)
                 quality.append(_measure_quality(model, name, prompts))
+            if guard:
+                halves[name] = draw(HALF, min(DOCUMENTS, max_prompts))
+        guarded = measure_guard(model, halves)
+        watched = time_guard(model, pathways.routed[0]) if guard and cost else None
         costs = [_time(model, length) for length in lengths] if cost else []
-    signatures = [pathways[name].signature for name in pathways.routed]
     return RoutingReport(
         domains=tuple(pathways.routed),
         rows=tuple(rows),
         quality=tuple(quality),
         cost=tuple(costs),
-        size=sum(signature.size for signature in signatures if signature is not None),
+        guarded=guarded,
+        guard_cost=watched,
+        size=sum(signature.size for signature in model.text_router.signatures.values()),
         excluded=excluded,
-        settings={"max_prompts": max_prompts, "seed": seed, "least_tokens": LENGTHS[0]},
+        settings={
+            "max_prompts": max_prompts,
+            "seed": seed,
+            "least_tokens": LENGTHS[0],
+            "margins": _describe_margins(model.text_router),
+        },
     )
+
+
+def _describe_margins(router: Router) -> dict[str, Any]:
+    """Return per domain for which error its margins were found, on how many texts per length."""
+    return {
+        name: {
+            "target_error": float(signature.target_error),
+            "texts": dict(zip(map(str, LENGTHS), signature.trials.tolist(), strict=True)),
+        }
+        for name, signature in router.signatures.items()
+    }
 
 
 def _draw_prompts(documents: Any, tokenizer: Any, *, length: int, most: int, seed: int) -> Tensor:

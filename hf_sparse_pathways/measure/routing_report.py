@@ -80,6 +80,46 @@ class RoutingCost:
     prefill: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuardedText:
+    """What a guard does to documents of which the first half is of one domain.
+
+    Attributes:
+        before: The domain.
+        after: Text of the second half; the same where the domain goes on.
+        documents: How many there were.
+        tokens: Scored tokens, those of the second halves.
+        dense: Their perplexity, all computed by the dense model.
+        ratios: Way of choosing -> perplexity over the dense model's: ``unguarded``, ``guard``,
+            ``guard of auto`` (which may go to other domains) and ``oracle``, which changes where
+            the text does.
+        densely: Fraction of the scored tokens that ``guard`` computes densely.
+        delay: Median number of them before the first such one.
+    """
+
+    before: str
+    after: str
+    documents: int
+    tokens: int
+    dense: float
+    ratios: Mapping[str, float]
+    densely: float
+    delay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardCost:
+    """What a guard takes beside decoding, seconds per token of one row.
+
+    Attributes:
+        watching: Median, of looking at a token.
+        decoding: Median, of computing it by a pathway.
+    """
+
+    watching: float
+    decoding: float
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RoutingReport(ShownAsTables):
     """What ``measure_routing`` returns.
@@ -89,6 +129,8 @@ class RoutingReport(ShownAsTables):
         rows: One per text and length.
         quality: One per text, if it was measured.
         cost: One per length.
+        guarded: One per domain and text, if a guard was measured.
+        guard_cost: What it takes.
         size: Bytes of the domains' signatures.
         excluded: Documents left out because they were calibrated or validated on.
     """
@@ -97,6 +139,8 @@ class RoutingReport(ShownAsTables):
     rows: tuple[RoutedText, ...]
     quality: tuple[RoutedQuality, ...] = ()
     cost: tuple[RoutingCost, ...] = ()
+    guarded: tuple[GuardedText, ...] = ()
+    guard_cost: GuardCost | None = None
     size: int = 0
     excluded: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +159,8 @@ class RoutingReport(ShownAsTables):
         made = [self._rates(), *(self._confusion(length) for length in self.lengths)]
         if self.quality:
             made.append(self._quality())
+        if self.guarded:
+            made.append(self._guard())
         return [*made, self._cost()] if self.cost else made
 
     def to_markdown(self) -> str:
@@ -169,6 +215,33 @@ class RoutingReport(ShownAsTables):
         ]
         title = f"Perplexity behind prompts of {self.quality[0].length} tokens, ratio to dense"
         return Section(title=title, note="", header=["text", "tokens", DENSE, *ways], rows=rows)
+
+    def _guard(self) -> Section:
+        ways = list(self.guarded[0].ratios)
+        rows = [
+            [
+                f"{row.before}, then {row.after}",
+                str(row.tokens),
+                format_figure(row.dense),
+                *(f"{row.ratios[way]:.3f}" for way in ways),
+                f"{100 * row.densely:.1f} %",
+                f"{row.delay:.0f}",
+            ]
+            for row in self.guarded
+        ]
+        title = "Perplexity of the second half of documents that change, ratio to dense"
+        header = ["document", "tokens", DENSE, *ways, "by guard densely", "after tokens"]
+        cost = self.guard_cost
+        note = (
+            ""
+            if cost is None
+            else (
+                f"Watching a token takes {1e3 * cost.watching:.3f} ms beside "
+                f"{1e3 * cost.decoding:.1f} ms of decoding it "
+                f"({100 * cost.watching / cost.decoding:.2f} %)."
+            )
+        )
+        return Section(title=title, note=note, header=header, rows=rows)
 
     def _cost(self) -> Section:
         rows = [

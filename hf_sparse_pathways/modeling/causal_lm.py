@@ -13,9 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
+from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET, Unset, fit_rows
+from hf_sparse_pathways.modeling.guard import Guard, count_prompt, watch_rows
 from hf_sparse_pathways.modeling.model import (
     Domain,
     SparsePathwaysModel,
@@ -149,7 +151,9 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return made.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
-    def generate(self, *args: Any, domain: Domain | Unset = UNSET, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, domain: Domain | Unset = UNSET, guard: bool = False, **kwargs: Any
+    ) -> Any:
         """Generate as the base does, with only a domain's neurons.
 
         Args:
@@ -159,30 +163,65 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
                 name: what ``route`` says of the prompt, for the whole generation; an output that
                 is returned as a dictionary has it as ``domains``. A sparse assistant model uses
                 the same domain if it has one of that name.
+            guard: Whether to watch the new tokens of each row. One whose text leaves its domain
+                goes on densely until it comes back; with ``"auto"`` it may go to other domains,
+                too. What was computed before stays in the cache. An output that is returned as a
+                dictionary has ``domains``, those of the beginning, and ``switches``.
             kwargs: As the base's.
 
         Raises:
             UnknownNameError: An unknown domain.
-            PathwaysError: A list whose length is not the number of prompts.
+            PathwaysError: A list whose length is not the number of prompts; or a guard for a
+                domain whose text is not known.
         """
+        asked = self._asked(domain)
         routed = self._route_call(domain, args, kwargs)
         if routed is not None:
             domain = agreed(routed)
         with ExitStack() as stack:
-            stack.enter_context(self._generating(domain, args, kwargs))
+            choice = stack.enter_context(self._generating(domain, args, kwargs))
+            if guard:
+                choice.guard = self._guard(choice, asked, args, kwargs)
             signature = inspect.signature(super().generate)
             assistant = signature.bind_partial(*args, **kwargs).arguments.get("assistant_model")
             if isinstance(assistant, SparsePathwaysForCausalLM) and domain in assistant.domains:
                 stack.enter_context(assistant.pathway(domain))
-            return tell_domains(super().generate(*args, **kwargs), routed)
+            output = super().generate(*args, **kwargs)
+            if choice.guard is not None:
+                routed = choice.guard.tell(output)
+            return tell_domains(output, routed)
 
     @contextmanager
     def _generating(
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[None]:
+    ) -> Iterator[Choice]:
         """Make the choice for a whole generation; rows are repeated for beams."""
         chosen, _ = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, batch_size(args, kwargs), expand=False)
-        with self._holding(chosen, expand=True):
-            yield
+        with self._holding(chosen, expand=True) as choice:
+            yield choice
+
+    def _guard(
+        self, choice: Choice, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Guard:
+        """Return what watches a generation.
+
+        Raises:
+            PathwaysError: The text of a row's domain is not known, or there is no dense model.
+        """
+        if self._partial is not None:
+            raise self._partial.refuse("a guard has no dense model to fall back to")
+        self._look_at_weights()  # a row that is dense now may go to a domain
+        chosen, count = choice.pathway, batch_size(args, kwargs)
+        indices = chosen.tolist() if isinstance(chosen, Tensor) else [chosen] * count
+        names = [None if index in (None, -1) else self._named[index] for index in indices]
+        rows = watch_rows(self.text_router, names, asked)
+        return Guard(self.text_router, rows, count_prompt(args, kwargs))
+
+    def follow_guard(self, input_ids: Any) -> None:
+        """Let the guard of the generation that is running, if it has one, see its text."""
+        choice = find_choice(self._attachment.key)
+        if choice is not None and choice.guard is not None:
+            domains = choice.guard.follow(input_ids)
+            choice.pathway = self._resolve(agreed(domains))

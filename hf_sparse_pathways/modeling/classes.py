@@ -49,6 +49,10 @@ def model_class_for(
             "config_class": config_class,
             "forward": _forward_with_domain(base.forward),
         }
+        if base.can_generate():
+            namespace["prepare_inputs_for_generation"] = _guarded(
+                base.prepare_inputs_for_generation
+            )
         made = type(f"{CLASS_PREFIX}{base.__name__}", (ours, base), namespace)
         _CLASSES[base, config_class] = made
     return _CLASSES[base, config_class]
@@ -99,3 +103,20 @@ def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]
     parameters.insert(last, named)
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward
+
+
+def _guarded(base_prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``prepare_inputs_for_generation`` before which a guard sees the whole text.
+
+    All forms of ``generate`` call it before a pass, also those that reorder or drop tokens; its
+    signature is read as that of ``forward`` is.
+    """
+
+    @functools.wraps(base_prepare)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        self.follow_guard(input_ids)
+        return base_prepare(self, input_ids, *args, **kwargs)
+
+    return prepare_inputs_for_generation

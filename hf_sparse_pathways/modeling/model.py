@@ -229,14 +229,19 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         """Whether ``"auto"`` may stand for a domain."""
         return self._pathways is not None and bool(self._pathways.routed)
 
+    @property
+    def text_router(self) -> Router:
+        """What knows the domains' text: the router of the pathways in use. It may know none."""
+        pathways = self.pathways
+        if self._router is None or self._router[0] is not pathways:
+            self._router = pathways, Router.of(pathways)
+        return self._router[1]
+
     def _router_for(self, domain: Any) -> Router:
         """Return the router, for a call that names ``domain``."""
         if self._partial is not None:
             self._partial.check(domain)
-        pathways = self.pathways
-        if self._router is None or self._router[0] is not pathways:
-            self._router = pathways, Router.of(pathways)
-        router = self._router[1]
+        router = self.text_router
         router.check()
         if not isinstance(domain, str):
             self._resolve([None if name == AUTO else name for name in domain])
@@ -246,14 +251,19 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         self, domain: Domain | Unset, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> list[str | None] | None:
         """Return what a call computes per row, if it asks for that to be decided; else None."""
-        if isinstance(domain, Unset):
-            ambient = find_choice(self._attachment.key)
-            domain = self.config.default_domain if ambient is None else ambient.asked
+        domain = self._asked(domain)
         if not asks_router(domain):
             return None
         router = self._router_for(domain)
         compiling = torch.compiler.is_compiling()
         return route_call(router, domain, args, kwargs, compiling=compiling)
+
+    def _asked(self, domain: Domain | Unset) -> Any:
+        """Return what a call asks for, or else the scope or the model does."""
+        if not isinstance(domain, Unset):
+            return domain
+        ambient = find_choice(self._attachment.key)
+        return self.config.default_domain if ambient is None else ambient.asked
 
     @contextmanager
     def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[Choice]:

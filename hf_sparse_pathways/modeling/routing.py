@@ -7,10 +7,10 @@ than none. Unknown domains need not be known for that.
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,15 +20,6 @@ from transformers.utils.generic import ModelOutput
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
 from hf_sparse_pathways.pathways.signature import LENGTHS, Signature, at_length
-
-MISSED = 0.08
-"""Fraction of a domain's own held-out text below whose score nothing is taken to be its."""
-
-TAKEN = 0.01
-"""Fraction of the model's own text that may be taken to be a domain's."""
-
-ERROR = 0.01
-"""How likely another domain may be, beside the one that is chosen."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +62,7 @@ class Router:
             for name, pathway in pathways.by_domain.items()
             if pathway.signature is not None
         }
-        thresholds = {
-            name: signature.thresholds(missed=MISSED, taken=TAKEN)
-            for name, signature in signatures.items()
-        }
+        thresholds = {name: signature.usual_thresholds() for name, signature in signatures.items()}
         return cls(signatures=signatures, thresholds=thresholds)
 
     def check(self) -> None:
@@ -89,6 +77,20 @@ class Router:
                 "were made from masks, or by an earlier version. Build them anew with "
                 "`sparse-pathways build` (or sp.profile and sp.select), or name the domain."
             )
+
+    @cached_property
+    def table(self) -> Tensor:
+        """What tokens say of each domain, in nats, float32 ``(vocabulary + 1, domains)``.
+
+        Special tokens say nothing; the last row is of those that are not in the vocabulary.
+        """
+        size = max((len(one.tokens) for one in self.signatures.values()), default=0)
+        table = torch.zeros(size + 1, len(self.signatures))
+        for column, signature in enumerate(self.signatures.values()):
+            weights = signature.tokens.float()
+            weights[signature.ignored[signature.ignored < len(weights)].long()] = 0.0
+            table[: len(weights), column] = weights
+        return table
 
     def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
         """Decide for each row.
@@ -128,8 +130,11 @@ class Router:
         if count < LENGTHS[0]:
             return Decision(domain=None, tokens=count, scores=scores, typicality=None)
         usual = scores[best] >= at_length(self.thresholds[best], count)
-        rest = (sums[best] - total for name, total in sums.items() if name != best)
-        alone = all(lead >= -math.log(ERROR) for lead in rest)
+        alone = all(
+            sums[best] - sums[name] >= other.margin(self.signatures[best], count)
+            for name, other in self.signatures.items()
+            if name != best
+        )
         typicality = self.signatures[best].typicality(scores[best], count)
         domain = best if usual and alone else None
         return Decision(domain=domain, tokens=count, scores=scores, typicality=typicality)
@@ -199,8 +204,7 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
         PathwaysError: There are no token ids, or they continue a text whose beginning is in a
             cache: a choice is made once, from the prompt.
     """
-    named = (kwargs.get(name) for name in ("input_ids", "inputs"))
-    ids = next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
+    ids = find_ids(args, kwargs)
     if ids is None:
         raise PathwaysError(
             f"domain={AUTO!r} reads the prompt's tokens, and this call has none (inputs_embeds are "
@@ -216,6 +220,12 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     check_prompts(ids)
     return ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def find_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a call's token ids, if it has any."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs"))
+    return next((value for value in (*args[:1], *named) if isinstance(value, Tensor)), None)
 
 
 def check_prompts(input_ids: Any) -> Tensor:

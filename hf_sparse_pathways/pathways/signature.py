@@ -3,27 +3,39 @@
 A token has a weight: the logarithm of how much more likely it is in the domain than in what the
 model itself writes (its *background*). A text's score is the mean over its tokens. What held-out
 text of the domain scores, and what the background does, is kept as quantiles by the number of
-tokens, so that a threshold means an error rate. Nothing of it depends on other domains: they come,
-go and are renamed, and this stays as it is.
+tokens, so that a threshold means an error rate. All of this depends on no other domain: they come,
+go and are renamed, and it stays as it is. Only how far another one has to be ahead was seen on text
+of those that were profiled together; they are known by their weights.
 """
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError, MismatchError
-from hf_sparse_pathways.limits import MOST_FRAME, MOST_WIDTH
+from hf_sparse_pathways.limits import MOST_DOMAINS, MOST_FRAME, MOST_WIDTH
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of tokens for which quantiles are kept. Of fewer than the first nothing is said."""
 
 LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Which quantiles are kept."""
+
+MISSED = 0.08
+"""Fraction of a domain's own held-out text below whose score nothing is taken to be its."""
+
+TAKEN = 0.01
+"""Fraction of the model's own text that may be taken to be a domain's."""
+
+USUAL_MARGIN = math.log(100.0)
+"""Nats that a domain has to be ahead of one that it was never compared with."""
 
 _GRID = (len(LENGTHS), len(LEVELS))
 
@@ -42,6 +54,12 @@ class Signature:
         ignored: int32 ids of special tokens, which say nothing.
         prefix: int32 ids with which the chat template begins a prompt; they say nothing either.
         suffix: int32 ids with which it ends one.
+        peers: Digests of other domains' weights, int64 ``(peers,)``.
+        margins: Nats by which each of those has to be ahead of this domain, float32
+            ``(peers, len(LENGTHS))``.
+        trials: How many held-out texts of this domain stand behind the margins, int32
+            ``(len(LENGTHS),)``.
+        target_error: Share of them that may be taken to be another domain's, float32 ``(1,)``.
     """
 
     tokens: Tensor
@@ -50,6 +68,10 @@ class Signature:
     ignored: Tensor
     prefix: Tensor
     suffix: Tensor
+    peers: Tensor
+    margins: Tensor
+    trials: Tensor
+    target_error: Tensor
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor]) -> Self:
@@ -71,12 +93,16 @@ class Signature:
             "own": (torch.float32, _GRID),
             "background": (torch.float32, _GRID),
             **dict.fromkeys(_IDS, (torch.int32, MOST_FRAME)),
+            "peers": (torch.int64, MOST_DOMAINS),
+            "margins": (torch.float32, (*self.peers.shape, len(LENGTHS))),
+            "trials": (torch.int32, (len(LENGTHS),)),
+            "target_error": (torch.float32, (1,)),
         }
         for name, (dtype, size) in sizes.items():
             found = getattr(self, name)
             if isinstance(size, int):
                 fits = found.dim() == 1 and found.numel() <= size
-                fits = fits and (found.numel() > 0 or name in _IDS)
+                fits = fits and (found.numel() > 0 or name != "tokens")
             else:
                 fits = found.shape == size
             if found.dtype != dtype or not fits:
@@ -90,12 +116,15 @@ class Signature:
         """Check what ids and quantiles say.
 
         Raises:
-            ArtefactError: An id is negative, or quantiles do not ascend.
+            ArtefactError: An id is negative, quantiles do not ascend, or margins are none.
         """
         if any(bool((getattr(self, name) < 0).any()) for name in _IDS):
             raise ArtefactError("a signature names a negative token id.")
         if any(bool((grid.diff(dim=1) < 0).any()) for grid in (self.own, self.background)):
             raise ArtefactError("a signature's quantiles do not ascend.")
+        below = bool((self.margins < 0).any() or (self.trials < 0).any())
+        if below or not 0.0 < float(self.target_error) < 1.0:
+            raise ArtefactError("a signature's margins are none.")
 
     @property
     def size(self) -> int:
@@ -128,6 +157,28 @@ class Signature:
         background = _levels(self.background, 1.0 - taken)
         return [max(pair) for pair in zip(own, background, strict=True)]
 
+    def usual_thresholds(self) -> list[float]:
+        """Return ``thresholds`` for the usual shares."""
+        return self.thresholds(missed=MISSED, taken=TAKEN)
+
+    @cached_property
+    def digest(self) -> int:
+        """What the weights are known by to the domains that they were compared with."""
+        data = self.tokens.contiguous().numpy().tobytes()
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "little", signed=True)
+
+    def margin(self, other: Self, count: int) -> float:
+        """Return by how many nats another domain has to be ahead of this one to be chosen.
+
+        Args:
+            other: Its signature.
+            count: Tokens of the text.
+        """
+        place = (self.peers == other.digest).nonzero()
+        if not len(place):
+            return USUAL_MARGIN
+        return at_length(self.margins[int(place[0])].tolist(), count)
+
     def typicality(self, score: float, count: int) -> float:
         """Return the fraction of the domain's held-out text of that length that scores less.
 
@@ -138,6 +189,16 @@ class Signature:
         columns = self.own.T.tolist()
         values = [at_length(column, count) for column in columns]
         return interpolate(score, values, LEVELS)
+
+
+def no_margins() -> dict[str, Tensor]:
+    """Return the parts that say how domains compare, of one that was compared with none."""
+    return {
+        "peers": torch.empty(0, dtype=torch.int64),
+        "margins": torch.empty(0, len(LENGTHS)),
+        "trials": torch.zeros(len(LENGTHS), dtype=torch.int32),
+        "target_error": torch.tensor([0.01]),
+    }
 
 
 PARTS = tuple(part.name for part in fields(Signature))

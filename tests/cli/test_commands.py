@@ -162,6 +162,8 @@ def test_generate_equals_the_models_own(places):
         plain = run_well("generate", places.built, *options, *choice)
         assert plain == f"the court of{record['continuation']}\n"
     assert len(texts) == 2, "the pathway changes what is said"
+    watched = run_well("generate", places.built, *options, "--domain", "law", "--guard", "--json")
+    assert json.loads(watched)["switches"] == []
 
 
 def test_generate_reads_stdin_and_samples_by_seed(places):

@@ -52,6 +52,19 @@ def test_it_writes_a_report_with_quality_cost_and_a_picture(places, tmp_path):
     assert_error(run("route-report", places.built, *texts, *options), "--overwrite")
 
 
+def test_it_measures_a_guard(places, tmp_path):
+    texts = []
+    for name in ("code", "law"):
+        long = save_documents(tmp_path / name, name, count=3, words=300, seed=9)
+        texts += ["--domain", f"{name}={long}"]
+    options = ("--lengths", "8", "--max-prompts", 1, "--no-cost", "--guard", "--json")
+    report = json.loads(run_well("route-report", places.built, *texts, *options))
+    pairs = {(row["before"], row["after"]) for row in report["guarded"]}
+    assert pairs == {(one, other) for one in ("code", "law") for other in ("code", "law")}
+    for row in report["guarded"]:
+        assert {*row["ratios"]} == {"unguarded", "guard", "guard of auto", "oracle"}
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

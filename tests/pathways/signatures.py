@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, no_margins
 
 
 def make_signature(seed=0):
@@ -16,4 +16,12 @@ def make_signature(seed=0):
         ignored=torch.tensor([0, 1], dtype=torch.int32),
         prefix=torch.tensor([5, 6], dtype=torch.int32),
         suffix=torch.tensor([7], dtype=torch.int32),
+        **{**no_margins(), **_margins(generator)},
     )
+
+
+def _margins(generator):
+    return {
+        "peers": torch.randint(2**62, (2,), generator=generator),
+        "margins": torch.rand(2, len(LENGTHS), generator=generator),
+    }

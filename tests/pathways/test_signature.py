@@ -89,6 +89,13 @@ DAMAGE = {
     "NaN": _tensor("tokens", lambda t: t.fill_(torch.nan)),
     "quantiles that fall": _tensor("background", lambda t: t.flip(1)),
     "a negative id": _tensor("prefix", lambda t: -t),
+    "a margin below zero": _tensor("margins", lambda t: t - 100),
+    "margins of NaN": _tensor("margins", lambda t: t.fill_(torch.nan)),
+    "margins without peers": _tensor("peers", lambda t: t[:0]),
+    "peers in half of the bits": _tensor("peers", lambda t: t.int()),
+    "trials below zero": _tensor("trials", lambda t: t - 1),
+    "an error of all": _tensor("target_error", torch.ones_like),
+    "errors of many": _tensor("target_error", lambda t: t.repeat(2)),
     "a part missing": lambda path: change_tensors(
         path, lambda t: {name: part for name, part in t.items() if name != "signature.1.own"}
     ),
