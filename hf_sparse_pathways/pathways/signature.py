@@ -75,8 +75,8 @@ class Signature:
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor]) -> Self:
-        """Build from tensors by name; ``check`` is to follow."""
-        return cls(**parts)
+        """Build from tensors by name; older ones say nothing of others. ``check`` is to follow."""
+        return cls(**{**no_margins(), **parts})
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors by name."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite
 from hf_sparse_pathways.pathways.pathway import Pathway
-from hf_sparse_pathways.pathways.signature import PARTS, Signature
+from hf_sparse_pathways.pathways.signature import PARTS, Signature, no_margins
 
 FIELD = "signature"
 """Of a domain's description: true if it has one."""
@@ -58,7 +58,7 @@ def choose_signatures(
     for index, entry in enumerate(meta["domains"]):
         if not _has_signature(entry):
             continue
-        names = {part: f"{_PREFIX}{index}.{part}" for part in PARTS}
+        names = _names(index, header)
         missing = [name for name in names.values() if name not in header]
         if missing:
             raise ArtefactError(f"the tensors lack {missing[0]!r}.")
@@ -85,13 +85,25 @@ def restore_signatures(
         name = entry["name"]
         if name not in domains or not _has_signature(entry):
             continue
-        parts = {part: tensors[f"{_PREFIX}{index}.{part}"] for part in PARTS}
+        parts = {part: tensors[named] for part, named in _names(index, tensors).items()}
         for part, tensor in parts.items():
             check_finite(f"'{_PREFIX}{index}.{part}'", tensor)
         signature = Signature.from_parts(parts)
         signature.check_values()
         restored[name] = replace(domains[name], signature=signature)
     return restored
+
+
+def _names(index: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names of a signature's tensors by their parts.
+
+    One that is older than comparisons of domains has none of their parts.
+    """
+    names = {part: f"{_PREFIX}{index}.{part}" for part in PARTS}
+    compared = no_margins().keys()
+    if any(names[part] in tensors for part in compared):
+        return names
+    return {part: name for part, name in names.items() if part not in compared}
 
 
 def _has_signature(entry: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, interpolate
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, interpolate, no_margins
 from tests.architectures import build, random_masks
 from tests.pathways.corruption import change_tensors, set_field
 from tests.pathways.signatures import make_signature
@@ -114,3 +114,25 @@ def test_what_was_damaged_is_refused(saved, name):
     with pytest.raises((ArtefactError, MismatchError)) as told:
         sp.Pathways.from_pretrained(folder)
     assert isinstance(told.value, PathwaysError)
+
+
+def test_pathways_older_than_comparisons_of_domains_load(saved):
+    folder, paths = saved
+    older = [f"signature.1.{part}" for part in no_margins()]
+    change_tensors(
+        folder / "pathways.json", lambda t: {n: own for n, own in t.items() if n not in older}
+    )
+    read = sp.Pathways.from_pretrained(folder)["law"].signature
+    assert torch.equal(read.tokens, paths["law"].signature.tokens)
+    assert not read.peers.numel()
+
+
+@pytest.mark.parametrize("part", no_margins())
+def test_comparisons_are_there_as_a_whole_or_not_at_all(saved, part):
+    folder, _ = saved
+    change_tensors(
+        folder / "pathways.json",
+        lambda t: {n: own for n, own in t.items() if n != f"signature.1.{part}"},
+    )
+    with pytest.raises(PathwaysError, match=f"signature.1.{part}"):
+        sp.Pathways.from_pretrained(folder)
