@@ -20,6 +20,7 @@ from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST
 
@@ -94,13 +95,23 @@ class Attachment:
             self.copies.executor = chosen.executor
         return self._execution[1]
 
-    def begin(self, pathway: int | Tensor | None, name: str, *, looked: bool) -> Choice:
+    def begin(
+        self,
+        pathway: int | Tensor | None,
+        name: str,
+        *,
+        looked: bool,
+        sees: Picking | None = None,
+        picked: Picking | None = None,
+    ) -> Choice:
         """Make the choice for one forward pass, its copies pinned; ``end`` takes it back.
 
         Args:
             pathway: What is computed.
             name: The executor that was asked for.
             looked: Whether ``ModelCopies.check`` has run for this pass.
+            sees: What picks from the prompt that passes.
+            picked: What has picked the neurons that are computed.
         """
         executor, copies, rest = "masked", None, False
         if pathway is not None or has_own_dense(name):
@@ -112,13 +123,21 @@ class Attachment:
         if executor != "masked":
             if not looked:
                 self.copies.check()
-            copies = self._pin_copies(WHOLE if pathway is None else pathway)
+            copies = self._pin_copies(WHOLE if pathway is None else pathway, picked)
         if has_own_dense(executor):
             if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
                 executor = "compact"  # oneDNN's operators do not follow autocast
             else:
                 rest = self._pin_rest(executor)
-        return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+        return push_choice(
+            self.key,
+            pathway,
+            executor=executor,
+            copies=copies,
+            rest=rest,
+            sees=sees,
+            picked=picked,
+        )
 
     def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
         """Make the choice for several forward passes; ``end`` takes it back.
@@ -148,20 +167,31 @@ class Attachment:
                 raise
         return choice
 
+    def hold_picked(
+        self, pathway: int | Tensor | None, picked: Picking, *, expand: bool
+    ) -> Choice:
+        """Make the choice of what was picked, for several forward passes; see ``hold``."""
+        choice = push_choice(self.key, pathway, expand=expand, picked=picked)
+        if pathway is not None and self._pin(picked):
+            choice.held = picked
+        return choice
+
     def end(self, choice: Choice) -> None:
         """Take back what ``begin`` or ``hold`` did."""
         remove_choice(choice)
         if choice.held is not None:
             self._unpin(choice.held)
         if choice.copies is not None:
-            self._unpin(_key(choice.copies))
+            self._unpin(choice.picked or _key(choice.copies))
         if choice.rest:
             self._unpin(REST)
 
-    def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
+    def _pin_copies(self, pathway: int | Tensor, picked: Picking | None) -> int | Mixture | None:
         """Return what a pass computes with, or None if there is no block or no room for it."""
         if not self.blocks:
             return None
+        if picked is not None:
+            return self._pin_picked(picked, pathway)
         if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
             held = self._held_plain()
             return held if isinstance(pathway, int) and pathway == held else None
@@ -179,6 +209,20 @@ class Attachment:
             return None
         return mixture if self._pin(mixture.key) else None
 
+    def _pin_picked(self, picked: Picking, pathway: int | Tensor) -> int | Mixture | None:
+        """Return what a pass computes with of what was picked for its call.
+
+        The first pass of a call pins it for all.
+        """
+        copies, ambient = picked.copies_of(pathway), find_choice(self.key)
+        mixed = isinstance(copies, Mixture)
+        if copies is None or (mixed and self.copies.executor == "sliced") or not self._pin(picked):
+            return None
+        if ambient is not None and ambient.call is picked and ambient.held is None:
+            self._pin(picked)
+            ambient.held = picked
+        return copies
+
     def _pin_rest(self, executor: str) -> bool:
         """Pin the copies of the leaves outside the blocks, if the executor has some."""
         if self.copies.rest.use(EXECUTORS[executor].everywhere):
@@ -189,15 +233,15 @@ class Attachment:
         """Return the pathway that is held on this thread, if its copies can be traced."""
         ambient = find_choice(self.key)
         held = None if ambient is None else ambient.held
-        return held if held is not None and self.copies.are_traceable(held) else None
+        return held if isinstance(held, int) and self.copies.are_traceable(held) else None
 
-    def _pin(self, key: Key) -> bool:
+    def _pin(self, key: Key | Picking) -> bool:
         """Pin copies; a graph that is traced holds them itself."""
         return torch.compiler.is_compiling() or self.residents.pin(key)
 
-    def _unpin(self, key: Key) -> None:
+    def _unpin(self, key: Key | Picking) -> None:
         if not torch.compiler.is_compiling():
-            self.residents.unpin(key)
+            self.residents.unpin(key, forget=isinstance(key, Picking))
 
     def settle(self) -> None:
         """Notice wrapped, replaced and offloaded leaves; called before each sparse forward.

@@ -19,6 +19,7 @@ from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, Own, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.state import BlockState
 
 
@@ -98,17 +99,20 @@ class IncomingLeaf(PathwayLeaf):
         executor, pathway, choice = self._plan()
         if executor is None or choice is None:
             return self.dense(x)
+        leaf = self if choice.picked is None else choice.picked.leaf(self)
         if self.state.bypassed:
             choice.inputs[id(self.state)] = x
-        if self.state.clustered:
-            pathway = self._route(choice, executor, pathway, x)
-        return executor.incoming(self, x, pathway)
+        if leaf.state.clustered:
+            pathway = self._route(choice, executor, pathway, leaf.state, x)
+        return executor.incoming(leaf, x, pathway)
 
-    def _route(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Any:
+    def _route(
+        self, choice: Choice, executor: Executor, pathway: Any, state: BlockState, x: Tensor
+    ) -> Any:
         """Return where the tokens of the block's input go, found once for all incoming leaves."""
         known = choice.routes.get(id(self.state))
         if known is None or known[0] is not x:
-            known = choice.routes[id(self.state)] = (x, executor.route(self.state, pathway, x))
+            known = choice.routes[id(self.state)] = (x, executor.route(state, pathway, x))
         return known[1]
 
 
@@ -120,12 +124,27 @@ class OutgoingLeaf(PathwayLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """Sum over all neurons, or over the kept ones."""
         executor, pathway, choice = self._plan()
+        if choice is not None and choice.sees is not None:
+            if not self.state.masked_outside:
+                choice.sees.see(self.state, x)
+            if choice.sees.has_later:
+                return self._mask_later(choice, choice.sees, x)
         if executor is None or choice is None:
             return self.dense(x)
+        leaf = self if choice.picked is None else choice.picked.leaf(self)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        if self.state.clustered:
+        if leaf.state.clustered:
             _, pathway = needed_route(choice.routes.pop(id(self.state), None))
-        return executor.outgoing(self, x, pathway, block_input)
+        return executor.outgoing(leaf, x, pathway, block_input)
+
+    def _mask_later(self, choice: Choice, picking: Picking, x: Tensor) -> Tensor:
+        """Compute a prompt's tokens densely, and those after it with what was picked from it."""
+        leaf, members = picking.leaf(self), picking.later(x)
+        block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        if leaf.state.clustered:
+            routed, _ = needed_route(choice.routes.pop(id(self.state), None))
+            members = leaf.state.choose_members(members, routed)
+        return MASKED.outgoing(leaf, x, members, block_input)
 
 
 class RestLeaf(PathwayLeaf):

@@ -22,7 +22,8 @@ from hf_sparse_pathways.modeling.model import (
     batch_size,
     made_class,
 )
-from hf_sparse_pathways.modeling.routing import agreed, tell_domains
+from hf_sparse_pathways.modeling.prompting import Picked, check_forms, tell_decisions
+from hf_sparse_pathways.modeling.routing import agreed
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
     check_convertible,
@@ -154,8 +155,11 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             domain: A domain's name, a list with a name or None per prompt, or None for dense;
                 omitted: the ambient ``pathway``, else the default domain. ``"auto"`` in place of a
                 name: what ``route`` says of the prompt, for the whole generation; an output that
-                is returned as a dictionary has it as ``domains``. A sparse assistant model uses
-                the same domain if it has one of that name.
+                is returned as a dictionary has it as ``domains``. ``"prompt"``: the prompt is
+                computed densely, what follows with the neurons that it has used, which such an
+                output has as ``picked``; ``"prompt:code"`` has a domain as prior (see
+                ``set_prompt_pathways``). What was picked may itself be named. A sparse assistant
+                model uses the same domain if it has one of that name.
             kwargs: As the base's.
 
         Raises:
@@ -165,21 +169,38 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         routed = self._route_call(domain, args, kwargs)
         if routed is not None:
             domain = agreed(routed)
+        picked = self._pick_from(domain, args, kwargs)
         with ExitStack() as stack:
-            stack.enter_context(self._generating(domain, args, kwargs))
+            stack.enter_context(self._generating(domain, args, kwargs, picked))
             signature = inspect.signature(super().generate)
             assistant = signature.bind_partial(*args, **kwargs).arguments.get("assistant_model")
             if isinstance(assistant, SparsePathwaysForCausalLM) and domain in assistant.domains:
                 stack.enter_context(assistant.pathway(domain))
-            return tell_domains(super().generate(*args, **kwargs), routed)
+            output = super().generate(*args, **kwargs)
+            return tell_decisions(output, routed if picked is None else picked)
 
     @contextmanager
     def _generating(
-        self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        domain: Domain | Unset,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        picked: Picked | None,
     ) -> Iterator[None]:
         """Make the choice for a whole generation; rows are repeated for beams."""
-        chosen, _ = self._chosen(domain)
+        if picked is not None:
+            check_forms(kwargs)
+            with self._picking(picked):
+                yield
+            return
+        chosen, _, before = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, batch_size(args, kwargs), expand=False)
-        with self._holding(chosen, expand=True):
+        with self._holding(chosen, expand=True, picked=before):
             yield
+
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Infer which tokens are padding as the base does, and let what picks know it."""
+        mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        self._note_mask(mask)
+        return mask

@@ -27,7 +27,7 @@ from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
 from hf_sparse_pathways.modeling.model import SparsePathwaysModel
-from hf_sparse_pathways.modeling.routing import tell_domains
+from hf_sparse_pathways.modeling.prompting import tell_decisions
 from hf_sparse_pathways.modeling.structure import first_class
 
 CLASS_PREFIX = "SparsePathways"
@@ -82,7 +82,7 @@ def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]
     def forward(self: Any, *args: Any, domain: Any = UNSET, **kwargs: Any) -> Any:
         choice = self.enter_forward(domain, args, kwargs)
         try:
-            return tell_domains(base_forward(self, *args, **kwargs), choice.routed)
+            return tell_decisions(base_forward(self, *args, **kwargs), choice.routed)
         finally:
             self.leave_forward(choice)
 

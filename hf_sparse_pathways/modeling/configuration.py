@@ -16,8 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from hf_sparse_pathways.errors import ArtefactError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
-from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -37,6 +38,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         default_domain: The domain when ``domain`` is omitted; None for dense.
         executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
         pathways_format: Version of the artefact's format.
+        prompt_pathways: How ``domain="prompt"`` picks neurons, ``sparsity`` and ``rule``; None for
+            the defaults of ``PromptSettings``.
 
     Where ``permute`` has put the neurons in another order, ``neuron_order`` identifies it; the
     plain configuration of ``to_dense`` has it too, since the order is that of the weights.
@@ -48,6 +51,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
     default_domain: str | None = None
     executor: str = "auto"
     pathways_format: int = FORMAT_VERSION
+    prompt_pathways: dict[str, Any] | None = None
     weights_of = None
     """Name and revision of the base's repository where the pathways lie without weights."""
 
@@ -129,6 +133,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         fields = super().to_diff_dict()
         fields.pop("weights_of", None)
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
+        if self.prompt_pathways is None:
+            del own["prompt_pathways"]
         return {
             **fields,
             **own,
@@ -147,12 +153,12 @@ class SparsePathwaysConfig(PreTrainedConfig):
         return config
 
     def check_default_domain(self, domains: list[str]) -> None:
-        """Check that the default is one of some domains, or the router's choice.
+        """Check that the default is one of some domains, or what decides from the prompt.
 
         Raises:
             UnknownNameError: It is not.
         """
-        if self.default_domain not in (None, AUTO, *domains):
+        if self.default_domain not in (None, AUTO, PROMPT, *domains):
             raise UnknownNameError("default domain", self.default_domain, domains)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -160,7 +166,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         return _new_config, (type(self).__bases__[1],), self.__dict__
 
 
-_OWN_FIELDS = ("domains", "default_domain", "executor", "pathways_format")
+_OWN_FIELDS = ("domains", "default_domain", "executor", "pathways_format", "prompt_pathways")
 
 # A dataclass lists inherited fields as its own. In a class made from this one *and* a base's, the
 # general defaults would then win over the base's (bos_token_id, ...), so only our own stay listed.
@@ -211,6 +217,7 @@ def _check_saved(fields: dict[str, Any]) -> str:
         value = fields.get(name)
         if not (value is None or _is_word(value)):
             raise ArtefactError(f"config.json has {name} {value!r:.200}, which is no name.")
+    PromptSettings.from_dict(fields.get("prompt_pathways"))
     executor = fields.get("executor", "auto")
     check_executor(executor if isinstance(executor, str) else repr(executor))
     return str(base_type)

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.speed.workloads import most_tokens
 from hf_sparse_pathways.modeling.domains import UNSET, Unset
-from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
 from hf_sparse_pathways.serving.generation import Generation
 from hf_sparse_pathways.serving.limits import Limits
 from hf_sparse_pathways.serving.requests import (
@@ -60,7 +60,7 @@ class Service:
             )
         self.names: dict[str, str | Unset] = {name: UNSET}
         auto = [AUTO] if model.has_router else []
-        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *auto)}
+        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *auto, PROMPT)}
         self.limits = limits or Limits()
         self._model, self._tokenizer = model, tokenizer
         _ = model.execution  # what is timed for it, before threads disturb each other
