@@ -123,21 +123,16 @@ class Attachment:
         if executor != "masked":
             if not looked:
                 self.copies.check()
-            copies = self._pin_copies(WHOLE if pathway is None else pathway, picked)
+            whole = WHOLE if pathway is None else pathway
+            copies = self._pin_picked(picked, whole) if picked else self._pin_copies(whole)
         if has_own_dense(executor):
             if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
                 executor = "compact"  # oneDNN's operators do not follow autocast
             else:
                 rest = self._pin_rest(executor)
-        return push_choice(
-            self.key,
-            pathway,
-            executor=executor,
-            copies=copies,
-            rest=rest,
-            sees=sees,
-            picked=picked,
-        )
+        choice = push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+        choice.sees, choice.picked = sees, picked
+        return choice
 
     def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
         """Make the choice for several forward passes; ``end`` takes it back.
@@ -167,11 +162,10 @@ class Attachment:
                 raise
         return choice
 
-    def hold_picked(
-        self, pathway: int | Tensor | None, picked: Picking, *, expand: bool
-    ) -> Choice:
+    def hold_picked(self, pathway: int | Tensor | None, picked: Picking, *, expand: bool) -> Choice:
         """Make the choice of what was picked, for several forward passes; see ``hold``."""
-        choice = push_choice(self.key, pathway, expand=expand, picked=picked)
+        choice = push_choice(self.key, pathway, expand=expand)
+        choice.picked = picked
         if pathway is not None and self._pin(picked):
             choice.held = picked
         return choice
@@ -186,12 +180,10 @@ class Attachment:
         if choice.rest:
             self._unpin(REST)
 
-    def _pin_copies(self, pathway: int | Tensor, picked: Picking | None) -> int | Mixture | None:
+    def _pin_copies(self, pathway: int | Tensor) -> int | Mixture | None:
         """Return what a pass computes with, or None if there is no block or no room for it."""
         if not self.blocks:
             return None
-        if picked is not None:
-            return self._pin_picked(picked, pathway)
         if torch.compiler.is_compiling():  # neither can copies be made then, nor rows be sorted
             held = self._held_plain()
             return held if isinstance(pathway, int) and pathway == held else None

@@ -63,6 +63,7 @@ class Choice:
     held: "int | Picking | None" = None
     asked: Any = None
     routed: Any = None
+    call: "Picking | None" = None
     sees: "Picking | None" = None
     picked: "Picking | None" = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -97,14 +98,9 @@ def push_choice(
     copies: int | Mixture | None = None,
     rest: bool = False,
     expand: bool = False,
-    sees: "Picking | None" = None,
-    picked: "Picking | None" = None,
 ) -> Choice:
     """Make a choice on this thread; return it for ``remove_choice``. See ``Choice``."""
-    below = _LOCAL.top
-    _LOCAL.top = Choice(
-        key, pathway, executor, copies, rest, expand, below, sees=sees, picked=picked
-    )
+    _LOCAL.top = Choice(key, pathway, executor, copies, rest, expand, _LOCAL.top)
     return _LOCAL.top
 
 

@@ -43,15 +43,17 @@ class Prompts:
         rows: For each row the pathway that computes it, -1 for dense.
         picking: The rows among them, -1 there, whose neurons are picked from their prompt.
         counted: Which tokens of each row are text and no padding, bool ``(rows, tokens)``.
+        ends: For each row how many tokens its prompt has, padding before it with them.
     """
 
     rows: Sequence[int]
     picking: Sequence[int]
     counted: Tensor
+    ends: Tensor
 
     @property
     def length(self) -> int:
-        """How many tokens the prompts have, padding with them."""
+        """How many tokens the longest prompt has, padding with them."""
         return int(self.counted.shape[1])
 
 
@@ -77,7 +79,7 @@ class Picking:
         self._states: dict[int, BlockState] = {}
         self._leaves: dict[int, Any] = {}
         self._start = self._tokens = 0
-        self._mixtures: dict[int, int | Mixture | None] = {}
+        self._copies: dict[int, int | Mixture | None] = {}
 
     @property
     def blocks(self) -> int:
@@ -149,7 +151,7 @@ class Picking:
         place = torch.arange(-extra, self._tokens, device=rows.device) + self._start
         repeat = self._by_row(activation).shape[0] // len(rows)
         picked = (rows >= 0) & (rows < len(self.prompts.picking))
-        is_prompt = (place < self.prompts.length)[None] & picked[:, None]
+        is_prompt = (place < self.prompts.ends.to(rows.device)[:, None]) & picked[:, None]
         members = rows[:, None].expand(-1, len(place)).masked_fill(is_prompt, -1)
         return members.repeat_interleave(repeat, dim=0).reshape(shape)
 
@@ -192,18 +194,17 @@ class Picking:
 
     def copies_of(self, pathway: int | Tensor) -> int | Mixture | None:
         """Return what the copies compute of a pass's rows; None if these have to be masked."""
-        if isinstance(pathway, int):
-            return None if any(pathway in own.clustered for own in self._states.values()) else pathway
-        repeat = len(pathway) // len(self.prompts.rows)
-        if repeat not in self._mixtures:
-            mixture = Mixture.of(pathway)
+        repeat = 0 if isinstance(pathway, int) else len(pathway) // len(self.prompts.rows)
+        if repeat not in self._copies:
+            copies = pathway if isinstance(pathway, int) else Mixture.of(pathway)
+            used = (copies,) if isinstance(copies, int) else copies.key
             clustered = {index for own in self._states.values() for index in own.clustered}
-            self._mixtures[repeat] = mixture if clustered.isdisjoint(mixture.key) else None
-        return self._mixtures[repeat]
+            self._copies[repeat] = copies if clustered.isdisjoint(used) else None
+        return self._copies[repeat]
 
     def size(self, form: Form) -> int:
         """Return how many bytes the copies take."""
-        found = self.rows(torch.device("cpu")).unique().tolist()
+        found = sorted({*self.rows(torch.device("cpu")).tolist()})
         key = found[0] if len(found) == 1 else tuple(found)
         return sum(copy_bytes(leaf, key, form) for leaf in self._compact())
 

@@ -37,6 +37,7 @@ from hf_sparse_pathways.modeling.partial import (
 from hf_sparse_pathways.modeling.prompting import (
     Picked,
     asks_prompt,
+    without_prompts,
 )
 from hf_sparse_pathways.modeling.prompts import PromptPathways
 from hf_sparse_pathways.modeling.routing import (
@@ -56,7 +57,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-Domain = str | Sequence[str | None] | Tensor | Picked | None
+Named = str | Sequence[str | None] | Tensor | None
+
+Domain = Named | Picked
 
 
 class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
@@ -156,7 +159,7 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
             PathwaysError: ``max_batch`` is not positive.
         """
         if domains:
-            self._resolve([*domains])
+            self._resolve(without_prompts(domains))
         return group_rows(domains, max_batch)
 
     @contextmanager
@@ -217,7 +220,7 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
         router = self._router[1]
         router.check()
         if not isinstance(domain, str):
-            self._resolve([None if name == AUTO or asks_prompt(name) else name for name in domain])
+            self._resolve([None if name == AUTO else name for name in without_prompts(domain)])
         return router
 
     def _route_call(
@@ -251,7 +254,7 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
         finally:
             self._attachment.end(choice)
 
-    def _resolve(self, domain: Domain) -> int | Tensor | None:
+    def _resolve(self, domain: Named) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
         if self._partial is not None:
             self._partial.check(domain)
@@ -266,9 +269,7 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
             return self._rows_of(domain), domain.picking
         return self._resolve(domain), None
 
-    def _chosen(
-        self, domain: Domain | Unset
-    ) -> tuple[int | Tensor | None, bool, Picking | None]:
+    def _chosen(self, domain: Domain | Unset) -> tuple[int | Tensor | None, bool, Picking | None]:
         """Return what a call that names ``domain`` computes, and whether its rows may expand.
 
         And what has picked it from a prompt, if that is what it computes.
@@ -303,9 +304,7 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
         choice.routed = routed if decided is None else decided
         return choice
 
-    def _fit(
-        self, chosen: int | Tensor | None, batch: int, *, expand: bool
-    ) -> int | Tensor | None:
+    def _fit(self, chosen: int | Tensor | None, batch: int, *, expand: bool) -> int | Tensor | None:
         """Return what computes the rows of a batch, on the model's device."""
         if isinstance(chosen, Tensor):
             chosen = fit_rows(chosen, batch, expand=expand)

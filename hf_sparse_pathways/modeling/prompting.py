@@ -126,9 +126,7 @@ def find_span(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int,
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def read_prompts(
-    args: Sequence[Any], kwargs: Mapping[str, Any], *, compiling: bool
-) -> Tensor:
+def read_prompts(args: Sequence[Any], kwargs: Mapping[str, Any], *, compiling: bool) -> Tensor:
     """Return which tokens of a call's prompts are text and no padding, bool ``(rows, tokens)``.
 
     Args:
@@ -178,21 +176,24 @@ def check_forms(settings: Mapping[str, Any]) -> None:
         )
 
 
-def sort_prompts(names: Sequence[str | None], own: Sequence[int], counted: Tensor) -> Prompts:
+def sort_prompts(
+    names: Sequence[str | None], own: Sequence[int], counted: Tensor, ends: Tensor | None = None
+) -> Prompts:
     """Return the rows of a call whose prompts have tokens enough to pick from.
 
     Args:
         names: What the call names for each row.
         own: For each row the pathway that computes it, -1 for dense.
         counted: As in ``Prompts``.
+        ends: The same; without, all prompts are as long as ``counted``.
     """
+    if ends is None:
+        ends = torch.full((len(counted),), counted.shape[1])
     lengths = counted.sum(1).tolist()
     picking = [
-        row
-        for row, name in enumerate(names)
-        if asks_prompt(name) and lengths[row] >= LEAST_TOKENS
+        row for row, name in enumerate(names) if asks_prompt(name) and lengths[row] >= LEAST_TOKENS
     ]
-    return Prompts(rows=list(own), picking=picking, counted=counted)
+    return Prompts(rows=list(own), picking=picking, counted=counted, ends=ends)
 
 
 def tell_decisions(output: Any, decided: Any) -> Any:

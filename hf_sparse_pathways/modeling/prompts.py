@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.errors import MismatchError, UnsupportedModelError
+from hf_sparse_pathways.errors import (
+    MismatchError,
+    PathwaysError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from hf_sparse_pathways.ffn.attachment import Attachment
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.picking import Picking
-from hf_sparse_pathways.ffn.prompt_rules import Picker
+from hf_sparse_pathways.ffn.prompt_rules import WITH_PRIOR, Picker
 from hf_sparse_pathways.modeling.domains import Unset
 from hf_sparse_pathways.modeling.partial import Partial
 from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
@@ -47,6 +52,11 @@ class PromptPathways(_Base):
     _look_at_weights: Any
 
     @property
+    def picks_neurons(self) -> bool:
+        """Whether ``"prompt"`` may stand for a domain: unless one's neurons were loaded alone."""
+        return self._partial is None
+
+    @property
     def prompt_settings(self) -> PromptSettings:
         """How ``domain="prompt"`` picks neurons."""
         return PromptSettings.from_dict(self.config.prompt_pathways)
@@ -74,6 +84,10 @@ class PromptPathways(_Base):
         if not asks_prompt(domain):
             return None
         counted = read_prompts(args, kwargs, compiling=torch.compiler.is_compiling())
+        return self._start(domain, counted)
+
+    def _start(self, domain: Any, counted: Tensor, ends: Tensor | None = None) -> Picked:
+        """Return what is to pick the neurons of some rows; see ``sort_prompts``."""
         names = name_rows(domain, len(counted))
         self._check_pickable(names)
         own = [-1 if asks_prompt(name) else int(self._resolve([name])[0]) for name in names]
@@ -81,18 +95,53 @@ class PromptPathways(_Base):
         picker = Picker(
             rule=settings.rule,
             sparsity=settings.sparsity,
-            blocks=[attached.block for attached in blocks],
+            blocks=blocks,
             priors=[self._prior(find_prior(name)) for name in names],
         )
-        picking = Picking(sort_prompts(names, own, counted), picker, blocks)
+        picking = Picking(sort_prompts(names, own, counted, ends), picker, blocks)
         return Picked(picking=picking, names=names, provenance=settings.to_dict())
+
+    @contextmanager
+    def prompted(self, domain: Any, mask: Tensor, lengths: Sequence[int]) -> Iterator[Picked]:
+        """Within the block, a pass over whole texts takes the beginning of each as its prompt.
+
+        That gives at once, for measurements, what a generation gives token by token: the
+        beginnings are computed densely, and the rest with what was picked from them.
+
+        Args:
+            domain: ``"prompt"``, or a list with a domain per row.
+            mask: Which tokens are text, ``(rows, tokens)``; padding is on the right.
+            lengths: For each row how many tokens its prompt has.
+
+        Raises:
+            PathwaysError: Neurons cannot be picked; see ``generate``.
+        """
+        ends = torch.tensor(lengths)
+        counted = mask.cpu()[:, : int(ends.max())] > 0
+        counted &= torch.arange(counted.shape[1]) < ends[:, None]
+        picked = self._start(domain, counted, ends)
+        with self._picking(picked):
+            yield picked
 
     def _prior(self, domain: str | None) -> tuple[BlockPathway, ...] | None:
         """Return what a domain's pathway keeps of each block."""
         if domain is None:
             return None
-        instead = f"Name another domain, or {PROMPT!r} without one."
+        instead = f"As a prior name another domain, or {PROMPT!r} without one."
+        if domain not in self.pathways.by_domain:
+            raise UnknownNameError("domain", domain, self.pathways.domains)
+        if self.prompt_settings.rule not in WITH_PRIOR:
+            raise PathwaysError(
+                f"The rule {self.prompt_settings.rule!r} of prompt pathways takes no domain as a "
+                f"prior. Call model.set_prompt_pathways(rule={WITH_PRIOR[0]!r}), or name "
+                f"{PROMPT!r} alone."
+            )
         blocks: tuple[BlockPathway, ...] = self.pathways[domain].unclustered(domain, instead)
+        if any(block.bypass is not None or block.incoming for block in blocks):
+            raise UnsupportedModelError(
+                f"The pathway of {domain!r} has a bypass, or changed rows, of which the prompt's "
+                f"dense activations do not say what they do. {instead}"
+            )
         return blocks
 
     def _check_pickable(self, domain: Any) -> None:
@@ -153,9 +202,7 @@ class PromptPathways(_Base):
         picked.check_complete()
         return picked.picking.rows(torch.device("cpu"))
 
-    def _begin_call(
-        self, call: Picking, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Choice:
+    def _begin_call(self, call: Picking, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
         """Begin a pass of a call that picks from its prompts: of these, or of what follows."""
         rows, start, tokens = find_span(args, kwargs)
         name, ambient = self.config.executor, find_choice(self._attachment.key)

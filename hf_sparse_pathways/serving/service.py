@@ -59,8 +59,8 @@ class Service:
                 "needs. Use a fast tokenizer (one with a tokenizer.json)."
             )
         self.names: dict[str, str | Unset] = {name: UNSET}
-        auto = [AUTO] if model.has_router else []
-        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *auto, PROMPT)}
+        decided = [AUTO] * model.has_router + [PROMPT] * model.picks_neurons
+        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *decided)}
         self.limits = limits or Limits()
         self._model, self._tokenizer = model, tokenizer
         _ = model.execution  # what is timed for it, before threads disturb each other
