@@ -29,9 +29,14 @@ def griffin_masks(model, ids, sparsity=0.5):
     return masks
 
 
-def reference(model, masks, length):
-    """Return a plain copy whose tokens from a place on have some neurons zeroed."""
+def reference(model, masks, length, blocks=()):
+    """Return a plain copy whose tokens from a place on have some neurons zeroed.
+
+    If what a pathway keeps of each block is given, its refit and bias are added there.
+    """
     result = copy.deepcopy(model)
+    for block, part in zip(find_blocks(result), blocks, strict=False):
+        block.outgoing.register_forward_hook(_repair(result, part, length))
     for block, keep in zip(find_blocks(result), masks, strict=True):
 
         def zero(_, args, keep=keep):
@@ -53,3 +58,13 @@ def reference(model, masks, length):
 
     result.register_forward_pre_hook(note, with_kwargs=True)
     return result
+
+
+def _repair(model, part, length):
+    def add(_, args, output):
+        first, result = max(0, length - model.start), output.clone()
+        later = result[:, first:]
+        later += args[0][:, first:, part.keep] @ part.full_delta.T + part.bias.float()
+        return result
+
+    return add

@@ -17,7 +17,8 @@ def run(  # noqa: PLR0913
         str | None, typer.Option(help="Text to continue; read from stdin if not given.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             help="Domain to use, auto, or prompt (prompt:NAME with a domain as prior) for the "
             "neurons that the prompt uses; the default domain if not given."
         ),

@@ -22,7 +22,7 @@ class PromptSettings:
     """
 
     sparsity: float = 0.5
-    rule: str = "griffin"
+    rule: str = "refit"
 
     def __post_init__(self) -> None:
         number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)

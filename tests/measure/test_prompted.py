@@ -9,8 +9,10 @@ from hf_sparse_pathways.measure.peers import PEERS
 from hf_sparse_pathways.measure.prompted import PROMPTED, prompt_arm
 from tests.architectures import build, prompt, random_masks
 
+LENGTHS = (24, 20, 17)
 WINDOWS = tuple(
-    Window(tuple(row[:length])) for row, length in zip(prompt(3, 24).tolist(), (24, 20, 17), strict=True)
+    Window(tuple(row[:length]))
+    for row, length in zip(prompt(3, 24).tolist(), (24, 20, 17), strict=True)
 )
 CONTEXT = 0.5
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,60 @@ def test_rows_stand_beside_a_domain_with_clusters(case):
         assert torch.equal(found, expected), form
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    """A dense model, and one with the default rule, whose pathways have a refit and a bias."""
+    dense = _quiet(build("llama"))
+    paths = compensate(dense, random_masks(dense))
+    plain = {
+        name: sp.Pathway(blocks=tuple(replace(b, bypass=None, incoming=()) for b in pathway.blocks))
+        for name, pathway in paths.by_domain.items()
+    }
+    paths = replace(paths, by_domain=plain)
+    return dense, sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.parametrize("form", ["greedy", "no_cache", "beams", "static_cache"])
+def test_columns_are_fitted_to_each_prompt(fitted, executor, form):
+    dense, model = fitted
+    model.set_executor(executor)
+    names = ["prompt", "prompt:law", "law"]
+    settings = {**FORMS[form], "return_dict_in_generate": True}
+    output = _generate(model, IDS, domain=names, **settings)
+    first, second, _ = output.picked.pathways
+    assert all(map(torch.equal, first.keep, griffin_masks(dense, IDS[:1])))
+    law = model.pathways["law"]
+    assert all(map(torch.equal, second.keep, law.keep))
+    for mine, prior in zip(second.blocks, law.blocks, strict=True):
+        assert 0 < (mine.delta - prior.full_delta).norm() < 10 * prior.full_delta.norm()
+    plain = [
+        reference(dense, first.keep, 12, first.blocks),
+        reference(dense, second.keep, 12, second.blocks),
+        repaired(dense, law),
+    ]
+    pairs = zip(plain, IDS, strict=True)
+    expected = torch.cat([_generate(own, ids[None], **FORMS[form]) for own, ids in pairs])
+    assert torch.equal(output.sequences, expected)
+    assert output.domains == names
+
+
+def test_a_prior_of_another_kind_is_refused(case, fitted):
+    _, model = case
+    with pytest.raises(sp.PathwaysError, match="takes no domain as a prior"):
+        model(IDS, domain="prompt:law")
+    model = copy.deepcopy(model)
+    model.set_prompt_pathways()
+    with pytest.raises(sp.PathwaysError, match="bypass"):
+        model(IDS, domain="prompt:law")
+    dense, _ = fitted
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, clustered(dense))
+    with pytest.raises(sp.PathwaysError, match="clusters"):
+        model(IDS, domain="prompt:code")
+    with pytest.raises(sp.PathwaysError, match="'code', 'law'"):
+        model(IDS, domain="prompt:")
+
+
 def test_what_was_picked_is_told(case):
     dense, model = case
     settings = {"return_dict_in_generate": True, "do_sample": False}
@@ -196,9 +251,7 @@ def test_a_text_in_a_cache_goes_on_with_what_was_picked_before(case):
     cache = first.past_key_values
     with pytest.raises(sp.PathwaysError, match="domain=picked"):
         _generate(model, longer, domain="prompt", past_key_values=cache, do_sample=False)
-    found = _generate(
-        model, longer, domain=first.picked, past_key_values=cache, do_sample=False
-    )
+    found = _generate(model, longer, domain=first.picked, past_key_values=cache, do_sample=False)
     assert torch.equal(found, expected)
 
 
