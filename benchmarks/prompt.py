@@ -72,7 +72,8 @@ def compare(arguments: argparse.Namespace) -> str:
     rows = [[label, *_row(seen[1:], times[DENSE][1:])] for label, seen in times.items()]
     caption = (
         f"{arguments.shape or arguments.model}, {arguments.dtype}, {arguments.sparsity:.0%} of the "
-        f"FFN neurons left out, {arguments.prompt} tokens of prompt, {arguments.new_tokens} new ones, batch 1, "
+        f"FFN neurons left out, {arguments.prompt} tokens of prompt, {arguments.new_tokens} new "
+        "ones, batch 1, "
         f"{arguments.threads} thread(s), executor {model.execution.executor} (for dense, too): "
         f"ratio to dense, median (quartiles) of {arguments.rounds} alternating rounds."
     )

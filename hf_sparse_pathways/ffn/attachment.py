@@ -162,11 +162,14 @@ class Attachment:
                 raise
         return choice
 
-    def hold_picked(self, pathway: int | Tensor | None, picked: Picking, *, expand: bool) -> Choice:
+    def hold_picked(
+        self, pathway: int | Tensor | None, name: str, picked: Picking, *, expand: bool
+    ) -> Choice:
         """Make the choice of what was picked, for several forward passes; see ``hold``."""
         choice = push_choice(self.key, pathway, expand=expand)
         choice.picked = picked
-        if pathway is not None and self._pin(picked):
+        copied = pathway is not None and not torch.is_grad_enabled()
+        if copied and self.execution(name).executor != "masked" and self._pin(picked):
             choice.held = picked
         return choice
 

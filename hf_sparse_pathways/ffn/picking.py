@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.copies import copy_bytes
 from hf_sparse_pathways.ffn.forms import Form
@@ -91,6 +91,18 @@ class Picking:
         """Whether every block has picked."""
         return len(self._states) == len(self._blocks)
 
+    def check_complete(self) -> None:
+        """Check that every block has picked.
+
+        Raises:
+            PathwaysError: One has not.
+        """
+        if not self.complete:
+            raise PathwaysError(
+                "No neurons have been picked: the prompt from which they are to be has not passed "
+                "all FFN blocks. Name a domain if this model passes some by."
+            )
+
     def belongs_to(self, blocks: Sequence["AttachedBlock"]) -> bool:
         """Whether these are the blocks that it has seen."""
         return self._blocks == tuple(blocks)
@@ -156,7 +168,7 @@ class Picking:
         return members.repeat_interleave(repeat, dim=0).reshape(shape)
 
     def _by_row(self, activation: Tensor) -> Tensor:
-        """Return ``(rows, tokens, d_ff)``, without what a model puts in front of the text.
+        """Return ``(rows, tokens, d_ff)``; a model may have put tokens in front of the text.
 
         Raises:
             UnsupportedModelError: The model does not give all tokens to the block.

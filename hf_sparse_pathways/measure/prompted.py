@@ -15,7 +15,7 @@ from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.measure.arms import MeasuredArm
 from hf_sparse_pathways.measure.fidelity import first_scored
-from hf_sparse_pathways.modeling.prompting import PRIOR
+from hf_sparse_pathways.modeling.picked import PRIOR
 from hf_sparse_pathways.pathways.pathway import PROMPT, Pathways
 
 WITH_DOMAIN = "prompt+domain"

@@ -22,7 +22,7 @@ from hf_sparse_pathways.modeling.model import (
     batch_size,
     made_class,
 )
-from hf_sparse_pathways.modeling.prompting import Picked, check_forms, tell_decisions
+from hf_sparse_pathways.modeling.picked import Picked, check_forms, tell_decisions
 from hf_sparse_pathways.modeling.routing import agreed
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (

@@ -27,7 +27,7 @@ from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
 from hf_sparse_pathways.modeling.model import SparsePathwaysModel
-from hf_sparse_pathways.modeling.prompting import tell_decisions
+from hf_sparse_pathways.modeling.picked import tell_decisions
 from hf_sparse_pathways.modeling.structure import first_class
 
 CLASS_PREFIX = "SparsePathways"

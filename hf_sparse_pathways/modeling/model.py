@@ -34,12 +34,12 @@ from hf_sparse_pathways.modeling.grouping import group_rows
 from hf_sparse_pathways.modeling.partial import (
     Partial,
 )
-from hf_sparse_pathways.modeling.prompting import (
+from hf_sparse_pathways.modeling.picked import (
     Picked,
     asks_prompt,
     without_prompts,
 )
-from hf_sparse_pathways.modeling.prompts import PromptPathways
+from hf_sparse_pathways.modeling.prompting import Prompting
 from hf_sparse_pathways.modeling.routing import (
     Decision,
     Router,
@@ -62,7 +62,7 @@ Named = str | Sequence[str | None] | Tensor | None
 Domain = Named | Picked
 
 
-class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
+class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
     """What every model with pathways can do, whatever its head."""
 
     config: Any
@@ -243,16 +243,21 @@ class SparsePathwaysModel(Executing, Adapting, PromptPathways, Saving, _Base):
         """Make a choice for all passes on this thread within the block."""
         if chosen is not None or has_own_dense(self.config.executor):
             self._look_at_weights()
-        compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
-        name = self.config.executor
+        name, hold = self.config.executor, self._attachment.hold
         if picked is not None:
-            choice = self._attachment.hold_picked(chosen, picked, expand=expand)
+            choice = self._attachment.hold_picked(chosen, name, picked, expand=expand)
         else:
-            choice = self._attachment.hold(chosen, name, plain=bool(compiled), expand=expand)
+            choice = hold(chosen, name, plain=self._is_compiled, expand=expand)
         try:
             yield choice
         finally:
             self._attachment.end(choice)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether calls run a graph."""
+        traced = hasattr(self.forward, "_torchdynamo_orig_callable")
+        return bool(traced or self._compiled_call_impl)
 
     def _resolve(self, domain: Named) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""

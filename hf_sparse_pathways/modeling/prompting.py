@@ -1,208 +1,222 @@
-"""``domain="prompt"``: neurons that the prompt of a call has used, for the text that continues it.
+"""The part of a model with pathways that picks neurons from its prompts; see ``picked``."""
 
-The prompt passes densely; what was picked from it computes everything after it (``ffn/picking.py``
-sees, ``ffn/prompt_rules.py`` picks). Each row has its own neurons, once per generation, and may
-stand beside rows of other domains. A prompt of too few tokens shows too little: its row is dense.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
-from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.ffn.picking import Picking, Prompts
-from hf_sparse_pathways.modeling.routing import tell_domains
-from hf_sparse_pathways.pathways.pathway import PROMPT, Pathway
+from hf_sparse_pathways.errors import (
+    MismatchError,
+    PathwaysError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from hf_sparse_pathways.ffn.attachment import Attachment
+from hf_sparse_pathways.ffn.block_pathway import BlockPathway
+from hf_sparse_pathways.ffn.choices import Choice, find_choice
+from hf_sparse_pathways.ffn.picking import Picking
+from hf_sparse_pathways.ffn.prompt_rules import WITH_PRIOR, Picker
+from hf_sparse_pathways.modeling.domains import Unset
+from hf_sparse_pathways.modeling.partial import Partial
+from hf_sparse_pathways.modeling.picked import (
+    Picked,
+    asks_prompt,
+    find_prior,
+    find_span,
+    name_rows,
+    read_prompts,
+    refuse_compiled,
+    sort_prompts,
+)
+from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
+from hf_sparse_pathways.pathways.pathway import PROMPT
 
-LEAST_TOKENS = 8
-"""Of a prompt; of fewer nothing is picked, and its row is computed densely."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
 
-PRIOR = f"{PROMPT}:"
-"""Before the name of a domain that says what to expect of a prompt."""
 
+class Prompting(_Base):
+    """The part of ``SparsePathwaysModel`` that is about ``domain="prompt"``."""
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Picked:
-    """What was picked from the prompts of one call; ``domain=`` takes it, to go on with it.
-
-    Attributes:
-        picking: What has picked it.
-        names: What the call named for each row.
-        provenance: How it was picked; plain JSON values.
-    """
-
-    picking: Picking
-    names: Sequence[str | None]
-    provenance: Mapping[str, Any]
+    config: Any
+    pathways: Any
+    check_no_adapters: Any
+    _attachment: Attachment
+    _partial: Partial | None
+    _resolve: Any
+    _fit: Any
+    _holding: Any
+    _is_compiled: bool
+    _look_at_weights: Any
 
     @property
-    def domains(self) -> list[str | None]:
-        """What computes each row after its prompt; None, too, where a prompt was too short."""
-        picking = self.picking.prompts.picking
-        return [
-            None if asks_prompt(name) and row not in picking else name
-            for row, name in enumerate(self.names)
-        ]
+    def picks_neurons(self) -> bool:
+        """Whether ``"prompt"`` may stand for a domain: unless one's neurons were loaded alone."""
+        return self._partial is None
 
-    @cached_property
-    def pathways(self) -> tuple[Pathway | None, ...]:
-        """What was picked for each row, None where nothing was."""
-        prompts = self.picking.prompts
-        found: list[Pathway | None] = [None] * len(prompts.rows)
-        self.check_complete()
-        blocks = [self.picking.block(index) for index in range(self.picking.blocks)]
-        for number, row in enumerate(prompts.picking):
-            provenance = {**self.provenance, "tokens": int(prompts.counted[row].sum())}
-            own = tuple(block[number] for block in blocks)
-            found[row] = Pathway(blocks=own, provenance=provenance)
-        return tuple(found)
+    @property
+    def prompt_settings(self) -> PromptSettings:
+        """How ``domain="prompt"`` picks neurons."""
+        return PromptSettings.from_dict(self.config.prompt_pathways)
 
-    def check_complete(self) -> None:
-        """Check that the prompt has passed.
+    def set_prompt_pathways(self, **settings: Any) -> None:
+        """Say how ``domain="prompt"`` picks neurons from now on, in place; it is saved.
+
+        Args:
+            settings: ``sparsity``, the fraction of each block's neurons that is left out after a
+                prompt, and ``rule``, how the others are picked; what is not named becomes the
+                default. See ``PromptSettings``.
 
         Raises:
-            PathwaysError: It has not.
+            PathwaysError: One is unknown, or out of range.
         """
-        if not self.picking.complete:
+        self.config.prompt_pathways = PromptSettings.from_dict(settings).to_dict()
+
+    def _pick_from(
+        self, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Picked | None:
+        """Return what a call picks neurons with, if it asks for that; else None."""
+        if isinstance(domain, Unset):
+            ambient = find_choice(self._attachment.key)
+            domain = self.config.default_domain if ambient is None else ambient.asked
+        if not asks_prompt(domain):
+            return None
+        refuse_compiled(torch.compiler.is_compiling())
+        return self._start(domain, read_prompts(args, kwargs))
+
+    def _start(self, domain: Any, counted: Tensor, ends: Tensor | None = None) -> Picked:
+        """Return what is to pick the neurons of some rows; see ``sort_prompts``."""
+        names = name_rows(domain, len(counted))
+        self._check_pickable(names)
+        own = [-1 if asks_prompt(name) else int(self._resolve([name])[0]) for name in names]
+        settings, blocks = self.prompt_settings, self._attachment.blocks
+        picker = Picker(
+            rule=settings.rule,
+            sparsity=settings.sparsity,
+            blocks=blocks,
+            priors=[self._prior(find_prior(name)) for name in names],
+        )
+        picking = Picking(sort_prompts(names, own, counted, ends), picker, blocks)
+        return Picked(picking=picking, names=names, provenance=settings.to_dict())
+
+    @contextmanager
+    def prompted(self, domain: Any, mask: Tensor, lengths: Sequence[int]) -> Iterator[Picked]:
+        """Within the block, a pass over whole texts takes the beginning of each as its prompt.
+
+        That gives at once, for measurements, what a generation gives token by token: the
+        beginnings are computed densely, and the rest with what was picked from them.
+
+        Args:
+            domain: ``"prompt"``, or a list with a domain per row.
+            mask: Which tokens are text, ``(rows, tokens)``; padding is on the right.
+            lengths: For each row how many tokens its prompt has.
+
+        Raises:
+            PathwaysError: Neurons cannot be picked; see ``generate``.
+        """
+        ends = torch.tensor(lengths)
+        counted = mask.cpu()[:, : int(ends.max())] > 0
+        counted &= torch.arange(counted.shape[1]) < ends[:, None]
+        picked = self._start(domain, counted, ends)
+        with self._picking(picked):
+            yield picked
+
+    def _prior(self, domain: str | None) -> tuple[BlockPathway, ...] | None:
+        """Return what a domain's pathway keeps of each block."""
+        if domain is None:
+            return None
+        instead = f"As a prior name another domain, or {PROMPT!r} without one."
+        if domain not in self.pathways.by_domain:
+            raise UnknownNameError("domain", domain, self.pathways.domains)
+        if self.prompt_settings.rule not in WITH_PRIOR:
             raise PathwaysError(
-                "No neurons have been picked yet: the call whose prompt they are picked from has "
-                "not passed all FFN blocks. Use what it returns as `picked`."
+                f"The rule {self.prompt_settings.rule!r} of prompt pathways takes no domain as a "
+                f"prior. Call model.set_prompt_pathways(rule={WITH_PRIOR[0]!r}), or name "
+                f"{PROMPT!r} alone."
+            )
+        blocks: tuple[BlockPathway, ...] = self.pathways[domain].unclustered(domain, instead)
+        if any(block.bypass is not None or block.incoming for block in blocks):
+            raise UnsupportedModelError(
+                f"The pathway of {domain!r} has a bypass, or changed rows, of which the prompt's "
+                f"dense activations do not say what they do. {instead}"
+            )
+        return blocks
+
+    def _check_pickable(self, domain: Any) -> None:
+        """Check that neurons can be picked from prompts, and that every name is known.
+
+        Raises:
+            UnknownNameError: One is not.
+            PathwaysError: One domain's neurons were loaded alone.
+            UnsupportedModelError: Adapters follow the domains, or the weights are sharded.
+        """
+        names = [domain] if isinstance(domain, str) else domain
+        if self._partial is not None:
+            self._partial.check(domain)
+        for name in names:
+            if asks_prompt(name):
+                self._prior(find_prior(name))
+            else:
+                self._resolve([name])
+        self.check_no_adapters(f"{PROMPT!r} is no domain that they could follow")
+        self._attachment.settle()
+        if any(attached.state.shard is not None for attached in self._attachment.blocks):
+            raise UnsupportedModelError(
+                "The weights are sharded over several processes, and no process sees all neurons "
+                f"of a prompt. Load the model without tp_plan for domain={PROMPT!r}."
             )
 
-    def count(self, mask: Tensor) -> None:
-        """Take note of which tokens are no padding, before the first of them passes, in place."""
-        own = self.picking.prompts.rows
-        self.picking.prompts = sort_prompts(self.names, own, mask.cpu() > 0)
+    @contextmanager
+    def _picking(self, picked: Picked) -> Iterator[None]:
+        """Let all passes on this thread within the block be of a call that picks neurons."""
+        refuse_compiled(self._is_compiled)
+        self._look_at_weights()
+        with self._holding(None, expand=True) as choice:
+            choice.call, choice.routed = picked.picking, picked
+            yield
 
-    def __repr__(self) -> str:
-        return f"Picked({', '.join(name or 'dense' for name in self.domains)})"
+    def _note_mask(self, mask: Any) -> None:
+        """Let a call that picks neurons know which tokens of its prompts are padding."""
+        ambient = find_choice(self._attachment.key)
+        call = None if ambient is None else ambient.call
+        if call is not None and not call.complete and isinstance(mask, Tensor):
+            ambient.routed.count(mask)
 
+    def _call_within(self, domain: Any) -> Picking | None:
+        """Return what picks for the call that a pass is part of, if it names nothing itself."""
+        ambient = find_choice(self._attachment.key) if isinstance(domain, Unset) else None
+        return None if ambient is None else ambient.call
 
-def asks_prompt(domain: Any) -> bool:
-    """Whether neurons are to be picked from the prompt, for all rows or for some."""
-    if isinstance(domain, str):
-        return domain == PROMPT or domain.startswith(PRIOR)
-    return isinstance(domain, list | tuple) and any(map(asks_prompt, domain))
+    def _rows_of(self, picked: Picked) -> Tensor:
+        """Return which of the picked pathways computes each row.
 
+        Raises:
+            MismatchError: They were picked for another model.
+            PathwaysError: The call that was to pick them has not finished.
+        """
+        if not picked.picking.belongs_to(self._attachment.blocks):
+            raise MismatchError(
+                "These neurons were picked for another model, or before it was copied. Pick them "
+                "from the prompt with this one."
+            )
+        picked.picking.check_complete()
+        return picked.picking.rows(torch.device("cpu"))
 
-def without_prompts(domain: Any) -> list[Any]:
-    """Return a list of domains with None where neurons are picked from the prompt."""
-    return [None if asks_prompt(name) else name for name in domain]
-
-
-def name_rows(domain: Any, rows: int) -> list[str | None]:
-    """Return what a call names for each row.
-
-    Raises:
-        PathwaysError: It names something for another number of rows.
-    """
-    named = [domain] * rows if isinstance(domain, str) else list(domain)
-    if len(named) != rows:
-        raise PathwaysError(
-            f"domain has {len(named)} entries, but the batch has {rows} rows. Give one entry per "
-            "row, or a single name for all."
-        )
-    return named
-
-
-def find_prior(name: str | None) -> str | None:
-    """Return the domain that what a call names for a row has as its prior."""
-    return None if name is None or not name.startswith(PRIOR) else name.removeprefix(PRIOR)
-
-
-def find_span(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return a call's rows, how many tokens of each are in its cache, and how many come."""
-    named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
-    given = next((value for value in (*named, *args[:1]) if isinstance(value, Tensor)), None)
-    rows, tokens = (1, 1) if given is None else given.shape[:2]  # generate starts from BOS
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-    return int(rows), start, int(tokens)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def read_prompts(args: Sequence[Any], kwargs: Mapping[str, Any], *, compiling: bool) -> Tensor:
-    """Return which tokens of a call's prompts are text and no padding, bool ``(rows, tokens)``.
-
-    Args:
-        args: The call's.
-        kwargs: The call's.
-        compiling: Whether a graph is being traced, in which nothing may depend on activations.
-
-    Raises:
-        PathwaysError: The call is compiled, or the beginning of the text is in a cache, or the
-            mask has another shape.
-    """
-    if compiling:
-        raise PathwaysError(
-            f"domain={PROMPT!r} cannot be decided within a compiled pass: what is computed depends "
-            "on the prompt. Name a domain, or do not compile the model."
-        )
-    rows, start, tokens = find_span(args, kwargs)
-    if start:
-        raise PathwaysError(
-            f"domain={PROMPT!r} picks neurons once, from a whole prompt, and this call continues a "
-            "text whose beginning is in the cache. Keep what the first call picked (`picked` of "
-            "its output, with return_dict_in_generate=True), and pass domain=picked."
-        )
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return torch.ones(rows, tokens, dtype=torch.bool)
-    if mask.shape != (rows, tokens):
-        raise PathwaysError(
-            f"attention_mask has the shape {tuple(mask.shape)}, and the prompts {(rows, tokens)}: "
-            f"domain={PROMPT!r} needs a mask of the same shape, or none."
-        )
-    return mask.cpu() > 0
-
-
-def check_forms(settings: Mapping[str, Any]) -> None:
-    """Check that a generation draws its tokens in a way in which neurons can be picked.
-
-    Raises:
-        PathwaysError: Passes of a part of the model come before the prompt's.
-    """
-    config = settings.get("generation_config")
-    if settings.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
-        raise PathwaysError(
-            f"assistant_early_exit runs a part of the layers before the prompt has passed all of "
-            f"them, so that domain={PROMPT!r} has nothing to pick from. Name a domain, or leave "
-            "assistant_early_exit out."
-        )
-
-
-def sort_prompts(
-    names: Sequence[str | None], own: Sequence[int], counted: Tensor, ends: Tensor | None = None
-) -> Prompts:
-    """Return the rows of a call whose prompts have tokens enough to pick from.
-
-    Args:
-        names: What the call names for each row.
-        own: For each row the pathway that computes it, -1 for dense.
-        counted: As in ``Prompts``.
-        ends: The same; without, all prompts are as long as ``counted``.
-    """
-    if ends is None:
-        ends = torch.full((len(counted),), counted.shape[1])
-    lengths = counted.sum(1).tolist()
-    picking = [
-        row for row, name in enumerate(names) if asks_prompt(name) and lengths[row] >= LEAST_TOKENS
-    ]
-    return Prompts(rows=list(own), picking=picking, counted=counted, ends=ends)
-
-
-def tell_decisions(output: Any, decided: Any) -> Any:
-    """Return an output which, if it is more than tensors, says what was decided for its rows.
-
-    As ``domains``, and what was picked from prompts as ``picked``.
-    """
-    if not isinstance(decided, Picked):
-        return tell_domains(output, decided)
-    if isinstance(output, ModelOutput):
-        output.domains, output.picked = decided.domains, decided
-    return output
+    def _begin_call(self, call: Picking, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
+        """Begin a pass of a call that picks from its prompts: of these, or of what follows."""
+        refuse_compiled(torch.compiler.is_compiling())
+        rows, start, tokens = find_span(args, kwargs)
+        name, ambient = self.config.executor, find_choice(self._attachment.key)
+        looked = ambient is not None and ambient.call is call
+        if start >= call.prompts.length:
+            call.check_complete()
+            chosen = self._fit(call.rows(torch.device("cpu")), rows, expand=True)
+            picked = None if chosen is None else call
+            return self._attachment.begin(chosen, name, looked=looked, picked=picked)
+        call.begin_pass(start, tokens)
+        chosen = self._fit(torch.tensor(call.prompts.rows), rows, expand=True)
+        return self._attachment.begin(chosen, name, looked=looked, sees=call)

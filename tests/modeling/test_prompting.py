@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.modeling.prompting import LEAST_TOKENS
+from hf_sparse_pathways.modeling.picked import LEAST_TOKENS
 from tests.architectures import build, compensate, prompt, random_masks, repaired
 from tests.clustered import clustered
 from tests.clustered import reference as clustered_reference
