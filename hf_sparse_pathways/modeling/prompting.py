@@ -44,6 +44,7 @@ class Prompting(_Base):
 
     config: Any
     pathways: Any
+    adapters: Any
     check_no_adapters: Any
     _attachment: Attachment
     _partial: Partial | None
@@ -55,8 +56,11 @@ class Prompting(_Base):
 
     @property
     def picks_neurons(self) -> bool:
-        """Whether ``"prompt"`` may stand for a domain: unless one's neurons were loaded alone."""
-        return self._partial is None
+        """Whether ``"prompt"`` may stand for a domain.
+
+        It may not where one domain's neurons were loaded alone, or domains have adapters.
+        """
+        return self._partial is None and not self.adapters
 
     @property
     def prompt_settings(self) -> PromptSettings:
