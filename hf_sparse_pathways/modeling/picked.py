@@ -109,8 +109,8 @@ def find_span(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int,
     given = next((value for value in (*named, *args[:1]) if isinstance(value, Tensor)), None)
     rows, tokens = (1, 1) if given is None else given.shape[:2]  # generate starts from BOS
     caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
-    cache = next((given for given in caches if given is not None), None)
-    start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    cache = next((given for given in caches if hasattr(given, "get_seq_length")), None)
+    start = 0 if cache is None else int(cache.get_seq_length())
     return int(rows), start, int(tokens)
 
 

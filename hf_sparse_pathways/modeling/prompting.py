@@ -51,7 +51,6 @@ class Prompting(_Base):
     _resolve: Any
     _fit: Any
     _holding: Any
-    _is_compiled: bool
     _look_at_weights: Any
 
     @property
@@ -186,8 +185,9 @@ class Prompting(_Base):
     def _note_mask(self, mask: Any) -> None:
         """Let a call that picks neurons know which tokens of its prompts are padding."""
         ambient = find_choice(self._attachment.key)
-        call = None if ambient is None else ambient.call
-        if call is not None and not call.complete and isinstance(mask, Tensor):
+        if ambient is None or ambient.call is None or not isinstance(mask, Tensor):
+            return
+        if not ambient.call.complete:
             ambient.routed.count(mask)
 
     def _call_within(self, domain: Any) -> Picking | None:
