@@ -406,6 +406,12 @@ def _compiled(model, ids):
         torch.compile(copy.deepcopy(model), backend="eager")(ids, domain="prompt")
 
 
+def _generated_by_a_graph(model, ids):
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    compiled.generate(ids, domain="prompt", max_new_tokens=2)
+
+
 def _loaded_alone(model, ids):
     import tempfile
 
@@ -418,6 +424,7 @@ def _loaded_alone(model, ids):
 
 REFUSED = {
     "compiled": (_compiled, "compiled pass"),
+    "a compiled generation": (_generated_by_a_graph, "compiled pass"),
     "one domain's neurons": (_loaded_alone, "loaded with the neurons of 'law'"),
     "rows": (lambda model, ids: model(ids, domain=["prompt"]), "3 rows"),
     "a typo": (lambda model, ids: model(ids, domain=["prompt", "lwa", None]), "law"),
