@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
+    from hf_sparse_pathways.modeling.adaptation import adapt
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
     from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
     from hf_sparse_pathways.modeling.permutation import permute
@@ -78,6 +79,7 @@ __all__ = [
     "SwigluConfig",
     "TokenRouter",
     "__version__",
+    "adapt",
     "add_domains",
     "benchmark",
     "distil_block",
@@ -117,6 +119,7 @@ _HOMES = {
     "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
     "Profile": "discovery.profiles",
+    "adapt": "modeling.adaptation",
     "SparsePathwaysConfig": "modeling.configuration",
     "SparsePathwaysForCausalLM": "modeling.causal_lm",
     "Healed": "healing.healing",

@@ -18,7 +18,11 @@ def run(  # noqa: PLR0913
         str | None, typer.Option(help="Text to continue; read from stdin if not given.")
     ] = None,
     domain: Annotated[
-        str | None, typer.Option(help="Domain to use, or auto; the default domain if not given.")
+        str | None,
+        typer.Option(
+            help="Domain to use, auto, or prompt (prompt:NAME with a domain as prior) for the "
+            "neurons that the prompt uses; the default domain if not given."
+        ),
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Use all neurons.")] = False,
     guard: Annotated[

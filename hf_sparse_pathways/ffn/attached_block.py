@@ -143,15 +143,23 @@ class _MaskInput:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002
-        choice = find_choice(self.state.key)
-        if choice is None or choice.pathway is None:
+        choice, state, member = find_choice(self.state.key), self.state, None
+        if choice is None:
             return None
         member = choice.pathway
-        if self.state.clustered:
+        if choice.sees is not None:
+            choice.sees.see(state, args[0])
+        if choice.sees is not None and choice.sees.has_later:
+            state, member = choice.sees.state(state), choice.sees.later(args[0])
+        elif choice.picked is not None:
+            state = choice.picked.state(state)
+        if member is None:
+            return None
+        if state.clustered:
             _, member = needed_route(choice.routes.get(id(self.state)))
         up = choice.ups.get(id(self.state))
-        activation = self.state.skip(args[0], up, member)
-        return (self.state.mask(activation, member), *args[1:])
+        activation = state.skip(args[0], up, member)
+        return (state.mask(activation, member), *args[1:])
 
 
 class _SeeUp:

@@ -22,6 +22,7 @@ from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.kept_experts import KeptExperts
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST
 
@@ -119,13 +120,23 @@ class Attachment:
             self.copies.executor = chosen.executor
         return self._execution[1]
 
-    def begin(self, pathway: int | Tensor | None, name: str, *, looked: bool) -> Choice:
+    def begin(
+        self,
+        pathway: int | Tensor | None,
+        name: str,
+        *,
+        looked: bool,
+        sees: Picking | None = None,
+        picked: Picking | None = None,
+    ) -> Choice:
         """Make the choice for one forward pass, its copies pinned; ``end`` takes it back.
 
         Args:
             pathway: What is computed.
             name: The executor that was asked for.
             looked: Whether ``ModelCopies.check`` has run for this pass.
+            sees: What picks from the prompt that passes.
+            picked: What has picked the neurons that are computed.
         """
         executor, copies, rest = "masked", None, False
         if pathway is not None or has_own_dense(name):
@@ -137,13 +148,16 @@ class Attachment:
         if executor != "masked":
             if not looked:
                 self.copies.check()
-            copies = self._pin_copies(WHOLE if pathway is None else pathway)
+            whole = WHOLE if pathway is None else pathway
+            copies = self._pin_picked(picked, whole) if picked else self._pin_copies(whole)
         if has_own_dense(executor):
             if torch.is_autocast_enabled("cpu") and EXECUTORS[executor].form is PACKED:
                 executor = "compact"  # oneDNN's operators do not follow autocast
             else:
                 rest = self._pin_rest(executor)
-        return push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+        choice = push_choice(self.key, pathway, executor=executor, copies=copies, rest=rest)
+        choice.sees, choice.picked = sees, picked
+        return choice
 
     def hold(self, pathway: int | Tensor | None, name: str, *, plain: bool, expand: bool) -> Choice:
         """Make the choice for several forward passes; ``end`` takes it back.
@@ -173,13 +187,24 @@ class Attachment:
                 raise
         return choice
 
+    def hold_picked(
+        self, pathway: int | Tensor | None, name: str, picked: Picking, *, expand: bool
+    ) -> Choice:
+        """Make the choice of what was picked, for several forward passes; see ``hold``."""
+        choice = push_choice(self.key, pathway, expand=expand)
+        choice.picked = picked
+        copied = pathway is not None and not torch.is_grad_enabled()
+        if copied and self.execution(name).executor != "masked" and self._pin(picked):
+            choice.held = picked
+        return choice
+
     def end(self, choice: Choice) -> None:
         """Take back what ``begin`` or ``hold`` did."""
         remove_choice(choice)
         if choice.held is not None:
             self._unpin(choice.held)
         if choice.copies is not None:
-            self._unpin(_key(choice.copies))
+            self._unpin(choice.picked or _key(choice.copies))
         if choice.rest:
             self._unpin(REST)
 
@@ -204,6 +229,20 @@ class Attachment:
             return None
         return mixture if self._pin(mixture.key) else None
 
+    def _pin_picked(self, picked: Picking, pathway: int | Tensor) -> int | Mixture | None:
+        """Return what a pass computes with of what was picked for its call.
+
+        The first pass of a call pins it for all.
+        """
+        copies, ambient = picked.copies_of(pathway), find_choice(self.key)
+        mixed = isinstance(copies, Mixture)
+        if copies is None or (mixed and self.copies.executor == "sliced") or not self._pin(picked):
+            return None
+        if ambient is not None and ambient.call is picked and ambient.held is None:
+            self._pin(picked)
+            ambient.held = picked
+        return copies
+
     def _pin_rest(self, executor: str) -> bool:
         """Pin the copies of the leaves outside the blocks, if the executor has some."""
         if self.copies.rest.use(EXECUTORS[executor].everywhere):
@@ -214,15 +253,15 @@ class Attachment:
         """Return the pathway that is held on this thread, if its copies can be traced."""
         ambient = find_choice(self.key)
         held = None if ambient is None else ambient.held
-        return held if held is not None and self.copies.are_traceable(held) else None
+        return held if isinstance(held, int) and self.copies.are_traceable(held) else None
 
-    def _pin(self, key: Key) -> bool:
+    def _pin(self, key: Key | Picking) -> bool:
         """Pin copies; a graph that is traced holds them itself."""
         return torch.compiler.is_compiling() or self.residents.pin(key)
 
-    def _unpin(self, key: Key) -> None:
+    def _unpin(self, key: Key | Picking) -> None:
         if not torch.compiler.is_compiling():
-            self.residents.unpin(key)
+            self.residents.unpin(key, forget=isinstance(key, Picking))
 
     def settle(self) -> None:
         """Notice wrapped, replaced and offloaded leaves; called before each sparse forward.

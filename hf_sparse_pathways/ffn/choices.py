@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hf_sparse_pathways.ffn.mixtures import Mixture
+
+if TYPE_CHECKING:
+    from hf_sparse_pathways.ffn.picking import Picking
 
 
 class ModelKey:
@@ -34,14 +37,18 @@ class Choice:
         copies: Key of the copies to compute with, or how a batch is mixed; they are resident until
             the choice is taken back. Without, and in blocks that cannot use any, it is masked.
         rest: Whether the leaves outside the FFN blocks have copies too.
-        held: The pathway whose copies are resident as long, for the passes within.
+        held: The pathway whose copies are resident as long, for the passes within; or what was
+            picked from the call's prompt.
         expand: Whether per-row indices may be repeated to fit a larger batch (beams).
         below: The choice made before.
         ended: Whether it holds no more.
         asked: What a scope asks each call within to decide from its own prompt, ``"auto"`` for all
             rows or some; None where all is decided.
-        routed: The domain of each row, where a router has decided.
         guard: What watches the text of a generation, and changes ``pathway`` between its passes.
+        routed: The domain of each row, where a router has decided; or what is picked from each.
+        call: What picks neurons from the prompt of a call, for the passes within.
+        sees: The same in a pass of the prompt, which shows its activations.
+        picked: The same in a pass of what comes after; ``pathway`` is then a number of its own.
         inputs: Inputs of the FFN blocks that are running, for their bypasses; by block state.
         routes: Where the tokens of those with clusters go, with the input that was routed.
         ups: What the gates of blocks that skip neurons are multiplied by; by block state.
@@ -57,10 +64,13 @@ class Choice:
     expand: bool = False
     below: "Choice | None" = None
     ended: bool = False
-    held: int | None = None
+    held: "int | Picking | None" = None
     asked: Any = None
-    routed: list[str | None] | None = None
     guard: Any = None
+    routed: Any = None
+    call: "Picking | None" = None
+    sees: "Picking | None" = None
+    picked: "Picking | None" = None
     inputs: dict[int, Tensor] = field(default_factory=dict)
     routes: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)
     ups: dict[int, Tensor] = field(default_factory=dict)

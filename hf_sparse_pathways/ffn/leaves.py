@@ -20,6 +20,7 @@ from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.copies import WHOLE, KeptWeights, Own, kept_weights
 from hf_sparse_pathways.ffn.executors import EXECUTORS, MASKED, Executor
 from hf_sparse_pathways.ffn.layouts import linear_weight
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.skipping import Example, up_part
 from hf_sparse_pathways.ffn.state import BlockState
 
@@ -99,37 +100,50 @@ class IncomingLeaf(PathwayLeaf):
         """Compute all neurons, or what the executor needs of them."""
         executor, pathway, choice = self._plan()
         if executor is None or choice is None:
-            return self.dense(x)
+            output = self.dense(x)
+            if self.state.skips and choice is not None and choice.sees is not None:
+                self._note_gate(choice, output)
+            return output
+        leaf = self if choice.picked is None else choice.picked.leaf(self)
         if self.state.bypassed:
             choice.inputs[id(self.state)] = x
-        if self.state.clustered:
-            pathway = self._route(choice, executor, pathway, x)
-        if self.state.skips:
-            return self._gated(choice, executor, pathway, x)
-        return executor.incoming(self, x, pathway)
+        if leaf.state.clustered:
+            pathway = self._route(choice, executor, pathway, leaf.state, x)
+        if leaf.state.skips:
+            return self._gated(choice, executor, pathway, leaf, x)
+        return executor.incoming(leaf, x, pathway)
 
-    def _gated(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Tensor:
+    def _gated(
+        self, choice: Choice, executor: Executor, pathway: Any, leaf: PathwayLeaf, x: Tensor
+    ) -> Tensor:
         """Compute a gate, or what it is multiplied by as far as it is needed."""
         place = id(self.state)
         gate = choice.gates.get(place) if self.position else None
-        active = None if gate is None else find_active(self, gate, pathway, executor.form)
+        active = None if gate is None else find_active(leaf, gate, pathway, executor.form)
         if active is None:
-            output = executor.incoming(self, x, pathway)
+            output = executor.incoming(leaf, x, pathway)
         else:
             choice.active[place] = active
-            output = active_incoming(self, x, pathway, active)
+            output = active_incoming(leaf, x, pathway, active)
+        self._note_gate(choice, output)
+        return output
+
+    def _note_gate(self, choice: Choice, output: Tensor) -> None:
+        """Keep an output for the leaves that are called after this one."""
+        place = id(self.state)
         if self.position == 0 and self.rows_per_neuron == 1:
             choice.gates[place] = output
         up = up_part(output, self.position, self.rows_per_neuron)
         if up is not None:
             choice.ups[place] = up
-        return output
 
-    def _route(self, choice: Choice, executor: Executor, pathway: Any, x: Tensor) -> Any:
+    def _route(
+        self, choice: Choice, executor: Executor, pathway: Any, state: BlockState, x: Tensor
+    ) -> Any:
         """Return where the tokens of the block's input go, found once for all incoming leaves."""
         known = choice.routes.get(id(self.state))
         if known is None or known[0] is not x:
-            known = choice.routes[id(self.state)] = (x, executor.route(self.state, pathway, x))
+            known = choice.routes[id(self.state)] = (x, executor.route(state, pathway, x))
         return known[1]
 
 
@@ -141,19 +155,50 @@ class OutgoingLeaf(PathwayLeaf):
     def forward(self, x: Tensor) -> Tensor:
         """Sum over all neurons, or over the kept ones."""
         executor, pathway, choice = self._plan()
+        if choice is not None and choice.sees is not None:
+            if not self.state.masked_outside:
+                choice.sees.see(self.state, x)
+            if choice.sees.has_later:
+                return self._mask_later(choice, choice.sees, x)
         if executor is None or choice is None:
             return self.dense(x)
+        leaf = self if choice.picked is None else choice.picked.leaf(self)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        active, up = None, None
-        if self.state.skips:
-            active, up = self._see_gate(choice, x)
-        if self.state.clustered:
+        if leaf.state.clustered:
             _, pathway = needed_route(choice.routes.pop(id(self.state), None))
-        if self.state.skips and (active is None or x.shape[:-1].numel() > 1):
-            x = executor.skip(self.state, x, up, pathway)
-        if active is not None:
-            return active_outgoing(self, x, pathway, active, block_input)
-        return executor.outgoing(self, x, pathway, block_input)
+        if not leaf.state.skips:
+            return executor.outgoing(leaf, x, pathway, block_input)
+        return self._sum_active(choice, executor, pathway, leaf, x, block_input)
+
+    def _sum_active(
+        self,
+        choice: Choice,
+        executor: Executor,
+        pathway: Any,
+        leaf: PathwayLeaf,
+        x: Tensor,
+        block_input: Tensor | None,
+    ) -> Tensor:
+        """Sum over those of the kept neurons that each token does not skip."""
+        active, up = self._see_gate(choice, x)
+        if active is None:
+            skipped = executor.skip(leaf.state, x, up, pathway)
+            return executor.outgoing(leaf, skipped, pathway, block_input)
+        if x.shape[:-1].numel() > 1:  # what any of them needs is there for all
+            x = executor.skip(leaf.state, x, up, pathway)
+        return active_outgoing(leaf, x, pathway, active, block_input)
+
+    def _mask_later(self, choice: Choice, picking: Picking, x: Tensor) -> Tensor:
+        """Compute a prompt's tokens densely, and those after it with what was picked from it."""
+        leaf, members = picking.leaf(self), picking.later(x)
+        block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
+        if leaf.state.clustered:
+            routed, _ = needed_route(choice.routes.pop(id(self.state), None))
+            members = leaf.state.choose_members(members, routed)
+        if leaf.state.skips:
+            _, up = self._see_gate(choice, x)
+            x = MASKED.skip(leaf.state, x, up, members)
+        return MASKED.outgoing(leaf, x, members, block_input)
 
     def _see_gate(self, choice: Choice, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return which kept neurons are computed, if not all, and what gates are multiplied by."""

@@ -22,6 +22,7 @@ from hf_sparse_pathways.ffn.copies import (
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.forms import PACKED, Form
 from hf_sparse_pathways.ffn.leaves import PathwayLeaf
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.rest import REST, RestLeaves
 from hf_sparse_pathways.ffn.slices import has_views
@@ -58,8 +59,10 @@ class ModelCopies:
         """The pathways that compute different neurons for different tokens."""
         return self.clustered | self.skipping
 
-    def size(self, key: Key) -> int:
+    def size(self, key: Key | Picking) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""
+        if isinstance(key, Picking):
+            return key.size(EXECUTORS[self.executor].form)
         return self.form_bytes(key, EXECUTORS[self.executor].form)
 
     def reduce(self, leaves: Sequence[Sequence[nn.Module]]) -> None:
@@ -119,7 +122,10 @@ class ModelCopies:
             attached.state.drop()
         self.residents.clear()
 
-    def _drop(self, key: Key) -> None:
+    def _drop(self, key: Key | Picking) -> None:
+        if isinstance(key, Picking):
+            key.drop()
+            return
         for leaf in self.rest.leaves if key == REST else self.leaves:
             drop_copies(leaf, _of_leaf(key))
         for attached, pathway in self._experts_of(key):

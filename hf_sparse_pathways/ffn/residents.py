@@ -44,10 +44,13 @@ class Residents:
             self._pins[pathway] += 1
             return True
 
-    def unpin(self, pathway: Hashable) -> None:
-        """Take one ``pin`` back."""
+    def unpin(self, pathway: Hashable, *, forget: bool = False) -> None:
+        """Take one ``pin`` back; evict what nobody will ask for again with the last one."""
         with self._lock:
             self._pins[pathway] -= 1
+            if forget and not self._pins[pathway]:
+                del self._pins[pathway]
+                self._remove(pathway)
 
     def clear(self) -> None:
         """Evict every pathway that is not pinned; each is measured anew when it is next used."""

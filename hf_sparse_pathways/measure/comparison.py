@@ -39,6 +39,7 @@ from hf_sparse_pathways.measure.arms import (
 )
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.peers import PEERS
+from hf_sparse_pathways.measure.prompted import PROMPTED, WITH_DOMAIN, prompt_arm
 from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
@@ -149,9 +150,10 @@ class Comparison:
             UnknownNameError: A name is unknown.
             PathwaysError: An option of ``select`` is out of range.
         """
+        known = [*CONTENDERS, *PEERS, *PROMPTED]
         for name in self.methods:
-            if name not in CONTENDERS and name not in PEERS:
-                raise UnknownNameError("method", name, [*CONTENDERS, *PEERS])
+            if name not in known:
+                raise UnknownNameError("method", name, known)
         make_recipe(OBS, precision=self.precision, **self.options)
 
 
@@ -227,8 +229,8 @@ def _groups(methods: Sequence[str]) -> list[list[str]]:
     """Return methods that are measured in the same passes: those that cost little to select."""
     repaired = [[name] for name in methods if name in CONTENDERS and CONTENDERS[name].repaired]
     plain = [name for name in methods if name in CONTENDERS and not CONTENDERS[name].repaired]
-    peers = [name for name in methods if name in PEERS]
-    return [group for group in (*repaired, plain, peers) if group]
+    others = [[name for name in methods if name in group] for group in (PEERS, PROMPTED)]
+    return [group for group in (*repaired, plain, *others) if group]
 
 
 def _stored_sparsities(work: Path | None) -> set[float]:
@@ -299,7 +301,7 @@ class _Steps:
         """Return the rows of methods that the work folder has, but for some."""
         if self.work is None:
             return []
-        methods = [name for name in (*CONTENDERS, *PEERS) if name not in others]
+        methods = [name for name in (*CONTENDERS, *PEERS, *PROMPTED) if name not in others]
         paths = [self.work / f"{self._name(method)}.json" for method in methods]
         return [row for path in paths if path.is_file() for row in _stored_rows(path)]
 
@@ -334,6 +336,8 @@ class _Steps:
         for name, text in self.texts.items() if methods else ():
             if selected:
                 model, arms = self._static(name, selected)
+            elif methods[0] in PROMPTED:
+                model, arms = self._prompted(name, methods)
             else:
                 model, arms = self.model, self._adaptive(name, methods)
             for method, found in self._rows(model, text, arms).items():
@@ -402,6 +406,20 @@ class _Steps:
                     100 * self.sparsity,
                 )
         return {method: {method: arm} for method, arm in arms.items() if arm is not None}
+
+    def _prompted(
+        self, domain: str, methods: Sequence[str]
+    ) -> tuple[Any, dict[str, dict[str, MeasuredArm]]]:
+        """Return a model that picks neurons from prompts, and the arms of methods that do."""
+        pathways = Pathways(base=self.profile.base, by_domain={})
+        if WITH_DOMAIN in methods:
+            pathways = self._selected(PATHWAY)
+        sparse = SparsePathwaysForCausalLM.from_dense(self.model, pathways)
+        sparse.set_prompt_pathways(sparsity=self.sparsity, rule="refit")
+        return sparse, {
+            method: {method: prompt_arm(method, domain, pathways, self.sparsity, CONTEXT)}
+            for method in methods
+        }
 
     def _rows(
         self, model: Any, text: ScoredText, arms: Mapping[str, Mapping[str, MeasuredArm]]

@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.ffn.attachment import Attachment
 from hf_sparse_pathways.ffn.choices import Choice, find_choice
 from hf_sparse_pathways.ffn.execution import check_executor
@@ -24,8 +24,9 @@ from hf_sparse_pathways.modeling.model import (
     batch_size,
     made_class,
 )
+from hf_sparse_pathways.modeling.picked import Picked, check_forms, tell_decisions
 from hf_sparse_pathways.modeling.replacement import refuse
-from hf_sparse_pathways.modeling.routing import agreed, tell_domains
+from hf_sparse_pathways.modeling.routing import agreed
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
     check_convertible,
@@ -161,8 +162,11 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             domain: A domain's name, a list with a name or None per prompt, or None for dense;
                 omitted: the ambient ``pathway``, else the default domain. ``"auto"`` in place of a
                 name: what ``route`` says of the prompt, for the whole generation; an output that
-                is returned as a dictionary has it as ``domains``. A sparse assistant model uses
-                the same domain if it has one of that name.
+                is returned as a dictionary has it as ``domains``. ``"prompt"``: the prompt is
+                computed densely, what follows with the neurons that it has used, which such an
+                output has as ``picked``; ``"prompt:code"`` has a domain as prior (see
+                ``set_prompt_pathways``). What was picked may itself be named. A sparse assistant
+                model uses the same domain if it has one of that name.
             guard: Whether to watch the new tokens of each row. One whose text leaves its domain
                 goes on densely until it comes back; with ``"auto"`` it may go to other domains,
                 too. What was computed before stays in the cache. An output that is returned as a
@@ -178,8 +182,9 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         routed = self._route_call(domain, args, kwargs)
         if routed is not None:
             domain = agreed(routed)
+        picked = self._pick_from(domain, args, kwargs)
         with ExitStack() as stack:
-            choice = stack.enter_context(self._generating(domain, args, kwargs))
+            choice = stack.enter_context(self._generating(domain, args, kwargs, picked))
             if guard:
                 choice.guard = self._guard(choice, asked, args, kwargs)
             signature = inspect.signature(super().generate)
@@ -189,17 +194,26 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             output = super().generate(*args, **kwargs)
             if choice.guard is not None:
                 routed = choice.guard.tell(output)
-            return tell_domains(output, routed)
+            return tell_decisions(output, routed if picked is None else picked)
 
     @contextmanager
     def _generating(
-        self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        domain: Domain | Unset,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        picked: Picked | None,
     ) -> Iterator[Choice]:
         """Make the choice for a whole generation; rows are repeated for beams."""
-        chosen, _ = self._chosen(domain)
+        if picked is not None:
+            check_forms(kwargs)
+            with self._picking(picked) as choice:
+                yield choice
+            return
+        chosen, _, before = self._chosen(domain)
         if isinstance(chosen, Tensor):
             fit_rows(chosen, batch_size(args, kwargs), expand=False)
-        with self._holding(chosen, expand=True) as choice:
+        with self._holding(chosen, expand=True, picked=before) as choice:
             yield choice
 
     def _guard(
@@ -210,6 +224,11 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         Raises:
             PathwaysError: The text of a row's domain is not known, or there is no dense model.
         """
+        if choice.call is not None:
+            raise PathwaysError(
+                "A guard watches whether a text leaves its domain, and what is picked from a "
+                "prompt has none: name the domain, or leave out guard."
+            )
         if self._partial is not None:
             raise self._partial.refuse("a guard has no dense model to fall back to")
         self._look_at_weights()  # a row that is dense now may go to a domain
@@ -225,3 +244,9 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         if choice is not None and choice.guard is not None:
             domains = choice.guard.follow(input_ids)
             choice.pathway = self._resolve(agreed(domains))
+
+    def _prepare_attention_mask_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Infer which tokens are padding as the base does, and let what picks know it."""
+        mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        self._note_mask(mask)
+        return mask

@@ -27,8 +27,8 @@ from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.domains import UNSET
 from hf_sparse_pathways.modeling.model import SparsePathwaysModel
+from hf_sparse_pathways.modeling.picked import tell_decisions
 from hf_sparse_pathways.modeling.replacement import forward_with_losses
-from hf_sparse_pathways.modeling.routing import tell_domains
 from hf_sparse_pathways.modeling.structure import first_class
 from hf_sparse_pathways.sgatlin.layer import has_losses
 
@@ -90,7 +90,7 @@ def _forward_with_domain(base_forward: Callable[..., Any]) -> Callable[..., Any]
         try:
             if has_losses(self.config.ffn):
                 return forward_with_losses(base_forward, self, *args, **kwargs)
-            return tell_domains(base_forward(self, *args, **kwargs), choice.routed)
+            return tell_decisions(base_forward(self, *args, **kwargs), choice.routed)
         finally:
             self.leave_forward(choice)
 

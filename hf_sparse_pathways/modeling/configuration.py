@@ -21,8 +21,9 @@ from hf_sparse_pathways.errors import (
 )
 from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
+from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
-from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
 from hf_sparse_pathways.sgatlin.settings import FfnConfig, read_ffn
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         pathways_format: Version of the artefact's format.
         ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; then
             there are no domains. None for the base's own.
+        prompt_pathways: How ``domain="prompt"`` picks neurons, ``sparsity`` and ``rule``; None for
+            the defaults of ``PromptSettings``.
 
     Where ``permute`` has put the neurons in another order, ``neuron_order`` identifies it; the
     plain configuration of ``to_dense`` has it too, since the order is that of the weights.
@@ -57,6 +60,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
     executor: str = "auto"
     pathways_format: int = FORMAT_VERSION
     ffn = cast("FfnConfig | None", None)
+    prompt_pathways: dict[str, Any] | None = None
     weights_of = None
     """Name and revision of the base's repository where the pathways lie without weights."""
 
@@ -150,6 +154,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         fields = super().to_diff_dict()
         fields.pop("weights_of", None)
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
+        if self.prompt_pathways is None:
+            del own["prompt_pathways"]
         return {
             **fields,
             **own,
@@ -168,12 +174,12 @@ class SparsePathwaysConfig(PreTrainedConfig):
         return config
 
     def check_default_domain(self, domains: list[str]) -> None:
-        """Check that the default is one of some domains, or the router's choice.
+        """Check that the default is one of some domains, or what decides from the prompt.
 
         Raises:
             UnknownNameError: It is not.
         """
-        if self.default_domain not in (None, AUTO, *domains):
+        if self.default_domain not in (None, AUTO, PROMPT, *domains):
             raise UnknownNameError("default domain", self.default_domain, domains)
 
     def check_ffn(self) -> None:
@@ -203,7 +209,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         return _new_config, (type(self).__bases__[1],), self.__dict__
 
 
-_OWN_FIELDS = ("domains", "default_domain", "executor", "pathways_format")
+_OWN_FIELDS = ("domains", "default_domain", "executor", "pathways_format", "prompt_pathways")
 
 # A dataclass lists inherited fields as its own. In a class made from this one *and* a base's, the
 # general defaults would then win over the base's (bos_token_id, ...), so only our own stay listed.
@@ -254,6 +260,7 @@ def _check_saved(fields: dict[str, Any]) -> str:
         value = fields.get(name)
         if not (value is None or _is_word(value)):
             raise ArtefactError(f"config.json has {name} {value!r:.200}, which is no name.")
+    PromptSettings.from_dict(fields.get("prompt_pathways"))
     executor = fields.get("executor", "auto")
     check_executor(executor if isinstance(executor, str) else repr(executor))
     return str(base_type)

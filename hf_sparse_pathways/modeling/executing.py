@@ -1,5 +1,6 @@
 """How a model computes kept neurons, and which copies of its weights lie in memory for that."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Self
 
 from hf_sparse_pathways.errors import PathwaysError
@@ -7,10 +8,11 @@ from hf_sparse_pathways.ffn.attachment import Attachment
 from hf_sparse_pathways.ffn.copies import WHOLE, Key
 from hf_sparse_pathways.ffn.execution import Execution, check_executor
 from hf_sparse_pathways.ffn.executors import EXECUTORS
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
 from hf_sparse_pathways.modeling.replacement import refuse
-from hf_sparse_pathways.pathways.pathway import Pathways
+from hf_sparse_pathways.pathways.pathway import PROMPT, Pathways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -73,14 +75,22 @@ class Executing(_Base):
 
     @property
     def resident(self) -> dict[str, int]:
-        """Bytes of the copies by pathway, those used longest ago first."""
+        """Bytes of the copies by pathway, those used longest ago first.
+
+        What calls have picked from their prompts stands together as ``prompt``, while they run.
+        """
         rest = "attention and head" if self._attachment.sparse else "every leaf"
         names = {WHOLE: "dense", REST: rest, **dict(enumerate(self._named))}
 
-        def name(key: Key) -> str:
+        def name(key: Key | Picking) -> str:
+            if isinstance(key, Picking):
+                return PROMPT
             return "+".join(names[one] for one in (key if isinstance(key, tuple) else (key,)))
 
-        return {name(key): size for key, size in self._attachment.residents.sizes.items()}
+        sizes: Counter[str] = Counter()
+        for key, size in self._attachment.residents.sizes.items():
+            sizes[name(key)] += size
+        return dict(sizes)
 
     def prepare(self, domain: str) -> bool:
         """Make the copies that a domain's first call would make, ahead of it.

@@ -27,6 +27,7 @@ from hf_sparse_pathways.ffn.choices import (
 )
 from hf_sparse_pathways.ffn.executors import has_own_dense
 from hf_sparse_pathways.ffn.forms import NATIVE
+from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.modeling.adapting import Adapting
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
@@ -35,6 +36,12 @@ from hf_sparse_pathways.modeling.grouping import group_rows
 from hf_sparse_pathways.modeling.partial import (
     Partial,
 )
+from hf_sparse_pathways.modeling.picked import (
+    Picked,
+    asks_prompt,
+    without_prompts,
+)
+from hf_sparse_pathways.modeling.prompting import Prompting
 from hf_sparse_pathways.modeling.replacement import (
     check_checkpointing,
     find_layers,
@@ -58,10 +65,12 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-Domain = str | Sequence[str | None] | Tensor | None
+Named = str | Sequence[str | None] | Tensor | None
+
+Domain = Named | Picked
 
 
-class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
+class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
     """What every model with pathways can do, whatever its head."""
 
     config: Any
@@ -180,7 +189,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
             PathwaysError: ``max_batch`` is not positive.
         """
         if domains:
-            self._resolve([*domains])
+            self._resolve(without_prompts(domains))
         return group_rows(domains, max_batch)
 
     @contextmanager
@@ -190,21 +199,23 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         Coroutines on one thread share its scopes: pass ``domain=`` there instead.
 
         Args:
-            domain: A domain, a list with one per row, or None for dense. ``"auto"`` is decided by
-                each call from its own prompt.
+            domain: A domain, a list with one per row, or None for dense. ``"auto"`` and
+                ``"prompt"`` are decided by each call from its own prompt. What was picked from a
+                prompt, as an output has it as ``picked``, stands for its rows.
 
         Raises:
             UnknownNameError: An unknown domain.
             PathwaysError: ``"auto"``, but the pathways do not know their domains' text.
         """
+        asks = asks_router(domain) or asks_prompt(domain)
         if asks_router(domain):
             self._router_for(domain)
-            with self._holding(None, expand=False) as choice:
-                choice.asked = domain
-                yield self
-        else:
-            with self._holding(self._resolve(domain), expand=False):
-                yield self
+        if asks_prompt(domain):
+            self._check_pickable(domain)
+        chosen, picked = (None, None) if asks else self._resolve_any(domain)
+        with self._holding(chosen, expand=False, picked=picked) as choice:
+            choice.asked = domain if asks else None
+            yield self
 
     # -- routing ----------------------------------------------------------------------------
 
@@ -244,7 +255,7 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         router = self.text_router
         router.check()
         if not isinstance(domain, str):
-            self._resolve([None if name == AUTO else name for name in domain])
+            self._resolve([None if name == AUTO else name for name in without_prompts(domain)])
         return router
 
     def _route_call(
@@ -266,19 +277,29 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
         return self.config.default_domain if ambient is None else ambient.asked
 
     @contextmanager
-    def _holding(self, chosen: int | Tensor | None, *, expand: bool) -> Iterator[Choice]:
+    def _holding(
+        self, chosen: int | Tensor | None, *, expand: bool, picked: Picking | None = None
+    ) -> Iterator[Choice]:
         """Make a choice for all passes on this thread within the block."""
         if chosen is not None or has_own_dense(self.config.executor):
             self._look_at_weights()
-        compiled = hasattr(self.forward, "_torchdynamo_orig_callable") or self._compiled_call_impl
-        name = self.config.executor
-        choice = self._attachment.hold(chosen, name, plain=bool(compiled), expand=expand)
+        name, hold = self.config.executor, self._attachment.hold
+        if picked is not None:
+            choice = self._attachment.hold_picked(chosen, name, picked, expand=expand)
+        else:
+            choice = hold(chosen, name, plain=self._is_compiled, expand=expand)
         try:
             yield choice
         finally:
             self._attachment.end(choice)
 
-    def _resolve(self, domain: Domain) -> int | Tensor | None:
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether calls run a graph."""
+        traced = hasattr(self.forward, "_torchdynamo_orig_callable")
+        return bool(traced or self._compiled_call_impl)
+
+    def _resolve(self, domain: Named) -> int | Tensor | None:
         """Resolve names to indices; controls come after the domains."""
         if self._partial is not None:
             self._partial.check(domain)
@@ -289,31 +310,54 @@ class SparsePathwaysModel(Executing, Adapting, Saving, _Base):
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _chosen(self, domain: Domain | Unset) -> tuple[int | Tensor | None, bool]:
-        """Return what a call that names ``domain`` computes, and whether its rows may expand."""
-        if not isinstance(domain, Unset):
-            return self._resolve(domain), False
-        ambient = find_choice(self._attachment.key)
+    def _resolve_any(self, domain: Domain) -> tuple[int | Tensor | None, Picking | None]:
+        """Return what a domain stands for, and what has picked it if it was picked."""
+        if isinstance(domain, Picked):
+            return self._rows_of(domain), domain.picking
+        return self._resolve(domain), None
+
+    def _chosen(self, domain: Domain | Unset) -> tuple[int | Tensor | None, bool, Picking | None]:
+        """Return what a call that names ``domain`` computes, and whether its rows may expand.
+
+        And what has picked it from a prompt, if that is what it computes.
+        """
+        ambient = find_choice(self._attachment.key) if isinstance(domain, Unset) else None
         if ambient is None:
-            return self._resolve(self.config.default_domain), False
+            named = self.config.default_domain if isinstance(domain, Unset) else domain
+            chosen, picked = self._resolve_any(named)
+            return chosen, False, picked
         if ambient.pathway is None and self._partial is not None:
             self._partial.check(None)
-        return ambient.pathway, ambient.expand
+        return ambient.pathway, ambient.expand, ambient.picked
 
     def enter_forward(
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Choice:
         """Make the choice for one forward pass; ``leave_forward`` takes it back."""
         routed = self._route_call(domain, args, kwargs)
-        chosen, expand = self._chosen(domain if routed is None else agreed(routed))
+        domain = domain if routed is None else agreed(routed)
+        decided = self._pick_from(domain, args, kwargs)
+        call = self._call_within(domain) if decided is None else decided.picking
+        if call is not None:
+            choice = self._begin_call(call, args, kwargs)
+        else:
+            chosen, expand, picked = self._chosen(domain)
+            chosen = self._fit(chosen, batch_size(args, kwargs), expand=expand)
+            picked = None if chosen is None else picked
+            # generate has looked at the weights, for all its steps
+            choice = self._attachment.begin(
+                chosen, self.config.executor, looked=expand, picked=picked
+            )
+        choice.routed = routed if decided is None else decided
+        return choice
+
+    def _fit(self, chosen: int | Tensor | None, batch: int, *, expand: bool) -> int | Tensor | None:
+        """Return what computes the rows of a batch, on the model's device."""
         if isinstance(chosen, Tensor):
-            chosen = fit_rows(chosen, batch_size(args, kwargs), expand=expand)
+            chosen = fit_rows(chosen, batch, expand=expand)
         if isinstance(chosen, Tensor) and self.device.type != "meta":  # where all is offloaded
             chosen = chosen.to(self.device)
-        # generate has looked at the weights, for all its steps
-        choice = self._attachment.begin(chosen, self.config.executor, looked=expand)
-        choice.routed = routed
-        return choice
+        return chosen
 
     def leave_forward(self, choice: Choice) -> None:
         """Take back what ``enter_forward`` did."""

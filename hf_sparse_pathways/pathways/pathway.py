@@ -42,7 +42,10 @@ POOLED = "pooled"
 AUTO = "auto"
 """In place of a domain's name: whichever the prompt is of."""
 
-RESERVED = (AUTO, POOLED)
+PROMPT = "prompt"
+"""In place of a domain's name: the neurons that the prompt itself has used."""
+
+RESERVED = (AUTO, POOLED, PROMPT)
 
 TUNED = "tuned: "
 """Before a domain's name: the control that is the dense model, tuned as the domain was healed."""
@@ -351,7 +354,7 @@ def check_domain_name(name: object) -> None:
     if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name in RESERVED:
         raise PathwaysError(
             f"{name!r} cannot be a domain's name. Use 1 to 64 letters, digits, spaces or ._+- "
-            f"that start with a letter or digit; {AUTO!r} and {POOLED!r} are reserved."
+            f"that start with a letter or digit; {', '.join(map(repr, RESERVED))} are reserved."
         )
 
 

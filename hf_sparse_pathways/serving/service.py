@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.speed.workloads import most_tokens
 from hf_sparse_pathways.modeling.domains import UNSET, Unset
-from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
 from hf_sparse_pathways.serving.generation import Generation
 from hf_sparse_pathways.serving.limits import Limits
 from hf_sparse_pathways.serving.requests import (
@@ -59,8 +59,8 @@ class Service:
                 "needs. Use a fast tokenizer (one with a tokenizer.json)."
             )
         self.names: dict[str, str | Unset] = {name: UNSET}
-        auto = [AUTO] if model.has_router else []
-        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *auto)}
+        decided = [AUTO] * model.has_router + [PROMPT] * model.picks_neurons
+        self.names |= {f"{name}@{domain}": domain for domain in (*model.domains, *decided)}
         self.limits = limits or Limits()
         self._model, self._tokenizer = model, tokenizer
         _ = model.execution  # what is timed for it, before threads disturb each other

@@ -166,6 +166,20 @@ def test_generate_equals_the_models_own(places):
     assert json.loads(watched)["switches"] == []
 
 
+def test_generate_takes_what_the_prompt_uses(places):
+    model = AutoModelForCausalLM.from_pretrained(places.built)
+    tokenizer = AutoTokenizer.from_pretrained(places.built)
+    text = "the court of the law " * 3
+    for domain in ("prompt", "prompt:law"):
+        options = ("--prompt", text, "--max-new-tokens", 5, "--domain", domain, "--json")
+        record = json.loads(run_well("generate", places.built, *options))
+        inputs = tokenizer(text, return_tensors="pt")
+        output = model.generate(**inputs, domain=domain, do_sample=False, max_new_tokens=5)[0]
+        new = output[inputs["input_ids"].shape[1] :]
+        assert record["continuation"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert record["domain"] == domain
+
+
 def test_generate_reads_stdin_and_samples_by_seed(places):
     options = ("--max-new-tokens", 8, "--temperature", 2.0)
     seeds = ["0", "0", "1"]

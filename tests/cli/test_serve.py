@@ -21,12 +21,15 @@ def served(monkeypatch):
 
 def test_it_listens_on_this_machine_only_and_says_the_names(places, served):
     out = run_well("serve", places.built)
-    assert out == "built, built@code, built@law, built@auto at http://127.0.0.1:8000/v1\n"
+    assert (
+        out
+        == "built, built@code, built@law, built@auto, built@prompt at http://127.0.0.1:8000/v1\n"
+    )
     [(app, options)] = served
     assert (options["host"], options["port"]) == ("127.0.0.1", 8000)
     assert "/v1/chat/completions" in {route.path for route in app.routes}
     out = run_well("serve", places.built, "--name", "me/x", "--host", "0.0.0.0", "--port", 81)
-    assert out == "me/x, me/x@code, me/x@law, me/x@auto at http://0.0.0.0:81/v1\n"
+    assert out == "me/x, me/x@code, me/x@law, me/x@auto, me/x@prompt at http://0.0.0.0:81/v1\n"
 
 
 @pytest.mark.usefixtures("served")
@@ -40,7 +43,9 @@ def test_domains_get_their_adapters(places, tmp_path):
         patch.setattr(Adapting, "attach_adapters", lambda _, given: attached.append(given))
         run_well("serve", places.built, "--adapter", f"law={tmp_path}")
     assert attached == [{"law": str(tmp_path)}]
-    assert run_well("serve", places.built, "--adapter", f"law={tmp_path}").count("@law") == 1
+    out = run_well("serve", places.built, "--adapter", f"law={tmp_path}")
+    assert out.count("@law") == 1
+    assert "@prompt" not in out
     for wrong, told in ((f"lwa={tmp_path}", "domain 'lwa'"), ("law", "--adapter NAME=PATH")):
         assert_error(run("serve", places.built, "--adapter", wrong), told)
     twice = ["--adapter", "law=a", "--adapter", "law=b"]

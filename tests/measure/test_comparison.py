@@ -28,7 +28,7 @@ PROFILE = sp.profile(
 )
 WHAT = Comparison(
     sparsities=(0.3, 0.5),
-    methods=("pathway", "wanda", "griffin", "cats"),
+    methods=("pathway", "wanda", "griffin", "cats", "prompt", "prompt+domain"),
     max_length=64,
     options={"order": "one-shot"},
 )

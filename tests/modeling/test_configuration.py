@@ -18,6 +18,7 @@ RIGHT = {
     "pathways_format": [],
     "base_model_type": [],
     "neuron_order": [None],
+    "prompt_pathways": [None, {}],
 }
 
 

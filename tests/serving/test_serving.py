@@ -16,7 +16,8 @@ from tests.serving.running import CHAT, Gate, running, tiny_model, wait_until
 
 PROMPT = "return class"
 GREEDY = {"temperature": 0, "max_tokens": 12}
-MODELS = {"me/tiny": None, "me/tiny@code": "code", "me/tiny@law": "law"}
+NAMED = {"me/tiny": None, "me/tiny@code": "code", "me/tiny@law": "law"}
+MODELS = {**NAMED, "me/tiny@prompt": "prompt"}
 MESSAGES = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]},
@@ -65,7 +66,11 @@ def test_the_prompt_chooses_if_its_domains_are_known():
         paths = replace(paths, by_domain={**paths.by_domain, name: signed})
     model.set_pathways(paths)
     with running(model) as server:
-        assert [one.id for one in server.client.models.list()] == [*MODELS, "me/tiny@auto"]
+        assert [one.id for one in server.client.models.list()] == [
+            *NAMED,
+            "me/tiny@auto",
+            "me/tiny@prompt",
+        ]
         for prompt in (PROMPT, "a", "the court of the law " * 3):
             text = _complete(server, "me/tiny@auto", prompt=prompt).choices[0].text
             assert text == server.alone(prompt, "auto")

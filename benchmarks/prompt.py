@@ -1,0 +1,119 @@
+"""What picking neurons from a prompt costs, and what it gains, beside dense and a named pathway.
+
+``python benchmarks/prompt.py --model FOLDER`` generates from a random prompt at batch 1 with all
+neurons, with random keep masks of the same size, and with neurons picked from the prompt by each
+rule, in turn. Of each call it takes the time to the first token (the prompt, and picking), of the
+next step (kept rows and columns are gathered in it), and of the steps after it, over dense.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.prompt_rules import RULES
+from hf_sparse_pathways.measure.figures import markdown_table
+from hf_sparse_pathways.measure.speed import clock
+from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
+from hf_sparse_pathways.measure.speed.results import Spread
+from hf_sparse_pathways.measure.speed.runs import generate, random_ids
+from hf_sparse_pathways.measure.speed.timing import alternate
+from hf_sparse_pathways.measure.speed.workloads import Workload
+
+DENSE = "dense"
+COLUMNS = ("time to the first token", "next step", "later tokens/s", "whole call")
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="Folder or Hub id of a dense model.")
+    which.add_argument("--shape", help="Of a random one: LAYERSxD_MODELxD_FF.")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--executor", default="auto")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--prompt", type=int, default=256, help="Tokens.")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(compare(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> str:
+    """Time every arm, and return the table with its caption."""
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.shape is None:
+        dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+    else:
+        dense = random_llama(ModelShape.parse(arguments.shape), dtype).eval()
+    ids = random_ids(dense, Workload(kind="decode", tokens=arguments.prompt))
+    model = sp.SparsePathwaysForCausalLM.from_dense(
+        dense, _random_masks(dense, arguments.sparsity), executor=arguments.executor
+    )
+    times: dict[str, list[tuple[float, ...]]] = {}
+    arms: dict[str, Callable[[], float]] = {}
+    for label, domain, rule in (
+        (DENSE, None, "griffin"),
+        ("a named pathway", "random", "griffin"),
+        *((f"prompt, {rule}", "prompt", rule) for rule in RULES),
+    ):
+        settings = {"sparsity": arguments.sparsity, "rule": rule}
+        seen = times.setdefault(label, [])
+        arms[label] = partial(_call, model, ids, arguments.new_tokens, domain, settings, seen)
+    alternate(arms, arguments.rounds, "generate")
+    rows = [[label, *_row(seen[1:], times[DENSE][1:])] for label, seen in times.items()]
+    caption = (
+        f"{arguments.shape or arguments.model}, {arguments.dtype}, {arguments.sparsity:.0%} of the "
+        f"FFN neurons left out, {arguments.prompt} tokens of prompt, {arguments.new_tokens} new "
+        "ones, batch 1, "
+        f"{arguments.threads} thread(s), executor {model.execution.executor} (for dense, too): "
+        f"ratio to dense, median (quartiles) of {arguments.rounds} alternating rounds."
+    )
+    return f"{caption}\n\n{markdown_table(['arm', *COLUMNS], rows)}"
+
+
+def _call(
+    model: Any,
+    ids: torch.Tensor,
+    new_tokens: int,
+    domain: str | None,
+    settings: dict[str, Any],
+    seen: list[tuple[float, ...]],
+) -> float:
+    """Generate once, and note first, next, later and all seconds."""
+    model.set_prompt_pathways(**settings)
+    started = clock.now()
+    ticks = generate(model, ids, new_tokens, domain=domain)
+    seen.append(
+        (ticks[0] - started, ticks[1] - ticks[0], ticks[-1] - ticks[1], ticks[-1] - started)
+    )
+    return seen[-1][-1]
+
+
+def _row(seen: list[tuple[float, ...]], dense: list[tuple[float, ...]]) -> list[str]:
+    cells = []
+    for column, name in enumerate(COLUMNS):
+        ratios = [a[column] / b[column] for a, b in zip(seen, dense, strict=True)]
+        spread = Spread.of([1 / ratio for ratio in ratios] if "/s" in name else ratios)
+        cells.append(f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})")
+    return cells
+
+
+def _random_masks(model: Any, sparsity: float) -> sp.Pathways:
+    generator = torch.Generator().manual_seed(0)
+    masks = [
+        torch.rand(block.d_ff, generator=generator) >= sparsity for block in find_blocks(model)
+    ]
+    return sp.Pathways.from_masks(model, {"random": masks})
+
+
+if __name__ == "__main__":
+    main()
