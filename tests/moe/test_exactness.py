@@ -147,3 +147,24 @@ def test_low_rank_adapters_of_packed_experts_count():
     assert _difference(with_adapter, before) > 1e-3
     merged = adapted.merge_and_unload()
     assert _difference(merged(IDS, domain="both").logits, with_adapter) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "executor",
+    [
+        pytest.param("packed-all", marks=pytest.mark.needs_packing),
+        pytest.param("indexed", marks=pytest.mark.needs_compiler),
+    ],
+)
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3"])
+@pytest.mark.usefixtures("every_form_pays")
+@torch.no_grad()
+def test_routers_are_multiplied_by_torch_whatever_multiplies_the_rest(name, executor):
+    dense = build_moe(name)
+    pathways = expert_pathways(dense)
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways, executor=executor)
+    model.max_resident_bytes = "1GB"
+    assert model.execution.executor == executor, model.execution.reason
+    for kind in KINDS:
+        expected = pruned(dense, pathways[kind])(IDS).logits
+        assert _difference(model(IDS, domain=kind).logits, expected) <= TOLERANCE, kind

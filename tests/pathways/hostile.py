@@ -323,7 +323,7 @@ EXPERTS = {
        for value in (5, "keep", {}, ["neurons"], ["keep", "x"], [["keep"]], [], True, None)},
     **{f"{name} {value!r:.12}": _field("base", "experts", 0, name, value)
        for name in ("experts", "top_k", "groups", "top_groups", "d_in", "d_ff", "d_out", "branches")
-       for value in (0, limits.MOST_WIDTH + 1, True, "8", None)},
+       for value in (0, limits.MOST_WIDTH + 1, "8")},
     "more per token than there are": _field("base", "experts", 0, "top_k", 9),
     "groups that do not divide": _field("base", "experts", 0, "groups", 3),
     "more groups than there are": _field("base", "experts", 0, "top_groups", 2),
