@@ -32,6 +32,7 @@ def _torch_multiplies(monkeypatch):
 def _make(name):
     dense = build(name)
     pathways = skipping(compensate(dense, random_masks(dense)), IDS, dense)
+    pathways = pathways.subset(["law", "code"])  # the last one skips: numbers from the end find it
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
     model.max_resident_bytes = "1GB"
     return dense, model
@@ -97,6 +98,25 @@ def test_generates_as_the_reference(llama, executor, form):
     ids = IDS[:1] if form == "prompt_lookup" else IDS
     expected = _generate(plain, ids, **FORMS[form])
     assert torch.equal(_generate(model, ids, domain="code", **FORMS[form]), expected)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@torch.no_grad()
+def test_dense_passes_and_rows_of_other_domains_beside_it(llama, executor):
+    dense, model, plain = llama
+    model.set_executor(executor)
+    expected = {
+        "code": plain(IDS).logits,
+        "law": repaired_model(dense, model.pathways["law"])(IDS).logits,
+        None: dense(IDS).logits,
+    }
+    for domain, logits in expected.items():
+        assert _difference(model(IDS, domain=domain).logits, logits) <= 5 * TOLERANCE
+        assert _difference(model(IDS[:1, :1], domain=domain).logits, logits[:1, :1]) <= 1e-3
+    rows = [None, "code", "law"]
+    mixed = model(IDS, domain=rows).logits
+    for row, domain in enumerate(rows):
+        assert _difference(mixed[row], expected[domain][row]) <= 5 * TOLERANCE
 
 
 def test_gradients_equal_the_reference(llama):

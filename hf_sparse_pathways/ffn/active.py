@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.ffn.additions import needed_input
-from hf_sparse_pathways.ffn.copies import kept_weights
+from hf_sparse_pathways.ffn.copies import WHOLE, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Rows, Sums
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def find_active(leaf: "PathwayLeaf", gate: Tensor, pathway: Any, form: Form) -> 
         form: In which weights are multiplied.
     """
     state = leaf.state
-    if form is not NATIVE or not isinstance(pathway, int) or torch.compiler.is_compiling():
+    if form is not NATIVE or not isinstance(pathway, int) or pathway == WHOLE:
+        return None
+    if torch.compiler.is_compiling():
         return None
     skipping = state.members[pathway].skipping
     if skipping is None or state.function is None or gate.shape[:-1].numel() > FEW:

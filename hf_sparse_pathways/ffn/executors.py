@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.ffn.additions import spread
-from hf_sparse_pathways.ffn.copies import Columns, kept_weights
+from hf_sparse_pathways.ffn.copies import WHOLE, Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
@@ -136,7 +136,9 @@ class Compact:
         """Zero what each token skips of the kept neurons."""
         if isinstance(pathway, Routing):
             return skip_in_groups(state, x, up, pathway)
-        return x if isinstance(pathway, Mixture) else state.skip_kept(x, up, pathway)
+        if isinstance(pathway, Mixture) or pathway == WHOLE:
+            return x
+        return state.skip_kept(x, up, pathway)
 
     def outgoing(
         self, leaf: "PathwayLeaf", x: Tensor, pathway: Any, block_input: Tensor | None
