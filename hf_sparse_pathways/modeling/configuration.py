@@ -152,10 +152,10 @@ class SparsePathwaysConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is saved: the entry's model type, and the base's beside it."""
         fields = super().to_diff_dict()
-        fields.pop("weights_of", None)
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
-        if self.prompt_pathways is None:
-            del own["prompt_pathways"]
+        for name in ("weights_of", *(["prompt_pathways"] if self.prompt_pathways is None else [])):
+            fields.pop(name, None)
+            own.pop(name, None)
         return {
             **fields,
             **own,

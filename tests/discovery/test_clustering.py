@@ -101,7 +101,9 @@ def test_moments_of_clusters_add_up_to_the_block_s():
 def test_the_change_of_a_clustered_block_is_each_token_s_expert_s():
     block = find_blocks(MODEL)[0]
     pathway = clustered(MODEL, change_rows=False)["code"].blocks[0]
-    x, activation = torch.randn(40, block.d_in), torch.randn(40, block.d_ff)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, block.d_in, generator=generator)
+    activation = torch.randn(200, block.d_ff, generator=generator)
     found = make_change(block, pathway).of(activation, x)
     for number, expert in enumerate(pathway.experts):
         own = pathway.router(x) == number

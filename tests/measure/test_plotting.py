@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import numpy
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.measure.correlation import correlate
+from hf_sparse_pathways.measure.entanglement import Relation, summarise_entanglement
 from hf_sparse_pathways.measure.overlap import measure_kept_overlap
 from hf_sparse_pathways.measure.plots import KINDS, as_svg, plot_strip
 from hf_sparse_pathways.measure.routing_report import RoutedText, RoutingReport
@@ -34,12 +37,36 @@ def _routing():
     return RoutingReport(domains=("code", "law"), rows=tuple(rows))
 
 
+def _entangled():
+    """A profile that says how entangled its rows are."""
+    profile = random_profile(build("llama"), ("code", "law", "math"))
+    own = tuple(torch.rand(block.branches, block.d_ff) for block in profile.base.blocks)
+    domains = {n: replace(d, entanglement=own) for n, d in profile.by_domain.items()}
+    return replace(profile, by_domain=domains)
+
+
+def _related():
+    """An analysis that says how that goes together with errors."""
+    pearson, spearman = correlate([1.0, 2.0, 3.0, 5.0], [1.0, 3.0, 2.0, 4.0])
+    relation = Relation(
+        domain="code",
+        method="magnitude",
+        sparsity=0.5,
+        pearson=pearson,
+        spearman=spearman,
+        within=0.5,
+        points=((0.1, 0.2), (0.3, 0.4)),
+    )
+    found = summarise_entanglement(_entangled())
+    return replace(_analysis(), entanglement=replace(found, relations=(relation,)))
+
+
 DRAWN = (
     MASKED,
-    random_profile(build("llama"), ("code", "law", "math")),
+    _entangled(),
     _quality(),
     REPORT,
-    _analysis(),
+    _related(),
     _scale(),
     _routing(),
 )

@@ -275,7 +275,7 @@ def test_while_text_is_generated_other_questions_are_answered(gated):
     server, gate = gated
     stream = _chat(server, stream=True)
     wait_until(lambda: gate.passes == 1)
-    assert len(list(server.client.models.list())) == 3
+    assert len(list(server.client.models.list())) == 4
     assert _post(server, {"model": "me/tiny@cod", "prompt": "a"})[0] == 404
     gate.opened.set()
     assert len(list(stream)) > 3
