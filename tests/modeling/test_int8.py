@@ -11,6 +11,8 @@ from hf_sparse_pathways.ffn import forms
 from hf_sparse_pathways.ffn.stored import Stored, is_int8, quantise
 from hf_sparse_pathways.native import product
 from tests.architectures import build, compensate, prompt, random_masks
+from tests.clustered import clustered
+from tests.skipping import skipping
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -174,3 +176,25 @@ def test_a_quantised_matrix_is_never_a_plain_product():
     stored = quantise(torch.randn(3, 4))
     assert isinstance(forms.PLAIN.make(stored), forms.Rows)
     assert isinstance(forms.PLAIN.make(Stored(torch.ones(3, 4))), forms.Plain)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("kind", ["skipping", "shared"])
+@torch.no_grad()
+def test_neurons_by_token_are_read_in_int8(kind):
+    plain = build("llama")
+    if kind == "shared":
+        paths = clustered(plain, shared=True, change_rows=False)
+    else:
+        paths = skipping(compensate(plain, random_masks(plain)), prompt(), plain)
+    dense = build("llama")
+    torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="masked")
+    model.max_resident_bytes = "1GB"
+    ids = prompt()[:1, :1]
+    expected = model(ids, domain="code", use_cache=False).logits
+    for executor in ("compact", "indexed"):
+        model.set_executor(executor)
+        for _ in range(2):  # the first pass shows the block's activation function
+            found = model(ids, domain="code", use_cache=False).logits
+        assert (found - expected).abs().max() <= 0.1 * expected.abs().max(), executor
