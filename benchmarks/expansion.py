@@ -9,7 +9,6 @@ domain, and with kept neurons: by label, pooled, and in clusters.
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fetching import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
@@ -34,7 +34,6 @@ from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
 
-FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 START, END = "<!-- expansion: written by `make benchmark-expansion` -->", "<!-- /expansion -->"
 
 LABEL_COPIES = "copy per domain"
@@ -62,10 +61,8 @@ def main() -> None:
         "--measured", action="store_true", help="run nothing: write what was measured before"
     )
     arguments = parser.parse_args()
-    fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
-    fetch += ["--model", arguments.model, "--texts", *arguments.domains]
-    if not arguments.measured and subprocess.run(fetch).returncode:
-        sys.exit(1)
+    if not arguments.measured:
+        fetch(arguments.cache, arguments.model, arguments.domains)
     benchmark = Benchmark(arguments)
     results = benchmark.measure()
     if not results:

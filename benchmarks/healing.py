@@ -8,7 +8,6 @@ does the same for a model of yours.
 import argparse
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fetching import fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
@@ -26,7 +26,6 @@ from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.pathways.storage import JSON_NAME
 
-FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 START, END = "<!-- healing: written by `make benchmark-healing` -->", "<!-- /healing -->"
 
 
@@ -50,10 +49,8 @@ def main() -> None:
         "--measured", action="store_true", help="heal nothing: write what was measured before"
     )
     arguments = parser.parse_args()
-    fetch = [sys.executable, str(FETCH), "--cache", str(arguments.cache)]
-    fetch += ["--model", arguments.model, "--texts", *arguments.domains]
-    if not arguments.measured and subprocess.run(fetch).returncode:
-        sys.exit(1)
+    if not arguments.measured:
+        fetch(arguments.cache, arguments.model, arguments.domains)
     benchmark = Benchmark(arguments)
     rows = benchmark.measure()
     if not rows:

@@ -13,10 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from fetching import fetch
+
 from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 
-FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 MODELS = ("smollm2-135m-instruct", "gemma3-270m")
 DOMAINS = ("code", "law", "fiction", "math")
 MAX_TOKENS = "65536"
@@ -164,9 +165,9 @@ def work_folder(arguments: argparse.Namespace, model: str) -> Path:
 def measure(arguments: argparse.Namespace) -> None:
     """Fetch the models and texts, and compare."""
     cache: Path = arguments.cache
-    run([sys.executable, str(FETCH), "--cache", str(cache), "--texts", *DOMAINS])
+    fetch(cache, texts=DOMAINS)
     for model in arguments.models:
-        run([sys.executable, str(FETCH), "--cache", str(cache), "--model", model])
+        fetch(cache, model)
         output = work_folder(arguments, model)
         pairs = [f"{domain}={cache / 'texts' / domain}" for domain in DOMAINS]
         command = [sys.executable, "-m", "hf_sparse_pathways.cli.main", "compare"]

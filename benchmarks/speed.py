@@ -9,13 +9,13 @@ yours.
 
 import argparse
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fetching import fetch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
@@ -28,7 +28,6 @@ from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import TimingSettings, alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload, plan_workloads
 
-FETCH = Path(__file__).parents[1] / "demo" / "fetch.py"
 START, END = "<!-- speed: written by `make benchmark-speed` -->", "<!-- /speed -->"
 REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 CASES = ((REAL, "float32"), (REAL, "bfloat16"), (LARGE, "bfloat16"))
@@ -92,9 +91,7 @@ def _sparse(dense: Any, domains: str) -> Any:
 def _load(cache: Path, name: str, dtype: torch.dtype) -> Any:
     if name != REAL:
         return random_llama(ModelShape.parse(name), dtype)
-    fetch = [sys.executable, str(FETCH), "--cache", str(cache), "--model", name]
-    if subprocess.run(fetch).returncode:
-        sys.exit(1)
+    fetch(cache, name)
     return AutoModelForCausalLM.from_pretrained(cache / name, dtype=dtype).eval()
 
 

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil_block
-    from hf_sparse_pathways.measure.expert_quality import ExpertReport, evaluate_experts
-    from hf_sparse_pathways.measure.experts import ExpertUsage, measure_experts, restrict_experts
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
+    from hf_sparse_pathways.measure.linear_expert_quality import ExpertReport, evaluate_experts
+    from hf_sparse_pathways.measure.linear_experts import (
+        ExpertUsage,
+        measure_experts,
+        restrict_experts,
+    )
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -128,15 +132,15 @@ _HOMES = {
     "evaluate": "measure.quality",
     "Distilled": "measure.distillation",
     "distil_block": "measure.distillation",
-    "ExpertReport": "measure.expert_quality",
+    "ExpertReport": "measure.linear_expert_quality",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",
     "swap_effect": "measure.gating",
     "swap_gates": "measure.gating",
-    "ExpertUsage": "measure.experts",
-    "evaluate_experts": "measure.expert_quality",
-    "measure_experts": "measure.experts",
-    "restrict_experts": "measure.experts",
+    "ExpertUsage": "measure.linear_experts",
+    "evaluate_experts": "measure.linear_expert_quality",
+    "measure_experts": "measure.linear_experts",
+    "restrict_experts": "measure.linear_experts",
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",

@@ -161,13 +161,17 @@ ARCHITECTURES |= {
 def build(name):
     """Build a tiny model whose weights are large enough that a mask visibly changes its output."""
     torch.manual_seed(0)
-    model = ARCHITECTURES[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.2)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return draw_weights(ARCHITECTURES[name]().eval())
+
+
+@torch.no_grad()
+def draw_weights(model):
+    """Give a model weights that are large enough, in place; return it."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(0, 0.2)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 

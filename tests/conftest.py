@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.ffn import verdicts
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
 from tests.hub.endpoint import SERVER
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items):
             problem = find(form, (16, 8), *mark.args or (torch.float32,))
             if problem:
                 item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@pytest.fixture(scope="module")
+def no_background():
+    """Leave out of profiles what the model itself writes, which takes most of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "take_background", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")

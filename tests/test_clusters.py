@@ -1,7 +1,6 @@
 """Oracles: clustered pathways equal a model that computes every expert and picks by token."""
 
 import copy
-import pickle
 import threading
 
 import pytest
@@ -17,6 +16,7 @@ from tests.architectures import ARCHITECTURES, build, prompt
 from tests.architectures import repaired as repaired_model
 from tests.clustered import CLUSTERS, clustered, reference
 from tests.modeling.test_generate import FORMS, _generate
+from tests.survivors import survivors
 from tests.test_exactness import EXECUTORS, TOLERANCE
 
 IDS = prompt(3, 9)
@@ -92,9 +92,7 @@ def test_saved_copied_and_pickled_is_equal(case, tmp_path):
     _, model, _ = case
     model.set_executor("masked")
     logits = model(IDS, domain="code").logits
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in survivors(model, tmp_path):
         other.set_executor("masked")
         assert torch.equal(other(IDS, domain="code").logits, logits)
     alone = sp.Pathways.from_pretrained(tmp_path, only="code")

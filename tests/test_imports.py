@@ -90,6 +90,7 @@ LAZY = {
     ("cli.compare", "discovery.goal"),
     ("cli.compare", "files"),
     ("cli.compare", "measure.comparison"),
+    ("cli.compare", "measure.contenders"),
     ("cli.evaluate", "measure.quality"),
     ("cli.evaluate", "pathways.pathway"),
     ("cli.export", "discovery.profiles"),

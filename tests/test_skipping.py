@@ -1,7 +1,6 @@
 """Oracles: pathways that skip by token equal a plain model whose activations are thresholded."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from tests.architectures import ARCHITECTURES, build, compensate, prompt, random
 from tests.architectures import repaired as repaired_model
 from tests.modeling.test_generate import FORMS, _generate
 from tests.skipping import reference, skipping, threshold_leaves
+from tests.survivors import survivors
 from tests.test_exactness import EXECUTORS, TOLERANCE
 
 IDS = prompt(3, 9)
@@ -73,21 +73,23 @@ def llama():
     return dense, model, reference(dense, model.pathways["code"])
 
 
+@pytest.mark.parametrize("executor", ["masked", "compact"])
 @torch.no_grad()
-def test_what_is_thresholded_is_the_activation_function_s_output(llama):
-    dense, model, _ = llama
+def test_what_is_thresholded_is_the_activation_function_s_output(executor):
+    dense = build("llama")
+    masks = sp.Pathways.from_masks(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, skipping(masks, IDS, dense))
+    model.set_executor(executor)
     block, part = find_blocks(dense)[0], model.pathways["code"].blocks[0]
-    x = torch.randn(1, 5, block.d_in)
-    gate = block.parent.act_fn(block.incoming[0](x))[..., part.keep].abs()
-    seen = []
-    leaf = find_blocks(model)[0].outgoing
-    handle = leaf.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.set_executor("compact")
+    x = torch.randn(1, 50, block.d_in, generator=torch.Generator().manual_seed(0))
+    gate, up = (leaf(x)[..., part.keep] for leaf in block.incoming)
+    size = block.parent.act_fn(gate)
+    active = size.abs() > part.skipping.threshold
+    assert 0.1 < active.float().mean() < 0.9
+    expected = (size * up * active) @ block.outgoing.weight[:, part.keep].T
     with model.pathway("code"):
-        find_blocks(model)[0].parent(x)
-    handle.remove()
-    active = (gate > part.skipping.threshold).float().mean()
-    assert 0.1 < active < 0.9
+        found = find_blocks(model)[0].parent(x)
+    assert _difference(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -134,9 +136,7 @@ def test_saved_copied_pickled_and_permuted_is_equal(llama, tmp_path):
     _, model, plain = llama
     model.set_executor("masked")
     logits = model(IDS, domain="code").logits
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in survivors(model, tmp_path):
         other.set_executor("masked")
         assert torch.equal(other(IDS, domain="code").logits, logits)
     permuted = sp.permute(model)

@@ -55,7 +55,8 @@ def run(  # noqa: PLR0913
     tables show everything that was measured on the same text.
     """
     from hf_sparse_pathways.discovery.goal import check_sparsity
-    from hf_sparse_pathways.measure.comparison import DEFAULT_METHODS, Comparison, compare
+    from hf_sparse_pathways.measure.comparison import Comparison, compare
+    from hf_sparse_pathways.measure.contenders import DEFAULT_METHODS
 
     chosen = {"compensation": compensation, "allocation": allocation}
     sparsities = parse_sparsities(sparsity)

@@ -1,5 +1,6 @@
 """Hooks that accumulate one FFN block's statistics while the model runs over a domain's text."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Workspaces:
         return self._spaces[key]
 
 
-class Collector:
+class Collector(ABC):
     """Sums over one FFN block's tokens, which can be stored and added to those of other processes.
 
     ``begin`` says which tokens of the coming forward pass are real; hooks then see the block.
@@ -67,21 +68,21 @@ class Collector:
         self._rows = None if bool(flat.all()) else flat.nonzero().flatten()
         self._tokens = len(flat)
 
+    @abstractmethod
     def attach(self) -> list[Any]:
         """Hook the block; return the handles."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Return all sums by name, to be stored; ``restore`` takes them back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, state: dict[str, Tensor], batches: int) -> None:
         """Go on from stored sums, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, processes: Processes) -> None:
         """Add the sums of all processes, in place; each then has those of all."""
-        raise NotImplementedError
 
     @property
     def real_tokens(self) -> int:

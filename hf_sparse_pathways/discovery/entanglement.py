@@ -15,6 +15,7 @@ W1 are those which suffer most from sparsification.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
@@ -103,9 +104,9 @@ class ProductCollector(Collector):
         self.tokens += self.real_tokens
         self.batches += 1
 
+    @abstractmethod
     def add(self, values: Tensor, rows: slice) -> None:
         """Add one leaf's outputs ``(tokens, rows)``, in place."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """Return all sums by name, to be stored; ``restore`` takes them back."""

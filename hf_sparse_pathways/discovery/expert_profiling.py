@@ -9,6 +9,7 @@ between gate, up and down is the model's own code.
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def collect_experts(
 
 
 class ExpertCollector:
-    """Accumulates the statistics of one layer's experts."""
+    """Accumulates the statistics of one layer's experts: sums of its own, added to in place."""
 
     def __init__(self, found: RoutedExperts) -> None:
         self.found = found
@@ -91,18 +92,17 @@ class ExpertCollector:
         real = self._real.to(hidden.device)
         hidden = hidden.reshape(-1, hidden.shape[-1])[real]
         index, weights = index.reshape(len(real), -1)[real], weights.reshape(len(real), -1)[real]
-        sums = {name: getattr(self.statistics, name).clone() for name in TENSORS}
+        sums = self.statistics
         for expert in index.unique().tolist():
             tokens, places = torch.where(index == expert)
             output, activation = compute_expert(self.found, expert, hidden[tokens])
             weight, output = weights[tokens, places].double(), output.double()
-            sums["routed"][expert] += len(tokens)
-            sums["weight_sum"][expert] += weight.sum().cpu()
-            sums["reap_sum"][expert] += (weight * output.norm(dim=1)).abs().sum().cpu()
-            sums["output_sum"][expert] += output.sum(0).cpu()
-            sums["abs_sum"][expert] += activation.double().abs().sum(0).cpu()
-        tokens_now = self.statistics.tokens + len(hidden)
-        self.statistics = ExpertStatistics(tokens=tokens_now, **sums)
+            sums.routed[expert] += len(tokens)
+            sums.weight_sum[expert] += weight.sum().cpu()
+            sums.reap_sum[expert] += (weight * output.norm(dim=1)).abs().sum().cpu()
+            sums.output_sum[expert] += output.sum(0).cpu()
+            sums.abs_sum[expert] += activation.double().abs().sum(0).cpu()
+        self.statistics = replace(sums, tokens=sums.tokens + len(hidden))
 
 
 def compute_expert(found: RoutedExperts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:

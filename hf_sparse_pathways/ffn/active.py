@@ -38,16 +38,15 @@ def find_active(leaf: "PathwayLeaf", gate: Tensor, pathway: Any, form: Form) -> 
     skipping = state.members[pathway].skipping
     if skipping is None or state.function is None or gate.shape[:-1].numel() > FEW:
         return None
-    if not isinstance(kept_weights(leaf, pathway, form).product, Rows):
-        return None
     needed = state.function(gate).abs() > skipping.threshold.to(gate.device)
     return needed.flatten(0, -2).any(0).nonzero().flatten()
 
 
 def active_incoming(leaf: "PathwayLeaf", x: Tensor, pathway: int, active: Tensor) -> Tensor:
-    """Return the kept neurons' values ``(..., kept)``: those that are needed, and zeros."""
+    """Return the kept neurons' values ``(..., kept)``; those that are not needed may be zeros."""
     kept = kept_weights(leaf, pathway, NATIVE)
-    assert isinstance(kept.product, Rows)  # or all are computed
+    if not isinstance(kept.product, Rows):
+        return kept(x)
     values = kept.product.at(active)(x, None if kept.bias is None else kept.bias[active])
     output = values.new_zeros(*values.shape[:-1], leaf.state.widths[pathway])
     return output.index_copy_(-1, active, values)

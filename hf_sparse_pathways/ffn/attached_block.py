@@ -24,7 +24,7 @@ from hf_sparse_pathways.ffn.leaves import (
 )
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.sharding import find_shard
-from hf_sparse_pathways.ffn.skipping import find_function, up_part
+from hf_sparse_pathways.ffn.skipping import up_part
 from hf_sparse_pathways.ffn.state import BlockState
 from hf_sparse_pathways.ffn.stored import lies_in_memory
 
@@ -53,9 +53,8 @@ class AttachedBlock:
 
     def settle(self) -> None:
         """See ``Attachment.settle``. Costs a few dictionary look-ups when nothing has changed."""
-        example = self.state.example
-        if example is not None and self.state.function is None:
-            self.state.function = find_function(self.block.parent, example)
+        if self.state.example is not None:
+            self.state.learn_function(self.block.parent)
         for (children, key), seen, (parameters, kind) in zip(
             self._places, self._seen, self._kinds, strict=False
         ):
@@ -143,10 +142,10 @@ class _MaskInput:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002
-        choice, state, member = find_choice(self.state.key), self.state, None
+        choice, state = find_choice(self.state.key), self.state
         if choice is None:
             return None
-        member = choice.pathway
+        member: Any = choice.pathway
         if choice.sees is not None:
             choice.sees.see(state, args[0])
         if choice.sees is not None and choice.sees.has_later:

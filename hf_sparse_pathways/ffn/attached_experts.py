@@ -75,9 +75,8 @@ class PathwayExperts(PathwayRouted):
             weights: Their weights, ``(tokens, top_k)``.
         """
         state = self.expert_state
-        if state.alone is not None:
-            places = (state.alone.keep.to(index.device).cumsum(0) - 1).clamp_min(0)
-            return self.dense(hidden_states, places[index], weights)
+        if state.places is not None:
+            return self.dense(hidden_states, state.places.to(index.device)[index], weights)
         choice = find_choice(state.key)
         if choice is None or choice.pathway is None:
             return self.dense(hidden_states, index, weights)
@@ -201,6 +200,7 @@ class AttachedExperts:
     def reduce(self, alone: KeptExperts) -> None:
         """Note that the weights are those of one pathway alone, in place."""
         self.state.alone = alone
+        self.state.places = (alone.keep.cumsum(0) - 1).clamp_min(0)
 
     def detach(self) -> None:
         """Restore the modules' own classes, in place.

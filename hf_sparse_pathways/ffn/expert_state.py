@@ -46,6 +46,7 @@ class ExpertState:
         own: That module's own class.
         pathways: What each pathway keeps; None where it keeps everything.
         alone: What is kept where one domain's experts were loaded alone.
+        places: Each expert's number among these, int64 ``(experts,)``; None where all are there.
     """
 
     def __init__(self, key: ModelKey, found: RoutedExperts) -> None:
@@ -54,7 +55,9 @@ class ExpertState:
         self.packed = found.packed
         self.own = type(found.module)
         self.pathways: tuple[KeptExperts | None, ...] = ()
+        self._restricts = False
         self.alone: KeptExperts | None = None
+        self.places: Tensor | None = None
         self._removed: dict[torch.device, Tensor] = {}
         self._neurons: dict[tuple[int, torch.device], tuple[Tensor, int]] = {}
         self._copies: dict[int, CutExperts] = {}
@@ -66,6 +69,9 @@ class ExpertState:
     def set_pathways(self, pathways: Sequence[KeptExperts | None]) -> None:
         """Replace what the pathways keep, in place."""
         self.pathways = tuple(pathways)
+        self._restricts = any(
+            part is not None and part.kept < len(part.keep) for part in self.pathways
+        )
         self._removed, self._neurons = {}, {}
         self.drop()
 
@@ -85,7 +91,7 @@ class ExpertState:
         Returns:
             bool ``(experts,)``, or ``(tokens, experts)`` if rows differ.
         """
-        if all(part is None or part.kept == len(part.keep) for part in self.pathways):
+        if not self._restricts:
             return None
         table = self._removed.get(device)
         if table is None:

@@ -204,7 +204,7 @@ class OutgoingLeaf(PathwayLeaf):
         """Return which kept neurons are computed, if not all, and what gates are multiplied by."""
         place = id(self.state)
         gate, up = choice.gates.pop(place, None), choice.ups.pop(place, None)
-        unseen = self.state.example is None and not torch.compiler.is_compiling()
+        unseen = not self.state.told and not torch.compiler.is_compiling()
         if unseen and gate is not None and up is not None and x.numel():
             self.state.example = Example.of(gate, up, x)
         return choice.active.pop(place, None), up

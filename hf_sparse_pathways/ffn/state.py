@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.additions import Addition, IncomingAddition, add_to_rows, spread
@@ -23,6 +23,7 @@ from hf_sparse_pathways.ffn.sharding import BlockShard
 from hf_sparse_pathways.ffn.skipping import (
     Example,
     Function,
+    find_function,
     of_tokens,
     skip_small,
     threshold_table,
@@ -45,8 +46,10 @@ class BlockState:
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
         skips: Whether any skips neurons token by token, so that gates are looked at.
-        example: A token's way through the block, where some are skipped and a pass has shown one.
-        function: The block's activation function, if the example has told it.
+        example: A token's way through the block, where some are skipped and a pass has shown one,
+            until it has told the activation function.
+        told: Whether it has, or cannot.
+        function: The activation function, if it is known.
         masked_only: Whether the block must be masked whatever executor is chosen.
         masked_outside: Whether a hook before the outgoing leaf's wrapper does the masking.
         residents: Which of the model's pathways have copies; None if nobody counts them.
@@ -64,6 +67,7 @@ class BlockState:
         self.bypassed = False
         self.skips = False
         self.example: Example | None = None
+        self.told = False
         self.function: Function | None = None
         self.masked_only = False
         self.masked_outside = False
@@ -82,7 +86,7 @@ class BlockState:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
         names = ("_tables", "_thresholds", "_additions", "_incoming", "_routers", "_unions")
-        unknown = {"example": None, "function": None}
+        unknown = {"example": None, "told": False, "function": None}
         return {**self.__dict__, **{name: {} for name in names}, **unknown}
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
@@ -308,6 +312,11 @@ class BlockState:
         elif removed.dim() == 2:
             removed = spread(removed, activation)
         return activation.masked_fill(removed, 0)  # a product would turn infinity into NaN
+
+    def learn_function(self, parent: nn.Module) -> None:
+        """Find out the activation function of the block's module by the example, in place, once."""
+        if self.example is not None:
+            self.function, self.example, self.told = find_function(parent, self.example), None, True
 
     def skip(self, activation: Tensor, up: Tensor | None, member: int | Tensor) -> Tensor:
         """Return a masked activation with those neurons zeroed that each token skips. Pure.

@@ -15,10 +15,10 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.experiments import Experiments
-from hf_sparse_pathways.measure.expert_usage import LayerUsage, summarise_experts
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
 from hf_sparse_pathways.measure.reading import read_report
+from hf_sparse_pathways.measure.routed_experts import RoutedUsage, summarise_experts
 from hf_sparse_pathways.measure.skipping import (
     PotentialSpeedup,
     SkipOverlap,
@@ -106,7 +106,7 @@ class Analysis(ShownAsTables):
     overlaps: tuple[SkipOverlap, ...]
     roles: tuple[LayerRole, ...]
     experiments: Experiments | None
-    experts: tuple[LayerUsage, ...] = ()
+    experts: tuple[RoutedUsage, ...] = ()
     entanglement: Entanglement | None = None
 
     @property

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from hf_sparse_pathways.measure.analysis import Analysis
 from hf_sparse_pathways.measure.entanglement_report import entanglement_sections
 from hf_sparse_pathways.measure.experiments import MeasuredRule
-from hf_sparse_pathways.measure.expert_usage import expert_sections
 from hf_sparse_pathways.measure.figures import Section, format_figure
+from hf_sparse_pathways.measure.routed_experts import expert_sections
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion, Specialisation
 from hf_sparse_pathways.measure.statements import compare_statements
 from hf_sparse_pathways.shares import format_share

@@ -1,111 +1,29 @@
 """Methods side by side: the same model, texts, windows and FLOPs; one table.
 
-Static methods make pathways from one profile; peers (``peers.py``) choose while the model runs.
-All arms are scored on the second part of each window, since prompt-adaptive ones need the first as
-their prompt. Every finished step is stored, so that an interrupted comparison goes on.
+Static methods make pathways from one profile; others choose while the model runs
+(``contenders.py``). All arms are scored on the second part of each window, since prompt-adaptive
+ones need the first as their prompt. Every finished step is stored, so that an interrupted
+comparison goes on.
 """
 
-import json
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.discovery.passes import (
-    calibration_precision,
-    evaluation_mode,
-    product_dtype,
-)
+from hf_sparse_pathways.discovery.passes import product_dtype
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
-from hf_sparse_pathways.discovery.resumption import digest_plan
-from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.discovery.trials import run_model
-from hf_sparse_pathways.discovery.weights import weight_digest
 from hf_sparse_pathways.discovery.windows import resolve_length
-from hf_sparse_pathways.errors import ArtefactError, TextError, UnknownNameError
-from hf_sparse_pathways.files import code_digest, read_json, write_atomically
-from hf_sparse_pathways.measure.arms import (
-    DENSE,
-    MeasuredArm,
-    ScoredText,
-    measure_arms,
-    pathway_arm,
-)
+from hf_sparse_pathways.errors import TextError, UnknownNameError
+from hf_sparse_pathways.measure.arms import ScoredText
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
-from hf_sparse_pathways.measure.peers import PEERS
-from hf_sparse_pathways.measure.prompted import PROMPTED, WITH_DOMAIN, prompt_arm
-from hf_sparse_pathways.measure.quality import random_partner
-from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.measure.comparison_steps import CONTEXT, Steps, stored_sparsities
+from hf_sparse_pathways.measure.contenders import DEFAULT_METHODS, METHODS, group_methods
 from hf_sparse_pathways.version import __version__
-
-logger = logging.getLogger(__name__)
-
-PATHWAY = "pathway"
-"""The method whose pooled and random partners are measured too."""
-
-_CODE = "code"
-"""File beside stored pathways that names the code which has selected them."""
-
-CONTEXT = 0.5
-"""Part of each window that is context only: the prompt of prompt-adaptive methods."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One static method in a comparison.
-
-    Attributes:
-        label: What the table calls it.
-        options: What ``select`` is given.
-    """
-
-    label: str
-    options: Mapping[str, Any]
-
-    @property
-    def repaired(self) -> bool:
-        """Whether selecting takes long, since the kept neurons are repaired."""
-        return self.options["method"] == OBS or "compensation" in self.options
-
-
-CONTENDERS: Mapping[str, Contender] = {
-    contender.label: contender
-    for contender in (
-        Contender(label=PATHWAY, options={"method": OBS}),
-        Contender(label="one-shot", options={"method": OBS, "order": "one-shot"}),
-        *(
-            Contender(label=f"clusters-{count}", options={"method": OBS, "clusters": count})
-            for count in (2, 4, 8, 16, 32)
-        ),
-        Contender(label="skip-50", options={"method": OBS, "skip": 0.5}),
-        Contender(
-            label="clusters-16-skip-50", options={"method": OBS, "clusters": 16, "skip": 0.5}
-        ),
-        Contender(
-            label="clusters-16-shared",
-            options={"method": OBS, "clusters": 16, "compensation": "shared+bias"},
-        ),
-        Contender(
-            label="random+repair",
-            options={"method": "random", "compensation": "refit+bias", "order": "sequential"},
-        ),
-        Contender(label="wanda", options={"method": "wanda"}),
-        Contender(label="flap", options={"method": "flap"}),
-        Contender(label="mean_abs", options={"method": "mean_abs"}),
-        Contender(label="magnitude", options={"method": "magnitude"}),
-        Contender(label="taylor", options={"method": "taylor"}),
-        Contender(label="lape", options={"method": "lape"}),
-    )
-}
-
-DEFAULT_METHODS = (PATHWAY, "one-shot", "random+repair", "wanda", "flap", "taylor", *PEERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +68,9 @@ class Comparison:
             UnknownNameError: A name is unknown.
             PathwaysError: An option of ``select`` is out of range.
         """
-        known = [*CONTENDERS, *PEERS, *PROMPTED]
         for name in self.methods:
-            if name not in known:
-                raise UnknownNameError("method", name, known)
+            if name not in METHODS:
+                raise UnknownNameError("method", name, METHODS)
         make_recipe(OBS, precision=self.precision, **self.options)
 
 
@@ -198,10 +115,10 @@ def compare(
             context=CONTEXT,
         )
     rows: list[ComparisonRow] = []
-    for sparsity in sorted({*what.sparsities, *_stored_sparsities(work)}):
-        steps = _Steps(model, profile, texts, what, sparsity, work)
+    for sparsity in sorted({*what.sparsities, *stored_sparsities(work)}):
+        steps = Steps(model, profile, texts, what, sparsity, work)
         wanted = what.methods if sparsity in what.sparsities else ()
-        for methods in _groups(wanted):
+        for methods in group_methods(wanted):
             rows.extend(steps.measure(methods))
         rows.extend(steps.measured_before(wanted))
     settings = {**what.described(), "max_length": length, "version": __version__}
@@ -223,222 +140,3 @@ def _leave_out_seen(domain: str, documents: Documents, profile: Profile) -> tupl
             "also calibration text of another domain. Give domains that do not share documents."
         )
     return fresh, seen
-
-
-def _groups(methods: Sequence[str]) -> list[list[str]]:
-    """Return methods that are measured in the same passes: those that cost little to select."""
-    repaired = [[name] for name in methods if name in CONTENDERS and CONTENDERS[name].repaired]
-    plain = [name for name in methods if name in CONTENDERS and not CONTENDERS[name].repaired]
-    others = [[name for name in methods if name in group] for group in (PEERS, PROMPTED)]
-    return [group for group in (*repaired, plain, *others) if group]
-
-
-def _stored_sparsities(work: Path | None) -> set[float]:
-    """Return the sparsities of all steps in a work folder, whatever comparison they are of."""
-    paths = [] if work is None else work.glob("*.json")
-    found = [_read_rows(path)[1] for path in paths if "rows" in read_json(path)]
-    return {row.sparsity for rows in found for row in rows}
-
-
-def _stored_rows(path: Path) -> list[ComparisonRow]:
-    """Read a finished step; say so if other code than this has measured it."""
-    code, rows = _read_rows(path)
-    if code != code_digest():
-        logger.warning(
-            "%s was measured by other code of version %s. Delete it to measure it again.",
-            path,
-            __version__,
-        )
-    return rows
-
-
-def _read_rows(path: Path) -> tuple[Any, list[ComparisonRow]]:
-    """Return which code measured a finished step, and what.
-
-    Raises:
-        ArtefactError: The file is damaged.
-    """
-    record = read_json(path)
-    try:
-        rows = [ComparisonRow.from_dict(row) for row in record["rows"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtefactError(
-            f"{path} is damaged ({error!r:.200}). Delete it to measure it again."
-        ) from error
-    return record.get("code"), rows
-
-
-def _is_by_this_code(folder: Path) -> bool:
-    """Whether a folder holds pathways, and this code has selected them."""
-    path = folder / _CODE
-    return path.is_file() and path.read_text(encoding="utf-8") == code_digest()
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """All methods at one sparsity; what each gave is a file of the work folder."""
-
-    model: Any
-    profile: Profile
-    texts: Mapping[str, ScoredText]
-    what: Comparison
-    sparsity: float
-    work: Path | None
-
-    def measure(self, methods: Sequence[str]) -> list[ComparisonRow]:
-        """Return some methods' rows, from the work folder if they are there."""
-        if self.work is None:
-            return [row for rows in self._measure(methods).values() for row in rows]
-        paths = {method: self.work / f"{self._name(method)}.json" for method in methods}
-        missing = [method for method, path in paths.items() if not path.is_file()]
-        for method, rows in self._measure(missing).items():
-            record = {"code": code_digest(), "rows": [asdict(row) for row in rows]}
-            text = json.dumps(record, indent=1, allow_nan=False)
-            write_atomically(paths[method], text.encode())
-        return [row for path in paths.values() for row in _stored_rows(path)]
-
-    def measured_before(self, others: Sequence[str]) -> list[ComparisonRow]:
-        """Return the rows of methods that the work folder has, but for some."""
-        if self.work is None:
-            return []
-        methods = [name for name in (*CONTENDERS, *PEERS, *PROMPTED) if name not in others]
-        paths = [self.work / f"{self._name(method)}.json" for method in methods]
-        return [row for path in paths if path.is_file() for row in _stored_rows(path)]
-
-    def _name(self, method: str) -> str:
-        """Return a name that tells everything apart that a method's rows depend on."""
-        job = {"shared": self._shared, "sparsity": self.sparsity, "method": method}
-        return f"{method}-{self.sparsity:g}-{digest_plan(job)}"
-
-    @cached_property
-    def _shared(self) -> str:
-        """A digest of the weights, texts and settings."""
-        return digest_plan(
-            {
-                "version": __version__,
-                "weights": weight_digest(self.model),
-                "scored": {
-                    name: [window.ids for window in text.windows]
-                    for name, text in self.texts.items()
-                },
-                "calibrated": {
-                    name: [window.ids for window in (*domain.windows, *domain.validation)]
-                    for name, domain in self.profile.by_domain.items()
-                },
-                "settings": repr(replace(self.what, sparsities=(), methods=())),
-            }
-        )
-
-    def _measure(self, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
-        """Measure methods of one group, in the same passes."""
-        rows: dict[str, list[ComparisonRow]] = {method: [] for method in methods}
-        selected = {name: self._selected(name) for name in methods if name in CONTENDERS}
-        for name, text in self.texts.items() if methods else ():
-            if selected:
-                model, arms = self._static(name, selected)
-            elif methods[0] in PROMPTED:
-                model, arms = self._prompted(name, methods)
-            else:
-                model, arms = self.model, self._adaptive(name, methods)
-            for method, found in self._rows(model, text, arms).items():
-                rows[method].extend(found)
-        return rows
-
-    def _selected(self, method: str) -> Pathways:
-        """Return a method's pathways, from the work folder if they are there."""
-        folder = None if self.work is None else self.work / self._name(method)
-        if folder is not None and _is_by_this_code(folder):
-            return Pathways.from_pretrained(folder)
-        options = dict(CONTENDERS[method].options)
-        if options["method"] == OBS:
-            options = {**self.what.options, **options}
-        pathways = select(
-            self.model,
-            self.profile,
-            sparsity=self.sparsity,
-            precision=self.what.precision,
-            seed=self.what.seed,
-            controls=method == PATHWAY,
-            **options,
-        )
-        if folder is not None:
-            pathways.save_pretrained(folder)
-            write_atomically(folder / _CODE, code_digest().encode())
-        return pathways
-
-    def _static(
-        self, domain: str, selected: Mapping[str, Pathways]
-    ) -> tuple[Any, dict[str, dict[str, MeasuredArm]]]:
-        """Return a model with several methods' pathways of a domain, and their arms."""
-        arms: dict[str, dict[str, Pathway]] = {}
-        for method, pathways in selected.items():
-            arms[method] = {method: pathways[domain]}
-            if method == PATHWAY:
-                if POOLED in pathways.controls:
-                    arms[method][POOLED] = pathways[POOLED]
-                arms[method]["random"] = random_partner(
-                    pathways[domain], self.profile.base.blocks, self.what.seed
-                )
-        named = {label: pathway for own in arms.values() for label, pathway in own.items()}
-        together = Pathways(base=self.profile.base, by_domain={}, controls=named)
-        sparse = SparsePathwaysForCausalLM.from_dense(self.model, together)
-        return sparse, {
-            method: {
-                label: pathway_arm("pathway" if label == method else label, label, together)
-                for label in own
-            }
-            for method, own in arms.items()
-        }
-
-    def _adaptive(self, domain: str, methods: Sequence[str]) -> dict[str, dict[str, MeasuredArm]]:
-        """Return the arms of peers that choose while the model runs, where they fit it."""
-        calibration = self.profile[domain].windows
-        arms = {
-            method: PEERS[method](self.model, calibration, self.sparsity, CONTEXT)
-            for method in methods
-        }
-        for method, arm in arms.items():
-            if arm is None:
-                logger.warning(
-                    "%s cannot be measured with %.0f%% of the FFN removed: these FFN blocks are "
-                    "not made for it, or what it always computes costs more.",
-                    method,
-                    100 * self.sparsity,
-                )
-        return {method: {method: arm} for method, arm in arms.items() if arm is not None}
-
-    def _prompted(
-        self, domain: str, methods: Sequence[str]
-    ) -> tuple[Any, dict[str, dict[str, MeasuredArm]]]:
-        """Return a model that picks neurons from prompts, and the arms of methods that do."""
-        pathways = Pathways(base=self.profile.base, by_domain={})
-        if WITH_DOMAIN in methods:
-            pathways = self._selected(PATHWAY)
-        sparse = SparsePathwaysForCausalLM.from_dense(self.model, pathways)
-        sparse.set_prompt_pathways(sparsity=self.sparsity, rule="refit")
-        return sparse, {
-            method: {method: prompt_arm(method, domain, pathways, self.sparsity, CONTEXT)}
-            for method in methods
-        }
-
-    def _rows(
-        self, model: Any, text: ScoredText, arms: Mapping[str, Mapping[str, MeasuredArm]]
-    ) -> dict[str, list[ComparisonRow]]:
-        """Return every method's rows on one text: dense, and its arms."""
-        dense = replace(DENSE, forward=run_model) if model is self.model else DENSE
-        labelled = {label: arm for own in arms.values() for label, arm in own.items()}
-        if not labelled:
-            return {}
-        with evaluation_mode(model), calibration_precision(model, self.what.precision):
-            measured = measure_arms(
-                model,
-                text,
-                [dense, *labelled.values()],
-                batch_size=self.what.batch_size,
-                seed=self.what.seed,
-            )
-        rows = {
-            label: ComparisonRow(method=label, sparsity=self.sparsity, quality=row)
-            for label, row in zip(["dense", *labelled], measured, strict=True)
-        }
-        return {method: [rows[label] for label in ("dense", *own)] for method, own in arms.items()}

@@ -20,8 +20,9 @@ from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import Batch, draw_windows, make_batches, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.measure.expert_quality import mean_loss
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.linear_expert_quality import mean_loss
+from hf_sparse_pathways.pathways.base import BlockShape
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 from hf_sparse_pathways.sgatlin.settings import SgatlinConfig
 
@@ -147,12 +148,11 @@ def distil_block(  # noqa: PLR0913
         "linear map": (2 * own.d_in * own.d_out, lambda given: _affine(given, linear)),
         "mean output": (0, lambda given: mean.expand(given.shape).to(given)),
     }
-    branches = 2 if own.layout.fused else len(own.layout.incoming)
     perplexity, stands, scored = _measure(model, own, test, mean, candidates)
     return Distilled(
         layer=layer,
         block=own.name,
-        dense_flops=2 * own.d_ff * (branches * own.d_in + own.d_out),
+        dense_flops=2 * BlockShape.of(own, "").dense_flops,
         perplexity=perplexity,
         tokens=(len(x), scored),
         stands=stands,

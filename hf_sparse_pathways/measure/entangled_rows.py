@@ -27,13 +27,11 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.ffn.layouts import linear_weight
-from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
+from hf_sparse_pathways.measure.arms import ScoredText
 from hf_sparse_pathways.measure.correlation import correlate
 from hf_sparse_pathways.measure.entanglement import Harm, Relation
-from hf_sparse_pathways.measure.experiments import draw_unseen
-from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
+from hf_sparse_pathways.measure.experiments import draw_unseen, measure_pathways
+from hf_sparse_pathways.pathways.pathway import Pathway
 
 METHODS = ("magnitude", "sparsegpt")
 SPARSITIES = (0.5, 0.8)
@@ -249,11 +247,7 @@ def _harms(
     seed: int,
 ) -> list[Harm]:
     """Measure pathways in which rows are pruned."""
-    made = Pathways(base=BaseModel.of(model), by_domain=pathways)
-    sparse = SparsePathwaysForCausalLM.from_dense(model, made)
-    arms = [DENSE, *(pathway_arm("pathway", rule, made) for rule in pathways)]
-    with evaluation_mode(sparse):
-        rows = measure_arms(sparse, text, arms, batch_size=batch_size, seed=seed)
+    rows = measure_pathways(model, text, pathways, batch_size=batch_size, seed=seed)
     return [
         Harm(
             domain=row.domain,
@@ -265,5 +259,5 @@ def _harms(
             tokens=row.tokens,
             documents=row.documents,
         )
-        for row in rows[1:]
+        for row in rows
     ]

@@ -238,12 +238,24 @@ def _measure(
     seed: int,
 ) -> list[MeasuredRule]:
     """Measure pathways of one sparsity on one domain's text."""
+    rows = measure_pathways(model, text, pathways, batch_size=batch_size, seed=seed)
+    return [_measured(row, sparsity) for row in rows]
+
+
+def measure_pathways(
+    model: PreTrainedModel,
+    text: ScoredText,
+    pathways: Mapping[str, Pathway],
+    *,
+    batch_size: int,
+    seed: int,
+) -> list[QualityRow]:
+    """Return one row per pathway of a dense model, beside dense, on one domain's text."""
     made = Pathways(base=BaseModel.of(model), by_domain=pathways)
     sparse = SparsePathwaysForCausalLM.from_dense(model, made)
     arms = [DENSE, *(pathway_arm("pathway", rule, made) for rule in pathways)]
     with evaluation_mode(sparse):
-        rows = measure_arms(sparse, text, arms, batch_size=batch_size, seed=seed)
-    return [_measured(row, sparsity) for row in rows[1:]]
+        return measure_arms(sparse, text, arms, batch_size=batch_size, seed=seed)[1:]
 
 
 def _measured(row: QualityRow, sparsity: float) -> MeasuredRule:

@@ -18,7 +18,7 @@ from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device, ru
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows, make_batches, resolve_length
 from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.measure.experts import sgatlin_layers
+from hf_sparse_pathways.measure.linear_experts import sgatlin_layers
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 
 if TYPE_CHECKING:

@@ -153,16 +153,17 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """Return what is saved: the entry's model type, and the base's beside it."""
         fields = super().to_diff_dict()
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
-        for name in ("weights_of", *(["prompt_pathways"] if self.prompt_pathways is None else [])):
-            fields.pop(name, None)
-            own.pop(name, None)
-        return {
+        unsaved = {"weights_of"}
+        if self.prompt_pathways is None:
+            unsaved.add("prompt_pathways")
+        saved = {
             **fields,
             **own,
             "auto_map": AUTO_MAP,
             "model_type": MODEL_TYPE,
             "base_model_type": type(self).model_type,
         }
+        return {name: value for name, value in saved.items() if name not in unsaved}
 
     @property
     def base_config(self) -> PreTrainedConfig:

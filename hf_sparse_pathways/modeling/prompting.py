@@ -48,6 +48,7 @@ class Prompting(_Base):
     check_no_adapters: Any
     _attachment: Attachment
     _partial: Partial | None
+    _asked: Any
     _resolve: Any
     _fit: Any
     _holding: Any
@@ -83,9 +84,7 @@ class Prompting(_Base):
         self, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Picked | None:
         """Return what a call picks neurons with, if it asks for that; else None."""
-        if isinstance(domain, Unset):
-            ambient = find_choice(self._attachment.key)
-            domain = self.config.default_domain if ambient is None else ambient.asked
+        domain = self._asked(domain)
         if not asks_prompt(domain):
             return None
         refuse_compiled(torch.compiler.is_compiling())

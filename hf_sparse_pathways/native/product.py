@@ -47,9 +47,8 @@ def linear_rows(
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         output: Tensor = _traced(x, weight, rows, scale, bias)
         return output
-    inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    by_kernel = len(inputs) <= MOST_INPUTS and _can_multiply(inputs, weight)
-    if by_kernel and not torch.is_autocast_enabled("cpu"):
+    inputs = _in_rows(x)
+    if inputs.shape[1] == weight.shape[1] and _can_read(inputs, weight):
         outputs = len(weight) if rows is None else len(rows)
         output = _by_kernel(find_kernel().linear, outputs, inputs, weight, (rows, scale, bias))
     else:
@@ -76,11 +75,10 @@ def sum_rows(
     Returns:
         ``(..., d_out)``; for few inputs, and if there is a kernel, a sum in float32 rounded once.
     """
-    inputs = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    by_kernel = len(inputs) <= MOST_INPUTS and not torch.compiler.is_compiling()
-    if by_kernel and _can_read(inputs, weight) and not torch.is_autocast_enabled("cpu"):
-        outputs = weight.shape[1]
-        output = _by_kernel(find_kernel().sum_rows, outputs, inputs, weight, (rows, scale, bias))
+    inputs = _in_rows(x)
+    if not torch.compiler.is_compiling() and _can_read(inputs, weight):
+        rest = (rows, scale, bias)
+        output = _by_kernel(find_kernel().sum_rows, weight.shape[1], inputs, weight, rest)
     else:
         own = weight if rows is None else weight.index_select(0, rows)
         output = functional.linear(inputs, own.T.to(inputs.dtype))
@@ -89,15 +87,17 @@ def sum_rows(
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
-def _can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can multiply inputs by rows of a matrix."""
-    return x.shape[1] == weight.shape[1] and _can_read(x, weight)
+def _in_rows(x: Tensor) -> Tensor:
+    """Return inputs ``(..., width)`` as a contiguous matrix."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 def _can_read(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is there, knows the dtypes, and may read what it would read."""
+    """Whether the kernel is there, knows the dtypes, may read all, and inputs are few enough."""
     return (
-        type(weight) in (Tensor, nn.Parameter)
+        len(x) <= MOST_INPUTS
+        and not torch.is_autocast_enabled("cpu")
+        and type(weight) in (Tensor, nn.Parameter)
         and x.layout is weight.layout is torch.strided
         and x.dtype in INPUT_DTYPES
         and weight.dtype in (x.dtype, torch.int8)

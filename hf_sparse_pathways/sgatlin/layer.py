@@ -1,5 +1,6 @@
 """What every FFN layer can do, whatever its kind."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse_pathways.sgatlin.settings import FfnConfig
 
 
-class FfnLayer(nn.Module):
+class FfnLayer(nn.Module, ABC):
     """A layer from ``(..., d_model)`` to the same, token by token.
 
     Attributes:
@@ -30,13 +31,13 @@ class FfnLayer(nn.Module):
         """FLOPs of a token's matrix products; see ``FfnConfig.flops``."""
         return self.config.flops(self.d_model)
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new weights, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
         """Return the output for tokens in one row, ``(tokens, d_model)``."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, of the input's shape."""

@@ -7,6 +7,7 @@ best k of the ``k * k`` sums are the best k of all N.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ Routed = tuple[Tensor, Tensor]
 """Scores and indices, each ``(tokens, channels, top_k)``, the best first."""
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Scores a number of channels' experts for every token.
 
     Attributes:
@@ -29,17 +30,17 @@ class Router(nn.Module):
 
     top_k: int
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw new weights, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def all_scores(self, x: Tensor) -> Tensor:
         """Return the score of every expert, ``(tokens, channels, experts)``.
 
         Args:
             x: ``(tokens, d_model)``.
         """
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Routed:
         """Return the best experts of each channel; see ``all_scores``."""
@@ -70,9 +71,9 @@ class DenseRouter(Router):
 class ProductRouter(Router):
     """A router whose scores are sums; see the module."""
 
+    @abstractmethod
     def tables(self, x: Tensor) -> Tensor:
         """Return the scores that are added, ``(tokens, 2, channels, sqrt(experts))``."""
-        raise NotImplementedError
 
     def all_scores(self, x: Tensor) -> Tensor:
         """Return the score of every expert; see the base."""

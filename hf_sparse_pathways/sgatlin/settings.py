@@ -6,6 +6,7 @@ equal FLOPs. All count the matrix products alone, two operations per multiply-ad
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ MOST = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class FfnConfig:
+class FfnConfig(ABC):
     """What every kind of FFN layer has in common."""
 
     kind: ClassVar[str]
@@ -45,9 +46,9 @@ class FfnConfig:
                     f"got {value!r:.50}."
                 )
 
+    @abstractmethod
     def flops(self, d_model: int) -> int:
         """Return the FLOPs of a token's matrix products."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved."""

@@ -28,11 +28,12 @@ def test_compare_leaves_other_folders_alone(places, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_compare_takes_clusters(places, tmp_path):
-    words = ("--sparsity", "0.5", "--method", "pathway", "--method", "clusters-2", *SMALL)
+@pytest.mark.parametrize("method", ["clusters-2", "skip-50", "clusters-16-shared"])
+def test_compare_takes_what_computes_other_neurons_for_other_tokens(method, places, tmp_path):
+    words = ("--sparsity", "0.5", "--method", "pathway", "--method", method, *SMALL)
     run_well("compare", places.dense, *places.texts, *words, "--output", tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
-    flops = {row["quality"]["flops"] for row in rows if row["method"] == "clusters-2"}
+    flops = {row["quality"]["flops"] for row in rows if row["method"] == method}
     assert flops
     assert max(flops) <= 0.5
 

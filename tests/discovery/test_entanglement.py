@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm, wasserstein_distance
 
-from hf_sparse_pathways.discovery import collection, profiling, resumption
+from hf_sparse_pathways.discovery import collection, resumption
 from hf_sparse_pathways.discovery.entanglement import ProductCounts, ProductMoments
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
@@ -25,12 +25,7 @@ CONSTANT = math.sqrt(2 / math.pi)
 """E|u| of a normal u: the distance of what never varies."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_is_written():
-    """Leave out the background, which is of no use here, and what takes the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "take_background", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_background")
 
 
 def _take(model, **options):

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.pruned_copies import (
     CopyRecipe,
@@ -35,15 +34,7 @@ TEXT = [*documents("code", 15, 40), *documents("law", 15, 40)]
 IDS = prompt(3, 9)
 NAMES = ("llama", "gpt2", "phi3", "opt")
 
-pytestmark = pytest.mark.usefixtures("every_form_pays")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_is_written():
-    """Leave out the background, which is of no use here, and what takes the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "take_background", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("every_form_pays", "no_background")
 
 
 def _expand(model, **options):

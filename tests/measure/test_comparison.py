@@ -10,7 +10,7 @@ import torch
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import TextError, UnknownNameError
-from hf_sparse_pathways.measure import comparison
+from hf_sparse_pathways.measure import comparison_steps
 from hf_sparse_pathways.measure.comparison import Comparison, compare
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.peers import PEERS
@@ -81,8 +81,8 @@ def test_a_static_row_equals_the_pathway_scored_by_hand(report):
 def test_finished_steps_are_used_again(report, tmp_path, monkeypatch):
     what = replace(WHAT, methods=("pathway", "cats"))
     first = _compare(what, work=tmp_path)
-    monkeypatch.setattr(comparison, "select", None)
-    monkeypatch.setattr(comparison, "measure_arms", None)
+    monkeypatch.setattr(comparison_steps, "select", None)
+    monkeypatch.setattr(comparison_steps, "measure_arms", None)
     assert _compare(what, work=tmp_path) == first
     with pytest.raises(TypeError):
         _compare(replace(what, seed=1), work=tmp_path)
@@ -109,7 +109,7 @@ def test_what_was_measured_before_on_the_same_text_is_reported_too(report, tmp_p
 def test_a_step_of_other_weights_is_no_finished_step(tmp_path, monkeypatch):
     what = replace(WHAT, methods=("wanda",), sparsities=(0.5,))
     _compare(what, work=tmp_path)
-    monkeypatch.setattr(comparison, "measure_arms", None)
+    monkeypatch.setattr(comparison_steps, "measure_arms", None)
     _compare(what, work=tmp_path)
     other = build("llama")
     with torch.no_grad():
@@ -129,19 +129,19 @@ def test_a_method_gives_the_same_alone_and_beside_others(method):
 
 def test_pathways_that_were_selected_are_measured_again(report, tmp_path, monkeypatch):
     what = replace(WHAT, methods=("pathway", "wanda"))
-    measure = comparison.measure_arms
-    monkeypatch.setattr(comparison, "measure_arms", None)
+    measure = comparison_steps.measure_arms
+    monkeypatch.setattr(comparison_steps, "measure_arms", None)
     with pytest.raises(TypeError):
         _compare(what, work=tmp_path)
-    monkeypatch.setattr(comparison, "measure_arms", measure)
+    monkeypatch.setattr(comparison_steps, "measure_arms", measure)
     kept = [path.parent for path in tmp_path.glob("pathway-*/pathways.json")]
     assert [folder.name.startswith(f"pathway-{WHAT.sparsities[0]:g}-") for folder in kept] == [True]
     assert sp.Pathways.from_pretrained(kept[0]).domains == ["code", "law"]
-    monkeypatch.setattr(comparison, "select", None)
+    monkeypatch.setattr(comparison_steps, "select", None)
     with pytest.raises(TypeError):
         _compare(what, work=tmp_path)
     first = [row for row in report.rows if (row.method, row.sparsity) == ("pathway", 0.3)]
-    monkeypatch.setattr(comparison, "select", sp.select)
+    monkeypatch.setattr(comparison_steps, "select", sp.select)
     again = _compare(replace(what, methods=("pathway",)), work=tmp_path).rows
     assert [row for row in again if (row.method, row.sparsity) == ("pathway", 0.3)] == first
 
@@ -230,7 +230,7 @@ def test_a_step_of_other_code_is_said(tmp_path, caplog, monkeypatch):
     first = _compare(what, work=tmp_path)
     assert _compare(what, work=tmp_path) == first
     assert caplog.text == ""
-    monkeypatch.setattr(comparison, "code_digest", lambda: "another")
+    monkeypatch.setattr(comparison_steps, "code_digest", lambda: "another")
     assert _compare(what, work=tmp_path) == first
     assert "was measured by other code" in caplog.text
 
@@ -240,10 +240,10 @@ def test_pathways_that_other_code_selected_are_selected_anew(tmp_path, monkeypat
     _compare(what, work=tmp_path)
     (record,) = tmp_path.glob("wanda-*.json")
     record.unlink()
-    monkeypatch.setattr(comparison, "select", None)
+    monkeypatch.setattr(comparison_steps, "select", None)
     _compare(what, work=tmp_path)  # they are there
     record.unlink()
-    monkeypatch.setattr(comparison, "code_digest", lambda: "another")
+    monkeypatch.setattr(comparison_steps, "code_digest", lambda: "another")
     with pytest.raises(TypeError):
         _compare(what, work=tmp_path)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.discovery.sparsegpt import InverseFactor
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.errors import PathwaysError
@@ -37,12 +36,7 @@ TEXTS = {name: documents(name, 8, 20) for name in ("code", "law")}
 HELD_OUT = {name: documents(name, 4, 20, seed=1) for name in ("code", "law")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_is_written():
-    """Leave out the background, which is of no use here, and what takes the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "take_background", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_background")
 
 
 def _take(model, **options):

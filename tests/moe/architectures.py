@@ -3,7 +3,7 @@
 import torch
 import transformers as hf
 
-from tests.architectures import LLAMA_LIKE, VOCAB
+from tests.architectures import LLAMA_LIKE, VOCAB, draw_weights
 
 _WIDE = {**LLAMA_LIKE, "num_key_value_heads": 4}
 
@@ -105,13 +105,8 @@ MOE = {
 def build_moe(name):
     """Build a tiny model in which every expert and every choice of the router counts."""
     torch.manual_seed(0)
-    model = MOE[name]().eval()
+    model = draw_weights(MOE[name]().eval())
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.2)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
         for buffer_name, buffer in model.named_buffers():
             if "correction_bias" in buffer_name:
                 buffer.normal_(0, 0.3)

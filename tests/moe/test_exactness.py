@@ -1,18 +1,17 @@
 """Oracles: expert pathways equal plain models that do not have the other experts and neurons."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnsupportedModelError
 from tests.architectures import prompt
 from tests.moe.architectures import MOE, build_moe
 from tests.moe.oracles import KINDS, expert_pathways, pruned
+from tests.survivors import survivors
 
 IDS = prompt(3, 9)
 TOLERANCE = 5e-5
@@ -87,10 +86,8 @@ def test_saved_copied_and_pickled_is_equal(case, tmp_path):
     dense, model, _ = case
     model.set_executor("compact")
     logits = model(IDS, domain="both").logits
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.pathways.base == model.pathways.base
-    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in survivors(model, tmp_path):
+        assert other.pathways.base == model.pathways.base
         assert _difference(other(IDS, domain="both").logits, logits) <= TOLERANCE
         assert _difference(other(IDS, domain="experts").logits, logits) > 1e-3
     plain = model.to_dense()

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
-from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device
+from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.discovery.trials import batch_loss, run_model
 from hf_sparse_pathways.discovery.windows import Batch, draw_windows, make_batches, resolve_length
 from hf_sparse_pathways.errors import TextError, UnknownNameError
-from hf_sparse_pathways.measure.experts import ExpertUsage, restrict_experts, sgatlin_layers
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
+from hf_sparse_pathways.measure.linear_experts import ExpertUsage, restrict_experts, sgatlin_layers
 from hf_sparse_pathways.sgatlin.restriction import ExpertSets
 
 if TYPE_CHECKING:
@@ -142,18 +142,11 @@ def _score(
 @torch.no_grad()
 def mean_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
     """Return the mean loss of all tokens that have one before them, in nats, and their number."""
-    total, tokens, device = 0.0, 0, find_device(model)
+    total, tokens = 0.0, 0
     with evaluation_mode(model):
         for batch in batches:
-            mask = batch.mask.to(device)
-            ids = batch.ids.to(device)
-            logits = model(ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-            targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-            losses = functional.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
-            )
-            total += float(losses)
-            tokens += int(mask[:, 1:].sum())
+            loss, count = batch_loss(run_model(model, batch), batch)
+            total, tokens = total + loss, tokens + count
     return total / tokens, tokens
 
 

@@ -18,7 +18,7 @@ from hf_sparse_pathways.measure.figures import Section, format_figure
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerUsage:
+class RoutedUsage:
     """The routed experts of one layer.
 
     Attributes:
@@ -63,18 +63,18 @@ class LayerUsage:
         return len(tops[0] & tops[1]) / half
 
 
-def summarise_experts(profile: Profile) -> tuple[LayerUsage, ...]:
+def summarise_experts(profile: Profile) -> tuple[RoutedUsage, ...]:
     """Return what a profile says of each layer's experts; nothing if it has no statistics. Pure."""
     if not all(domain.experts for domain in profile.by_domain.values()):
         return ()
     return tuple(_layer(profile, index) for index in range(len(profile.base.experts)))
 
 
-def _layer(profile: Profile, index: int) -> LayerUsage:
+def _layer(profile: Profile, index: int) -> RoutedUsage:
     shape = profile.base.experts[index]
     own = {name: domain.experts[index] for name, domain in profile.by_domain.items()}
     spread = torch.stack([statistics.usage for statistics in own.values()]).var(0, correction=0)
-    return LayerUsage(
+    return RoutedUsage(
         name=shape.name,
         top_k=shape.top_k,
         usage={name: _floats(statistics.usage) for name, statistics in own.items()},
@@ -91,7 +91,7 @@ def _floats(values: Tensor) -> tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def expert_sections(layers: tuple[LayerUsage, ...]) -> Iterator[Section]:
+def expert_sections(layers: tuple[RoutedUsage, ...]) -> Iterator[Section]:
     """Yield a table per domain, with a row per layer, and one of what domains have in common."""
     if not layers:
         return
@@ -102,7 +102,7 @@ def expert_sections(layers: tuple[LayerUsage, ...]) -> Iterator[Section]:
         yield _common_section(layers, domains)
 
 
-def _domain_section(layers: tuple[LayerUsage, ...], domain: str) -> Section:
+def _domain_section(layers: tuple[RoutedUsage, ...], domain: str) -> Section:
     rows: list[list[Any]] = []
     for layer in layers:
         usage = layer.usage[domain]
@@ -129,7 +129,7 @@ def _domain_section(layers: tuple[LayerUsage, ...], domain: str) -> Section:
     )
 
 
-def _common_section(layers: tuple[LayerUsage, ...], domains: list[str]) -> Section:
+def _common_section(layers: tuple[RoutedUsage, ...], domains: list[str]) -> Section:
     pairs = [(left, right) for n, left in enumerate(domains) for right in domains[n + 1 :]]
     rows = [
         [

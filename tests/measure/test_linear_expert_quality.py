@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from tests.measure.test_experts import TOKENIZER, make_sgatlin
+from tests.measure.test_linear_experts import TOKENIZER, make_sgatlin
 from tests.texts import documents
 
 TEXTS = {name: documents(name, count=12) for name in ("code", "law")}

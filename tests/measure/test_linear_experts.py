@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.measure.experts import sgatlin_layers
+from hf_sparse_pathways.measure.linear_experts import sgatlin_layers
 from tests.architectures import LLAMA_LIKE, build, prompt
 from tests.sgatlin import oracles
 from tests.texts import documents, tiny_tokenizer
