@@ -22,6 +22,7 @@ from hf_sparse_pathways.reading import open_regular
 
 _DTYPES = {
     "BOOL": torch.bool,
+    "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
     "F16": torch.float16,

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.background import Background
-from hf_sparse_pathways.discovery.signatures import cut_texts, hold_out, score_texts
+from hf_sparse_pathways.discovery.signatures import (
+    count_tokens,
+    cut_texts,
+    hold_out,
+    score_texts,
+    weigh_tokens,
+)
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.errors import PathwaysError, option
+from hf_sparse_pathways.pathways.pairs import share_seen
 from hf_sparse_pathways.pathways.signature import LENGTHS, USUAL_MARGIN, Signature
 
 TARGET_ERROR = 0.01
@@ -78,15 +85,17 @@ def _lead(
     parts: list[list[list[Tensor]]] = [[[] for _ in LENGTHS] for _ in others]
     trials = [0] * len(LENGTHS)
     ignored = background.ignored
-    least = [other.usual_thresholds() for other in others]
-    for weights, held_out in hold_out(*windows, background):
+    for kept, held_out in hold_out(*windows):
+        weights = weigh_tokens(kept, background)
         for window in held_out:
             for place, texts in cut_texts(window):
                 own = score_texts(texts, weights, ignored)
                 trials[place] += len(texts)
+                counted = count_tokens(texts, weights, ignored)
                 for number, other in enumerate(others):
                     score = score_texts(texts, other.tokens.float(), ignored)
-                    taken = score >= least[number][place]
+                    taken = score >= other.least_scores[place]
+                    taken &= share_seen(other.pairs, texts, counted) >= other.least_seen[place]
                     ahead = (score - own) * LENGTHS[place]
                     parts[number][place].append(ahead.where(taken, -torch.inf))
     return [[torch.cat([*row, torch.empty(0)]) for row in rows] for rows in parts], trials

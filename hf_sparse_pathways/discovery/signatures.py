@@ -2,9 +2,9 @@
 
 A token's weight is the logarithm of its likelihood in the domain over that in the background. The
 domain's likelihood is counted and mixed with the background's, so that a token that was seen once
-says little, and one that was not seen says not much either. What held-out text scores is seen on
-the validation windows, and on the calibration windows by leaving a fold of the documents out of
-the counts.
+says little, and one that was not seen says not much either. What held-out text scores, and which
+pairs of tokens it shares, is seen on the validation windows, and on the calibration windows by
+leaving a fold of the documents out of the counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.pathways.pairs import collect_pairs, share_seen
 from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, no_margins
 
 COUNTED = 1 / 3
@@ -40,31 +41,38 @@ def learn_signature(
         validation: Windows of other documents of the domain; there may be none.
         background: What the model writes.
     """
-    weights = _weigh(windows, background)
+    ignored = background.ignored
     own: _Scores = {length: [] for length in LENGTHS}
-    for kept, held_out in hold_out(windows, validation, background):
+    own_pairs: _Scores = {length: [] for length in LENGTHS}
+    for kept, held_out in hold_out(windows, validation):
+        weights, pairs = weigh_tokens(kept, background), _collect(kept, background)
         for window in held_out:
             for place, texts in cut_texts(window):
-                own[LENGTHS[place]].append(score_texts(texts, kept, background.ignored))
+                own[LENGTHS[place]].append(score_texts(texts, weights, ignored))
+                counted = count_tokens(texts, weights, ignored)
+                own_pairs[LENGTHS[place]].append(share_seen(pairs, texts, counted))
+    weights = weigh_tokens(windows, background)
     written: _Scores = {length: [] for length in LENGTHS}
     samples = background.samples.long()
     for start in range(len(samples)):
         ids = samples.roll(-start, 0).flatten()
         for length in LENGTHS:
             text = ids[None, :length]
-            written[length].append(score_texts(text, weights, background.ignored))
+            written[length].append(score_texts(text, weights, ignored))
     return Signature(
         tokens=weights.half(),
         own=_quantiles(own),
         background=_quantiles(written),
-        ignored=background.ignored,
+        ignored=ignored,
         prefix=background.prefix,
         suffix=background.suffix,
+        pairs=_collect(windows, background),
+        own_pairs=_quantiles(own_pairs),
         **no_margins(),
     )
 
 
-def _weigh(windows: Sequence[Window], background: Background) -> Tensor:
+def weigh_tokens(windows: Sequence[Window], background: Background) -> Tensor:
     """Return the weights of tokens, float32 ``(vocabulary,)``; special ones have none."""
     usual = background.probabilities.double()
     ids = torch.tensor([token for window in windows for token in window.ids], dtype=torch.int64)
@@ -76,15 +84,22 @@ def _weigh(windows: Sequence[Window], background: Background) -> Tensor:
     return weights.float()
 
 
+def _collect(windows: Sequence[Window], background: Background) -> Tensor:
+    """Return the pairs of tokens of some windows."""
+    ids = [torch.tensor(window.ids) for window in windows]
+    usual, ignored = background.probabilities, background.ignored
+    return collect_pairs((text, count_tokens(text, usual, ignored)) for text in ids)
+
+
 def hold_out(
-    windows: Sequence[Window], validation: Sequence[Window], background: Background
-) -> Iterator[tuple[Tensor, Sequence[Window]]]:
-    """Yield weights of tokens, and windows of documents that they were counted without.
+    windows: Sequence[Window], validation: Sequence[Window]
+) -> Iterator[tuple[Sequence[Window], Sequence[Window]]]:
+    """Yield windows that are counted, and windows of other documents.
 
     Those are the validation windows, and each fold of the calibrated documents. Where a stored
     profile does not know the windows' documents, each window is one.
     """
-    yield _weigh(windows, background), validation
+    yield windows, validation
     keys = [
         str(index) if window.document is None else window.document.digest
         for index, window in enumerate(windows)
@@ -94,7 +109,7 @@ def hold_out(
         inside = [folds[key] == number for key in keys]
         rest = [window for window, held in zip(windows, inside, strict=True) if not held]
         held_out = [window for window, held in zip(windows, inside, strict=True) if held]
-        yield _weigh(rest, background), held_out
+        yield rest, held_out
 
 
 def cut_texts(window: Window) -> Iterator[tuple[int, Tensor]]:
@@ -107,8 +122,13 @@ def cut_texts(window: Window) -> Iterator[tuple[int, Tensor]]:
 
 def score_texts(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:
     """Return the mean weights of texts, ``(texts,)``."""
-    counted = ~torch.isin(ids, ignored.long()) & (ids < len(weights))
+    counted = count_tokens(ids, weights, ignored)
     return (weights[ids.where(counted, 0)] * counted).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def count_tokens(ids: Tensor, vocabulary: Tensor, ignored: Tensor) -> Tensor:
+    """Return which tokens say something: none that is special, or not in the vocabulary."""
+    return ~torch.isin(ids, ignored.long()) & (ids < len(vocabulary))
 
 
 def _quantiles(scores: _Scores) -> Tensor:

@@ -8,6 +8,7 @@ go nowhere.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -79,7 +80,11 @@ def measure_routing(  # noqa: PLR0913
         raise PathwaysError("Prompts need at least one token, and at least one of them.")
     pathways = model.pathways
     seen = [path.provenance.get("text", {}) for path in pathways.by_domain.values()]
+    router = model.text_router
+    router.check()
+    by_kind = [replace(router, kinds=(kind,)) for kind in router.kinds]
     rows: list[RoutedText] = []
+    alone: list[RoutedText] = []
     halves: dict[str, Tensor] = {}
     quality: list[RoutedQuality] = []
     excluded = 0
@@ -97,13 +102,16 @@ def measure_routing(  # noqa: PLR0913
             def draw(length: int, most: int, fresh: Any = fresh) -> Tensor:
                 return _draw_prompts(fresh, tokenizer, length=length, most=most, seed=seed)
 
-            found = [_route(model, name, draw(length, max_prompts)) for length in lengths]
-            rows += [row for row in found if row.prompts]
-            if not any(row.prompts for row in found):
+            prompts = [draw(length, max_prompts) for length in lengths]
+            prompts = [drawn for drawn in prompts if len(drawn)]
+            known = name in model.domains
+            rows += [_route(router, name, known, drawn) for drawn in prompts]
+            alone += [_route(one, name, known, drawn) for one in by_kind for drawn in prompts]
+            if not prompts:
                 raise TextError(f"{name!r}: no document has {min(lengths)} tokens.")
             if quality_prompts:
-                prompts = draw(QUALITY_LENGTH + SCORED, quality_prompts)
-                quality.append(_measure_quality(model, name, prompts))
+                longer = draw(QUALITY_LENGTH + SCORED, quality_prompts)
+                quality.append(_measure_quality(model, name, longer))
             if guard:
                 halves[name] = draw(HALF, min(DOCUMENTS, max_prompts))
         guarded = measure_guard(model, halves)
@@ -112,17 +120,18 @@ def measure_routing(  # noqa: PLR0913
     return RoutingReport(
         domains=tuple(pathways.routed),
         rows=tuple(rows),
+        alone=tuple(alone),
         quality=tuple(quality),
         cost=tuple(costs),
         guarded=guarded,
         guard_cost=watched,
-        size=sum(signature.size for signature in model.text_router.signatures.values()),
+        size=sum(signature.size for signature in router.signatures.values()),
         excluded=excluded,
         settings={
             "max_prompts": max_prompts,
             "seed": seed,
             "least_tokens": LENGTHS[0],
-            "margins": _describe_margins(model.text_router),
+            "margins": _describe_margins(router),
         },
     )
 
@@ -147,15 +156,16 @@ def _draw_prompts(documents: Any, tokenizer: Any, *, length: int, most: int, see
     return torch.tensor(long[:most], dtype=torch.int64).reshape(-1, length)
 
 
-def _route(model: Any, name: str, prompts: Tensor) -> RoutedText:
+def _route(router: Router, name: str, known: bool, prompts: Tensor) -> RoutedText:
     """Return where prompts go."""
-    decided = Counter(found or DENSE for found in model.route(prompts)) if len(prompts) else {}
+    decided = Counter(found.domain or DENSE for found in router.decide(prompts))
     return RoutedText(
         text=name,
-        known=name in model.domains,
+        known=known,
         length=prompts.shape[1],
         prompts=len(prompts),
         decided=dict(decided),
+        kinds=router.kinds,
     )
 
 

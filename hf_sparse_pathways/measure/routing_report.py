@@ -1,7 +1,7 @@
 """Where prompts went, as values that render as tables and JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class RoutedText:
         length: Tokens of a prompt.
         prompts: How many there were.
         decided: Domain, or ``dense`` -> how many prompts went there.
+        kinds: The kinds of evidence that had to agree.
     """
 
     text: str
@@ -32,6 +33,7 @@ class RoutedText:
     length: int
     prompts: int
     decided: Mapping[str, int]
+    kinds: tuple[str, ...]
 
     @property
     def right(self) -> int:
@@ -127,6 +129,7 @@ class RoutingReport(ShownAsTables):
     Attributes:
         domains: Between which the router chooses.
         rows: One per text and length.
+        alone: The same by each kind of evidence without the others.
         quality: One per text, if it was measured.
         cost: One per length.
         guarded: One per domain and text, if a guard was measured.
@@ -137,6 +140,7 @@ class RoutingReport(ShownAsTables):
 
     domains: tuple[str, ...]
     rows: tuple[RoutedText, ...]
+    alone: tuple[RoutedText, ...] = ()
     quality: tuple[RoutedQuality, ...] = ()
     cost: tuple[RoutingCost, ...] = ()
     guarded: tuple[GuardedText, ...] = ()
@@ -170,23 +174,17 @@ class RoutingReport(ShownAsTables):
     def _rates(self) -> Section:
         rows = []
         for length in self.lengths:
-            of = [row for row in self.rows if row.length == length]
-            known = [row for row in of if row.known]
-            unknown = [row for row in of if not row.known]
-            total, foreign = (sum(row.prompts for row in part) for part in (known, unknown))
-            dense = sum(row.decided.get(DENSE, 0) for row in known)
-            counts = [
-                (sum(row.right for row in known), total),
-                (dense, total),
-                (sum(row.wrong for row in known), total),
-                (sum(row.wrong for row in unknown), foreign),
-            ]
-            rows.append([str(length), *(format_rate(*count) for count in counts)])
-        header = ["tokens", "right", "dense instead", "wrong domain", "unknown text sent anywhere"]
+            together = [row for row in self.rows if row.length == length]
+            rows.append([str(length), "all", *_count_decisions(together)])
+            for kind in dict.fromkeys(row.kinds for row in self.alone):
+                by_it = [row for row in self.alone if row.length == length and row.kinds == kind]
+                rows.append([str(length), *kind, *_count_decisions(by_it)])
+        rates = ["right", "dense instead", "wrong domain", "unknown text sent anywhere"]
         note = (
             f"Domains: {', '.join(self.domains)}; {self.size} bytes of signatures. "
-            "Share, count, 95 % Wilson interval."
+            "Share, count, 95 % Wilson interval. The router asks all kinds of evidence."
         )
+        header = ["tokens", "evidence", *rates]
         return Section(title="Routing by length of the prompt", note=note, header=header, rows=rows)
 
     def _confusion(self, length: int) -> Section:
@@ -255,6 +253,20 @@ class RoutingReport(ShownAsTables):
         ]
         header = ["tokens", "deciding", "dense prefill", "share"]
         return Section(title="Cost of deciding, one prompt", note="", header=header, rows=rows)
+
+
+def _count_decisions(rows: Sequence[RoutedText]) -> list[str]:
+    """Render how many prompts of known text went right, nowhere, wrong, and of unknown anywhere."""
+    known = [row for row in rows if row.known]
+    unknown = [row for row in rows if not row.known]
+    total, foreign = (sum(row.prompts for row in part) for part in (known, unknown))
+    counts = [
+        (sum(row.right for row in known), total),
+        (sum(row.decided.get(DENSE, 0) for row in known), total),
+        (sum(row.wrong for row in known), total),
+        (sum(row.wrong for row in unknown), foreign),
+    ]
+    return [format_rate(*count) for count in counts]
 
 
 def format_rate(count: int, total: int) -> str:

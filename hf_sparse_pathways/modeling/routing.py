@@ -1,9 +1,8 @@
 """Which domain a prompt is of, or none: the decision behind ``domain="auto"``.
 
-A prompt goes to the domain of which its tokens give the most evidence (``pathways/signature.py``),
-if it scores as that domain's text does and as the model's own text does not, and no other domain
-comes near. Otherwise it goes nowhere, and the dense model answers: a wrong pathway is far worse
-than none. Unknown domains need not be known for that.
+A prompt goes to the one domain that all kinds of evidence (``kinds.py``) say it may be of.
+Otherwise it goes nowhere, and the dense model answers: a wrong pathway is far worse than none.
+Unknown domains need not be known for that.
 """
 
 import logging
@@ -18,8 +17,9 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.modeling.kinds import KINDS, check_kinds, nearest
 from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
-from hf_sparse_pathways.pathways.signature import LENGTHS, Signature, at_length
+from hf_sparse_pathways.pathways.signature import LENGTHS, Signature
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Decision:
         domain: The domain; None for the dense model.
         tokens: How many of the prompt's tokens say something.
         scores: Domain -> mean evidence per token, in nats beside the model's own text.
+        seen: Domain -> fraction of the prompt's pairs of tokens that the domain's text holds.
         typicality: Fraction of the nearest domain's held-out text that scores less, in [0, 1];
             None where there are too few tokens to say.
     """
@@ -39,6 +40,7 @@ class Decision:
     domain: str | None
     tokens: int
     scores: Mapping[str, float]
+    seen: Mapping[str, float]
     typicality: float | None
 
 
@@ -48,22 +50,28 @@ class Router:
 
     Attributes:
         signatures: Domain -> what tells its text; domains without one are never chosen.
-        thresholds: Domain -> least scores, one per number of tokens in ``LENGTHS``.
+        kinds: What has to agree, of ``KINDS``.
+
+    Raises:
+        UnknownNameError: There is no such kind.
     """
 
     signatures: Mapping[str, Signature]
-    thresholds: Mapping[str, Sequence[float]]
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+    def __post_init__(self) -> None:
+        """Check the kinds."""
+        check_kinds(self.kinds)
 
     @classmethod
     def of(cls, pathways: Pathways) -> "Router":
-        """Return the router of some pathways."""
+        """Return the router of some pathways, with all kinds."""
         signatures = {
             name: pathway.signature
             for name, pathway in pathways.by_domain.items()
             if pathway.signature is not None
         }
-        thresholds = {name: signature.usual_thresholds() for name, signature in signatures.items()}
-        return cls(signatures=signatures, thresholds=thresholds)
+        return cls(signatures=signatures)
 
     def check(self) -> None:
         """Check that there is a domain to choose.
@@ -121,23 +129,20 @@ class Router:
         return decisions
 
     def _decide(self, ids: Tensor) -> Decision:
-        sums: dict[str, float] = {}
-        count = 0
-        for name, signature in self.signatures.items():
-            sums[name], count = signature.read(ids)
-        best = max(sums, key=sums.__getitem__)
-        scores = {name: total / max(1, count) for name, total in sums.items()}
-        if count < LENGTHS[0]:
-            return Decision(domain=None, tokens=count, scores=scores, typicality=None)
-        usual = scores[best] >= at_length(self.thresholds[best], count)
-        alone = all(
-            sums[best] - sums[name] >= other.margin(self.signatures[best], count)
-            for name, other in self.signatures.items()
-            if name != best
+        readings = {name: one.read(ids) for name, one in self.signatures.items()}
+        best = nearest(readings)
+        said = readings[best]
+        enough = said.count >= LENGTHS[0]
+        admitted = set(readings) if enough else set()
+        for kind in self.kinds:
+            admitted &= KINDS[kind](self.signatures, readings)
+        return Decision(
+            domain=admitted.pop() if len(admitted) == 1 else None,
+            tokens=said.count,
+            scores={name: reading.score for name, reading in readings.items()},
+            seen={name: reading.seen for name, reading in readings.items()},
+            typicality=self.signatures[best].typicality(said) if enough else None,
         )
-        typicality = self.signatures[best].typicality(scores[best], count)
-        domain = best if usual and alone else None
-        return Decision(domain=domain, tokens=count, scores=scores, typicality=typicality)
 
 
 def asks_router(domain: Any) -> bool:

@@ -1,8 +1,9 @@
 """A domain's signature: what tells its text from other text, and how surely.
 
 A token has a weight: the logarithm of how much more likely it is in the domain than in what the
-model itself writes (its *background*). A text's score is the mean over its tokens. What held-out
-text of the domain scores, and what the background does, is kept as quantiles by the number of
+model itself writes (its *background*). A text's score is the mean over its tokens. Beside it stands
+the fraction of its pairs of neighbouring tokens that the domain's text holds. What held-out text of
+the domain has of both, and what the background scores, is kept as quantiles by the number of
 tokens, so that a threshold means an error rate. All of this depends on no other domain: they come,
 go and are renamed, and it stays as it is. Only how far another one has to be ahead was seen on text
 of those that were profiled together; they are known by their weights.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError, MismatchError
 from hf_sparse_pathways.limits import MOST_DOMAINS, MOST_FRAME, MOST_WIDTH
+from hf_sparse_pathways.pathways.pairs import BYTES, share_seen
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of tokens for which quantiles are kept. Of fewer than the first nothing is said."""
@@ -28,8 +30,8 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Which quantiles are kept."""
 
-MISSED = 0.08
-"""Fraction of a domain's own held-out text below whose score nothing is taken to be its."""
+MISSED = 0.05
+"""Fraction of a domain's own held-out text that each of both may take to be none of it."""
 
 TAKEN = 0.01
 """Fraction of the model's own text that may be taken to be a domain's."""
@@ -40,6 +42,26 @@ USUAL_MARGIN = math.log(100.0)
 _GRID = (len(LENGTHS), len(LEVELS))
 
 _IDS = ("ignored", "prefix", "suffix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one text says of a domain.
+
+    Attributes:
+        count: How many of its tokens say something.
+        nats: The sum of their weights.
+        seen: Fraction of their pairs that the domain's text holds, in [0, 1].
+    """
+
+    count: int
+    nats: float
+    seen: float
+
+    @property
+    def score(self) -> float:
+        """Mean weight of a token, in nats."""
+        return self.nats / max(1, self.count)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +82,9 @@ class Signature:
         trials: How many held-out texts of this domain stand behind the margins, int32
             ``(len(LENGTHS),)``.
         target_error: Share of them that may be taken to be another domain's, float32 ``(1,)``.
+        pairs: The pairs of tokens of the domain's text, uint8 ``(BYTES,)``; ``(0,)`` if unknown.
+        own_pairs: Quantiles of the fraction of its pairs that held-out text of the domain has
+            among these, as ``own``.
     """
 
     tokens: Tensor
@@ -72,11 +97,13 @@ class Signature:
     margins: Tensor
     trials: Tensor
     target_error: Tensor
+    pairs: Tensor
+    own_pairs: Tensor
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor]) -> Self:
-        """Build from tensors by name; older ones say nothing of others. ``check`` is to follow."""
-        return cls(**{**no_margins(), **parts})
+        """Build from tensors by name; older ones have fewer. ``check`` is to follow."""
+        return cls(**{**no_margins(), **no_pairs(), **parts})
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
@@ -97,6 +124,8 @@ class Signature:
             "margins": (torch.float32, (*self.peers.shape, len(LENGTHS))),
             "trials": (torch.int32, (len(LENGTHS),)),
             "target_error": (torch.float32, (1,)),
+            "pairs": (torch.uint8, (BYTES,) if self.knows_pairs else (0,)),
+            "own_pairs": (torch.float32, _GRID),
         }
         for name, (dtype, size) in sizes.items():
             found = getattr(self, name)
@@ -120,7 +149,8 @@ class Signature:
         """
         if any(bool((getattr(self, name) < 0).any()) for name in _IDS):
             raise ArtefactError("a signature names a negative token id.")
-        if any(bool((grid.diff(dim=1) < 0).any()) for grid in (self.own, self.background)):
+        grids = (self.own, self.background, self.own_pairs)
+        if any(bool((grid.diff(dim=1) < 0).any()) for grid in grids):
             raise ArtefactError("a signature's quantiles do not ascend.")
         below = bool((self.margins < 0).any() or (self.trials < 0).any())
         if below or not 0.0 < float(self.target_error) < 1.0:
@@ -131,8 +161,13 @@ class Signature:
         """Bytes."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
-    def read(self, ids: Tensor) -> tuple[float, int]:
-        """Return the sum of a text's weights, and how many of its tokens say something.
+    @property
+    def knows_pairs(self) -> bool:
+        """Whether the pairs of the domain's text are known; earlier versions did not keep them."""
+        return self.pairs.numel() > 0
+
+    def read(self, ids: Tensor) -> "Reading":
+        """Return what a text says.
 
         Args:
             ids: int64 ``(tokens,)``, without padding, on the CPU.
@@ -142,24 +177,24 @@ class Signature:
             part = ids[len(ids) - size :] if end else ids[:size]
             if size and len(ids) >= size and bool((part == frame).all()):
                 ids = ids[: len(ids) - size] if end else ids[size:]
-        known = ids[(ids >= 0) & (ids < len(self.tokens))]
-        known = known[~torch.isin(known, self.ignored)]
-        return float(self.tokens[known].float().sum()), len(known)
+        counted = (ids >= 0) & (ids < len(self.tokens)) & ~torch.isin(ids, self.ignored)
+        return Reading(
+            count=int(counted.sum()),
+            nats=float(self.tokens[ids[counted]].float().sum()),
+            seen=float(share_seen(self.pairs, ids, counted)) if self.knows_pairs else 1.0,
+        )
 
-    def thresholds(self, *, missed: float, taken: float) -> list[float]:
-        """Return the least score that is taken to be the domain's, per number in ``LENGTHS``.
-
-        Args:
-            missed: Fraction of the domain's own text that may score less.
-            taken: Fraction of the background that may score as much.
-        """
-        own = _levels(self.own, missed)
-        background = _levels(self.background, 1.0 - taken)
+    @cached_property
+    def least_scores(self) -> list[float]:
+        """The least score that is taken to be the domain's, per number in ``LENGTHS``."""
+        own = _levels(self.own, MISSED)
+        background = _levels(self.background, 1.0 - TAKEN)
         return [max(pair) for pair in zip(own, background, strict=True)]
 
-    def usual_thresholds(self) -> list[float]:
-        """Return ``thresholds`` for the usual shares."""
-        return self.thresholds(missed=MISSED, taken=TAKEN)
+    @cached_property
+    def least_seen(self) -> list[float]:
+        """The least fraction of pairs that is taken to be the domain's, per number there."""
+        return _levels(self.own_pairs, MISSED)
 
     @cached_property
     def digest(self) -> int:
@@ -179,16 +214,15 @@ class Signature:
             return USUAL_MARGIN
         return at_length(self.margins[int(place[0])].tolist(), count)
 
-    def typicality(self, score: float, count: int) -> float:
-        """Return the fraction of the domain's held-out text of that length that scores less.
+    def typicality(self, said: Reading) -> float:
+        """Return the fraction of the domain's held-out text of a length that scores less.
 
         Args:
-            score: A text's.
-            count: Its tokens.
+            said: What a text of that length says.
         """
         columns = self.own.T.tolist()
-        values = [at_length(column, count) for column in columns]
-        return interpolate(score, values, LEVELS)
+        values = [at_length(column, said.count) for column in columns]
+        return interpolate(said.score, values, LEVELS)
 
 
 def no_margins() -> dict[str, Tensor]:
@@ -199,6 +233,11 @@ def no_margins() -> dict[str, Tensor]:
         "trials": torch.zeros(len(LENGTHS), dtype=torch.int32),
         "target_error": torch.tensor([0.01]),
     }
+
+
+def no_pairs() -> dict[str, Tensor]:
+    """Return the parts that say which pairs of tokens a domain's text holds, where none does."""
+    return {"pairs": torch.empty(0, dtype=torch.uint8), "own_pairs": torch.zeros(_GRID)}
 
 
 PARTS = tuple(part.name for part in fields(Signature))

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite
 from hf_sparse_pathways.pathways.pathway import Pathway
-from hf_sparse_pathways.pathways.signature import PARTS, Signature, no_margins
+from hf_sparse_pathways.pathways.signature import PARTS, Signature, no_margins, no_pairs
 
 FIELD = "signature"
 """Of a domain's description: true if it has one."""
@@ -97,13 +97,13 @@ def restore_signatures(
 def _names(index: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names of a signature's tensors by their parts.
 
-    One that is older than comparisons of domains has none of their parts.
+    An older one lacks the parts that were added together, all of them.
     """
     names = {part: f"{_PREFIX}{index}.{part}" for part in PARTS}
-    compared = no_margins().keys()
-    if any(names[part] in tensors for part in compared):
-        return names
-    return {part: name for part, name in names.items() if part not in compared}
+    for added in (no_margins(), no_pairs()):
+        if not any(names[part] in tensors for part in added):
+            names = {part: name for part, name in names.items() if part not in added}
+    return names
 
 
 def _has_signature(entry: Mapping[str, Any]) -> bool:

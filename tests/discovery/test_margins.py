@@ -14,9 +14,11 @@ from hf_sparse_pathways.discovery.signatures import (
     hold_out,
     learn_signature,
     score_texts,
+    weigh_tokens,
 )
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.modeling.routing import Router
+from hf_sparse_pathways.pathways.pairs import share_seen
 from hf_sparse_pathways.pathways.signature import LENGTHS, USUAL_MARGIN
 
 VOCABULARY = 50
@@ -64,9 +66,10 @@ def _taken(case, name, other, place, margin):
     """Count the held-out texts of a domain, and those that another one takes by a margin."""
     learnt, windows, background = case
     rival = learnt[other]
-    least = rival.usual_thresholds()[place]
+    least = rival.least_scores[place]
     count = taken = 0
-    for weights, held_out in hold_out(*windows[name], background):
+    for kept, held_out in hold_out(*windows[name]):
+        weights = weigh_tokens(kept, background)
         for window in held_out:
             for found, texts in cut_texts(window):
                 if found != place:
@@ -74,9 +77,11 @@ def _taken(case, name, other, place, margin):
                 own = score_texts(texts, weights, background.ignored)
                 score = score_texts(texts, rival.tokens.float(), background.ignored)
                 ahead = (score - own) * LENGTHS[place]
-                for told, lead in zip(score.tolist(), ahead.tolist(), strict=True):
+                seen = share_seen(rival.pairs, texts, texts != 0)
+                for told, share, lead in zip(score, seen, ahead.tolist(), strict=True):
                     count += 1
-                    taken += told >= least and lead >= margin
+                    usual = told >= least and share >= rival.least_seen[place]
+                    taken += bool(usual) and lead >= margin
     return count, taken
 
 
@@ -141,9 +146,9 @@ def test_the_router_asks_for_the_margin(case):
     ids = torch.arange(1, 1 + LENGTHS[0])
     loose = replace(two, margins=torch.zeros_like(two.margins))
     strict = replace(two, margins=torch.full_like(two.margins, 1e4))
-    easy = dict.fromkeys(("one", "two"), [-100.0] * len(LENGTHS))
+    easy = replace(one, own=one.own - 1e3, background=one.background - 1e3)
     for other, domain in ((loose, "one"), (strict, None)):
-        router = Router(signatures={"one": one, "two": other}, thresholds=easy)
+        router = Router(signatures={"one": easy, "two": other}, kinds=("tokens",))
         assert router.decide(ids[None])[0].domain == domain
 
 

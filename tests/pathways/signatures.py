@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_sparse_pathways.pathways.pairs import BYTES
 from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, Signature, no_margins
 
 
@@ -16,6 +17,8 @@ def make_signature(seed=0):
         ignored=torch.tensor([0, 1], dtype=torch.int32),
         prefix=torch.tensor([5, 6], dtype=torch.int32),
         suffix=torch.tensor([7], dtype=torch.int32),
+        pairs=torch.randint(256, (BYTES,), generator=generator).to(torch.uint8),
+        own_pairs=torch.rand(len(LENGTHS), len(LEVELS), generator=generator).sort(dim=1).values,
         **{**no_margins(), **_margins(generator)},
     )
 

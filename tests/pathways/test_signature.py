@@ -7,7 +7,16 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
-from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS, interpolate, no_margins
+from hf_sparse_pathways.pathways.pairs import collect_pairs
+from hf_sparse_pathways.pathways.signature import (
+    LENGTHS,
+    LEVELS,
+    MISSED,
+    Reading,
+    interpolate,
+    no_margins,
+    no_pairs,
+)
 from tests.architectures import build, random_masks
 from tests.pathways.corruption import change_tensors, set_field
 from tests.pathways.signatures import make_signature
@@ -50,19 +59,36 @@ def test_a_frame_and_special_tokens_say_nothing():
     signature = make_signature()
     said = signature.tokens[[20, 30]].float().sum()
     for ids in ([20, 30], [5, 6, 20, 30, 7], [0, 20, 1, 30], [20, 30, 99, 1000]):
-        total, count = signature.read(torch.tensor(ids))
-        assert (total, count) == (pytest.approx(float(said)), 2)
+        read = signature.read(torch.tensor(ids))
+        assert (read.nats, read.count) == (pytest.approx(float(said)), 2)
+        assert read.score == pytest.approx(float(said) / 2)
+
+
+def test_pairs_are_of_tokens_that_say_something():
+    signature = make_signature()
+    pairs = collect_pairs([(torch.tensor([20, 30, 40]), torch.ones(3, dtype=torch.bool))])
+    signature = replace(signature, pairs=pairs)
+    for ids, seen in (
+        ([20, 30, 40], 1.0),
+        ([20, 30, 20], 0.5),
+        ([40, 30], 0.0),
+        ([20, 30, 0, 40, 20], 0.5),  # what is special parts its neighbours
+        ([5, 6, 20, 30, 7], 1.0),
+        ([20], 0.0),
+        ([], 0.0),
+    ):
+        assert signature.read(torch.tensor(ids, dtype=torch.int64)).seen == pytest.approx(seen)
 
 
 def test_thresholds_are_quantiles_and_typicality_is_their_inverse():
     signature = make_signature()
-    at = signature.thresholds(missed=0.25, taken=0.0)
-    assert (
-        at
-        == torch.maximum(signature.own[:, LEVELS.index(0.25)], signature.background[:, -1]).tolist()
-    )
-    middle = float(signature.own[2, LEVELS.index(0.5)])
-    assert signature.typicality(middle, LENGTHS[2]) == pytest.approx(0.5)
+    place = LEVELS.index(MISSED)
+    own = torch.maximum(signature.own[:, place], signature.background[:, LEVELS.index(0.99)])
+    assert signature.least_scores == own.tolist()
+    assert signature.least_seen == signature.own_pairs[:, place].tolist()
+    middle = LENGTHS[2] * float(signature.own[2, LEVELS.index(0.5)])
+    said = Reading(count=LENGTHS[2], nats=middle, seen=0.0)
+    assert signature.typicality(said) == pytest.approx(0.5)
 
 
 def test_interpolation_stays_within():
@@ -95,6 +121,10 @@ DAMAGE = {
     "peers in half of the bits": _tensor("peers", lambda t: t.int()),
     "trials below zero": _tensor("trials", lambda t: t - 1),
     "an error of all": _tensor("target_error", torch.ones_like),
+    "pairs of floats": _tensor("pairs", lambda t: t.float()),
+    "half of the pairs": _tensor("pairs", lambda t: t[: len(t) // 2]),
+    "shares that fall": _tensor("own_pairs", lambda t: t.flip(1)),
+    "a short grid of shares": _tensor("own_pairs", lambda t: t[:2]),
     "errors of many": _tensor("target_error", lambda t: t.repeat(2)),
     "a part missing": lambda path: change_tensors(
         path, lambda t: {name: part for name, part in t.items() if name != "signature.1.own"}
@@ -116,19 +146,24 @@ def test_what_was_damaged_is_refused(saved, name):
     assert isinstance(told.value, PathwaysError)
 
 
-def test_pathways_older_than_comparisons_of_domains_load(saved):
+ADDED = {"margins": no_margins(), "pairs": no_pairs()}
+
+
+@pytest.mark.parametrize("added", [("margins", "pairs"), ("pairs",)], ids=["margins", "pairs"])
+def test_pathways_load_that_are_older_than_a_part(saved, added):
     folder, paths = saved
-    older = [f"signature.1.{part}" for part in no_margins()]
+    older = {f"signature.1.{part}" for name in added for part in ADDED[name]}
     change_tensors(
         folder / "pathways.json", lambda t: {n: own for n, own in t.items() if n not in older}
     )
     read = sp.Pathways.from_pretrained(folder)["law"].signature
     assert torch.equal(read.tokens, paths["law"].signature.tokens)
-    assert not read.peers.numel()
+    assert not read.knows_pairs
+    assert bool(read.peers.numel()) == ("margins" not in added)
 
 
-@pytest.mark.parametrize("part", no_margins())
-def test_comparisons_are_there_as_a_whole_or_not_at_all(saved, part):
+@pytest.mark.parametrize("part", [*no_margins(), *no_pairs()])
+def test_what_was_added_together_is_there_as_a_whole_or_not_at_all(saved, part):
     folder, _ = saved
     change_tensors(
         folder / "pathways.json",
