@@ -37,6 +37,10 @@ def run(  # noqa: PLR0913
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Most new tokens of a request.")
     ] = _USUAL.tokens,
+    guard: Annotated[
+        bool,
+        typer.Option("--guard", help="Text that leaves its domain goes on with the dense model."),
+    ] = False,
     executor: Annotated[
         str | None,
         typer.Option(help="auto, or a name in docs/run.md's table of executors."),
@@ -54,7 +58,7 @@ def run(  # noqa: PLR0913
         model.attach_adapters(adapters)
     called = name or (Path(folder).resolve().name if Path(folder).is_dir() else folder)
     limits = Limits(workers=workers, requests=max_requests, tokens=max_tokens)
-    service = Service(model, tokenizer, called, limits)
+    service = Service(model, tokenizer, called, limits, guard=guard)
     typer.echo(f"{', '.join(service.names)} at http://{host}:{port}/v1")
     uvicorn.run(make_app(service), host=host, port=port, timeout_graceful_shutdown=5)
 

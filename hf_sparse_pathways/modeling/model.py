@@ -186,8 +186,13 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
 
         Raises:
             UnknownNameError: An unknown domain.
-            PathwaysError: ``max_batch`` is not positive.
+            PathwaysError: ``max_batch`` is not positive, or a request's domain is not decided yet.
         """
+        if AUTO in domains:
+            raise PathwaysError(
+                f"A request of domain={AUTO!r} can be grouped once its domain is decided: give "
+                "what model.route(input_ids, attention_mask) says of it."
+            )
         if domains:
             self._resolve(without_prompts(domains))
         return group_rows(domains, max_batch)

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from hf_sparse_pathways.serving.answers import (
     LAST_EVENT,
@@ -50,6 +51,14 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(RequestError)
     async def tell(_: Request, error: RequestError) -> JSONResponse:
         return JSONResponse(error_object(error), status_code=error.status)
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        told = f"{request.method} {request.url.path}: {error.detail}"
+        refused = RequestError(told, status=error.status_code)
+        return JSONResponse(
+            error_object(refused), status_code=error.status_code, headers=error.headers
+        )
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -41,7 +41,15 @@ class Service:
         names: What requests may call the model, and the domain that each name means.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        limits: Limits | None = None,
+        *,
+        guard: bool = False,
+    ) -> None:
         """Get ready to serve.
 
         Args:
@@ -49,9 +57,11 @@ class Service:
             tokenizer: Its tokenizer, a fast one.
             name: What requests call it.
             limits: What is done at most.
+            guard: Whether text that leaves its domain goes on with the dense model, where the
+                domain's text is known.
 
         Raises:
-            PathwaysError: The tokenizer cannot stream.
+            PathwaysError: The tokenizer cannot stream, or a guard would know no domain's text.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise PathwaysError(
@@ -66,6 +76,7 @@ class Service:
         _ = model.execution  # what is timed for it, before threads disturb each other
         self._config = _greedy(model.generation_config)
         self._positions = most_tokens(model)
+        self._guarded = self._find_guarded() if guard else frozenset()
         self._workers = ThreadPoolExecutor(self.limits.workers, "generate")
         self._active: set[Generation] = set()
 
@@ -113,6 +124,18 @@ class Service:
             generation.stop()
         self._workers.shutdown()
 
+    def _find_guarded(self) -> frozenset[str]:
+        """Return the names of models whose text is watched.
+
+        Raises:
+            PathwaysError: No domain's text is known.
+        """
+        self._model.text_router.check()
+        known = {AUTO, *self._model.pathways.routed}
+        usual = self._model.config.default_domain
+        meant = {n: usual if isinstance(d, Unset) else d for n, d in self.names.items()}
+        return frozenset(name for name, domain in meant.items() if domain in known)
+
     def _run(self, made: Generation, request: GenerationRequest, prompt: Sequence[int]) -> None:
         """Generate, on a worker's thread."""
         error: Exception | None = None
@@ -136,6 +159,7 @@ class Service:
             ids,
             attention_mask=torch.ones_like(ids),
             domain=self.names[request.model],
+            guard=request.model in self._guarded,
             generation_config=config,
             logits_processor=self._sampling(request).processors(ids.device),
             stopping_criteria=[made],

@@ -39,5 +39,7 @@ def test_a_model_groups_what_it_knows():
     assert model.group_by_domain(["law", "code", None, "law"], max_batch=2) == [[0, 3], [1, 2]]
     with pytest.raises(UnknownNameError, match="'lwa'"):
         model.group_by_domain(["lwa"], max_batch=2)
+    with pytest.raises(PathwaysError, match=r"model\.route"):
+        model.group_by_domain(["law", "auto"], max_batch=2)
     with pytest.raises(PathwaysError, match="max_batch"):
         model.group_by_domain(["law"], max_batch=0)

@@ -55,10 +55,10 @@ class Running:
     def client(self):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
-    def alone(self, prompt, domain, tokens=12):
+    def alone(self, prompt, domain, tokens=12, **given):
         """Return what ``generate`` makes of a prompt, greedily and without a server."""
         inputs = self.tokenizer(prompt, return_tensors="pt")
-        options = {"do_sample": False, "max_new_tokens": tokens}
+        options = {"do_sample": False, "max_new_tokens": tokens, **given}
         output = self.model.generate(**inputs, domain=domain, **options)
         return self.tokenizer.decode(
             output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -66,12 +66,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model=None, *, template=CHAT, **limits):
+def running(model=None, *, template=CHAT, guard=False, **limits):
     """Serve a tiny model within the block."""
     model = model or tiny_model()
     tokenizer = tiny_tokenizer("characters")
     tokenizer.chat_template = template
-    service = Service(model, tokenizer, "me/tiny", Limits(**limits))
+    service = Service(model, tokenizer, "me/tiny", Limits(**limits), guard=guard)
     app = make_app(service)
     config = uvicorn.Config(app, port=0, log_level="error")
     server = uvicorn.Server(config)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from hf_sparse_pathways.errors import PathwaysError
 from tests.pathways.signatures import make_signature
 from tests.serving.running import CHAT, Gate, running, tiny_model, wait_until
 
@@ -58,14 +59,18 @@ def test_the_models_are_the_name_and_each_domain(server):
         assert json.load(answer) == {"status": "ok"}
 
 
-def test_the_prompt_chooses_if_its_domains_are_known():
+def _model_that_knows_its_text():
     model = tiny_model()
     paths = model.pathways
     for seed, name in enumerate(paths.domains):
         signed = replace(paths[name], signature=make_signature(seed))
         paths = replace(paths, by_domain={**paths.by_domain, name: signed})
     model.set_pathways(paths)
-    with running(model) as server:
+    return model
+
+
+def test_the_prompt_chooses_if_its_domains_are_known():
+    with running(_model_that_knows_its_text()) as server:
         assert [one.id for one in server.client.models.list()] == [
             *NAMED,
             "me/tiny@auto",
@@ -74,6 +79,26 @@ def test_the_prompt_chooses_if_its_domains_are_known():
         for prompt in (PROMPT, "a", "the court of the law " * 3):
             text = _complete(server, "me/tiny@auto", prompt=prompt).choices[0].text
             assert text == server.alone(prompt, "auto")
+
+
+@pytest.mark.parametrize("name", ["code", "law", "auto"])
+def test_a_guard_watches_domains_whose_text_is_known(name):
+    with running(_model_that_knows_its_text(), guard=True) as server:
+        text = _complete(server, f"me/tiny@{name}", max_tokens=60).choices[0].text
+        assert text == server.alone(PROMPT, name, tokens=60, guard=True)
+        for other, domain in (("me/tiny", None), ("me/tiny@prompt", "prompt")):
+            assert _complete(server, other).choices[0].text == server.alone(PROMPT, domain)
+
+
+def test_a_guard_changes_a_text_that_leaves_its_domain():
+    with running(_model_that_knows_its_text(), guard=True) as server:
+        plain = server.alone(PROMPT, "code", tokens=60)
+        assert server.alone(PROMPT, "code", tokens=60, guard=True) != plain
+
+
+def test_a_guard_that_would_know_no_text_is_refused():
+    with pytest.raises(PathwaysError, match="sparse-pathways build"), running(guard=True):
+        pass
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -236,6 +261,13 @@ def test_what_is_not_computed_is_refused(server, case):
 def assert_matches(pattern, text):
     with pytest.raises(ValueError, match=pattern):
         raise ValueError(text)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/nope", 404), ("/v1/models", 405)])
+def test_an_unknown_path_or_method_is_told_as_other_errors_are(server, path, status):
+    found, error = _post(server, {}, path=path)
+    assert (found, error["type"]) == (status, "invalid_request_error")
+    assert f"POST {path}" in error["message"]
 
 
 def test_bodies_are_bounded_and_json(server):
