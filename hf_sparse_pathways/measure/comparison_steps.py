@@ -1,4 +1,4 @@
-"""A comparison's steps: all methods at one sparsity, each stored when it is finished.
+"""A comparison's steps: methods at one sparsity on one domain, each stored when it is finished.
 
 A step's file is named by a digest of everything that its figures depend on, so that an interrupted
 comparison goes on, and what other settings have measured is not mistaken for it.
@@ -95,7 +95,7 @@ def _is_by_this_code(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Steps:
-    """All methods at one sparsity; what each gave is a file of the work folder."""
+    """All methods at one sparsity; what each gave on a domain is a file of the work folder."""
 
     model: Any
     profile: Profile
@@ -106,28 +106,38 @@ class Steps:
 
     def measure(self, methods: Sequence[str]) -> list[ComparisonRow]:
         """Return some methods' rows, from the work folder if they are there."""
-        if self.work is None:
-            return [row for rows in self._measure(methods).values() for row in rows]
-        paths = {method: self.work / f"{self._name(method)}.json" for method in methods}
-        missing = [method for method, path in paths.items() if not path.is_file()]
-        for method, rows in self._measure(missing).items():
-            record = {"code": code_digest(), "rows": [asdict(row) for row in rows]}
-            text = json.dumps(record, indent=1, allow_nan=False)
-            write_atomically(paths[method], text.encode())
-        return [row for path in paths.values() for row in _stored_rows(path)]
+        return [row for domain in self.texts for row in self._on(domain, methods)]
 
     def measured_before(self, others: Sequence[str]) -> list[ComparisonRow]:
         """Return the rows of methods that the work folder has, but for some."""
         if self.work is None:
             return []
-        methods = [name for name in METHODS if name not in others]
-        paths = [self.work / f"{self._name(method)}.json" for method in methods]
+        names = [(m, domain) for m in METHODS if m not in others for domain in self.texts]
+        paths = [self.work / f"{self._name(*name)}.json" for name in names]
         return [row for path in paths if path.is_file() for row in _stored_rows(path)]
 
-    def _name(self, method: str) -> str:
-        """Return a name that tells everything apart that a method's rows depend on."""
+    def _on(self, domain: str, methods: Sequence[str]) -> list[ComparisonRow]:
+        """Return some methods' rows on a domain's text."""
+        if self.work is None:
+            return [row for rows in self._measure(domain, methods).values() for row in rows]
+        paths = {method: self.work / f"{self._name(method, domain)}.json" for method in methods}
+        missing = [method for method, path in paths.items() if not path.is_file()]
+        for method, rows in self._measure(domain, missing).items():
+            record = {"code": code_digest(), "rows": [asdict(row) for row in rows]}
+            text = json.dumps(record, indent=1, allow_nan=False)
+            write_atomically(paths[method], text.encode())
+        return [row for path in paths.values() for row in _stored_rows(path)]
+
+    def _name(self, method: str, domain: str | None = None) -> str:
+        """Return a name that tells everything apart that a method's rows depend on.
+
+        Args:
+            method: The method.
+            domain: Whose text is scored; None for pathways of all domains.
+        """
         job = {"shared": self._shared, "sparsity": self.sparsity, "method": method}
-        return f"{method}-{self.sparsity:g}-{digest_plan(job)}"
+        digest = digest_plan({**job, "domain": domain})
+        return f"{method}-{self.sparsity:g}-{digest}"
 
     @cached_property
     def _shared(self) -> str:
@@ -148,30 +158,39 @@ class Steps:
             }
         )
 
-    def _measure(self, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
+    def _measure(self, domain: str, methods: Sequence[str]) -> dict[str, list[ComparisonRow]]:
         """Measure methods of one group, in the same passes."""
-        rows: dict[str, list[ComparisonRow]] = {method: [] for method in methods}
-        static = [name for name in methods if name in CONTENDERS]
-        selected = {n: self._pathways if n == PATHWAY else self._selected(n) for n in static}
-        for name, text in self.texts.items() if methods else ():
-            if selected:
-                model, arms = self._static(name, selected)
-            elif methods[0] in PROMPTED:
-                model, arms = self._prompted(name, methods)
-            else:
-                model, arms = self.model, self._adaptive(name, methods)
-            for method, found in self._rows(model, text, arms).items():
-                rows[method].extend(found)
-        return rows
+        if not methods:
+            return {}
+        arms: Mapping[str, Mapping[str, MeasuredArm]]
+        if methods[0] in CONTENDERS:
+            model, arms = self._static(domain, methods)
+        elif methods[0] in PROMPTED:
+            model, arms = self._prompted(domain, methods)
+        else:
+            model, arms = self.model, self._adaptive(domain, methods)
+        rows = self._rows(model, self.texts[domain], arms)
+        return {method: rows.get(method, []) for method in methods}
+
+    def _selected(self, method: str, domain: str) -> Pathways:
+        """Return a method's pathways, those of one domain at least."""
+        if method != PATHWAY and CONTENDERS[method].repaired:
+            return self._select(method, domain)  # it takes long, and each domain is kept
+        return self._of_all_domains(method)
+
+    def _of_all_domains(self, method: str) -> Pathways:
+        """Return a method's pathways of all domains, which its scores may compare."""
+        if method not in self._whole:
+            self._whole[method] = self._select(method, None)
+        return self._whole[method]
 
     @cached_property
-    def _pathways(self) -> Pathways:
-        """The pathways whose partners are measured too, and from which prompts start."""
-        return self._selected(PATHWAY)
+    def _whole(self) -> dict[str, Pathways]:
+        return {}
 
-    def _selected(self, method: str) -> Pathways:
-        """Return a method's pathways, from the work folder if they are there."""
-        folder = None if self.work is None else self.work / self._name(method)
+    def _select(self, method: str, domain: str | None) -> Pathways:
+        """Select pathways of a domain, or of all; or read them from the work folder."""
+        folder = None if self.work is None else self.work / self._name(method, domain)
         if folder is not None and _is_by_this_code(folder):
             return Pathways.from_pretrained(folder)
         options = dict(CONTENDERS[method].options)
@@ -179,7 +198,7 @@ class Steps:
             options = {**self.what.options, **options}
         pathways = select(
             self.model,
-            self.profile,
+            self.profile if domain is None else self.profile.subset([domain]),
             sparsity=self.sparsity,
             precision=self.what.precision,
             seed=self.what.seed,
@@ -192,11 +211,12 @@ class Steps:
         return pathways
 
     def _static(
-        self, domain: str, selected: Mapping[str, Pathways]
+        self, domain: str, methods: Sequence[str]
     ) -> tuple[Any, dict[str, dict[str, MeasuredArm]]]:
         """Return a model with several methods' pathways of a domain, and their arms."""
         arms: dict[str, dict[str, Pathway]] = {}
-        for method, pathways in selected.items():
+        for method in methods:
+            pathways = self._selected(method, domain)
             arms[method] = {method: pathways[domain]}
             if method == PATHWAY:
                 if POOLED in pathways.controls:
@@ -238,7 +258,7 @@ class Steps:
         """Return a model that picks neurons from prompts, and the arms of methods that do."""
         pathways = Pathways(base=self.profile.base, by_domain={})
         if WITH_DOMAIN in methods:
-            pathways = self._pathways
+            pathways = self._of_all_domains(PATHWAY)
         sparse = SparsePathwaysForCausalLM.from_dense(self.model, pathways)
         sparse.set_prompt_pathways(sparsity=self.sparsity, rule="refit")
         return sparse, {

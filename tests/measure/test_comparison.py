@@ -146,6 +146,34 @@ def test_pathways_that_were_selected_are_measured_again(report, tmp_path, monkey
     assert [row for row in again if (row.method, row.sparsity) == ("pathway", 0.3)] == first
 
 
+def test_what_takes_long_is_kept_domain_by_domain(tmp_path, monkeypatch):
+    what = replace(WHAT, sparsities=(0.5,), methods=("one-shot", "random+repair"), options={})
+    whole = sp.select(MODEL, PROFILE, sparsity=0.5, order="one-shot", controls=False)
+    asked = []
+
+    def select(model, profile, **options):
+        asked.append(profile.domains)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return sp.select(model, profile, **options)
+
+    monkeypatch.setattr(comparison_steps, "select", select)
+    with pytest.raises(KeyboardInterrupt):
+        _compare(what, work=tmp_path)
+    report = _compare(what, work=tmp_path)
+    assert asked == [["code"], ["law"], ["law"], ["code"], ["law"]]
+    assert report == _compare(what)
+    for domain, row in report.find("one-shot", 0.5).items():
+        (kept,) = (
+            found
+            for path in tmp_path.glob("one-shot-*/pathways.json")
+            if (found := sp.Pathways.from_pretrained(path.parent)).domains == [domain]
+        )
+        assert row.flops == whole.flops(domain) == kept.flops(domain)
+        for mine, theirs in zip(kept[domain].blocks, whole[domain].blocks, strict=True):
+            assert torch.equal(mine.keep, theirs.keep)
+
+
 @pytest.mark.usefixtures("report")
 def test_the_model_is_left_as_it_was():
     fresh = build("llama")
@@ -238,11 +266,12 @@ def test_a_step_of_other_code_is_said(tmp_path, caplog, monkeypatch):
 def test_pathways_that_other_code_selected_are_selected_anew(tmp_path, monkeypatch):
     what = replace(WHAT, sparsities=(0.3,), methods=("wanda",))
     _compare(what, work=tmp_path)
-    (record,) = tmp_path.glob("wanda-*.json")
-    record.unlink()
+    records = list(tmp_path.glob("wanda-*.json"))
+    for record in records:
+        record.unlink()
     monkeypatch.setattr(comparison_steps, "select", None)
     _compare(what, work=tmp_path)  # they are there
-    record.unlink()
+    records[0].unlink()
     monkeypatch.setattr(comparison_steps, "code_digest", lambda: "another")
     with pytest.raises(TypeError):
         _compare(what, work=tmp_path)
