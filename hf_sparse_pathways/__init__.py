@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
+    from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil_block
@@ -71,6 +72,7 @@ __all__ = [
     "LowRank",
     "MlpConfig",
     "MoeConfig",
+    "NeuronGroups",
     "Pathway",
     "Pathways",
     "PathwaysError",
@@ -119,6 +121,7 @@ _HOMES = {
     "ClusteredBlock": "ffn.clusters",
     "KeptExperts": "ffn.kept_experts",
     "LowRank": "ffn.block_pathway",
+    "NeuronGroups": "ffn.neuron_groups",
     "TokenRouter": "ffn.clusters",
     "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
