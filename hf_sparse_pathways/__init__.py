@@ -16,6 +16,7 @@ from hf_sparse_pathways.version import __version__
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.clustering import Clustering
     from hf_sparse_pathways.discovery.expansion import expand
+    from hf_sparse_pathways.discovery.grouping import Grouping
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.discovery.profiling import profile
     from hf_sparse_pathways.discovery.selection import select
@@ -66,6 +67,7 @@ __all__ = [
     "ExpertUsage",
     "Export",
     "Gates",
+    "Grouping",
     "Healed",
     "HealingSettings",
     "KeptExperts",
@@ -148,6 +150,7 @@ _HOMES = {
     "heal": "healing.healing",
     "permute": "modeling.permutation",
     "Clustering": "discovery.clustering",
+    "Grouping": "discovery.grouping",
     "expand": "discovery.expansion",
     "profile": "discovery.profiling",
     "select": "discovery.selection",

@@ -13,7 +13,7 @@ GROUPS, TOP_K, SIZE = 4, 2, 3
 
 
 def grouped(pathways, name="code", seed=0):
-    """Return the pathways, of which one gives each token two of four groups of three neurons, or fewer."""
+    """Return the pathways, one of which gives a token two of four groups of some neurons."""
     generator = torch.Generator().manual_seed(seed)
     blocks = tuple(
         replace(block, incoming=(), groups=_draw(block, shape, generator))

@@ -78,6 +78,7 @@ LAZY = {
     ("cli.build", "discovery.allocation"),
     ("cli.build", "discovery.expert_selection"),
     ("cli.build", "discovery.goal"),
+    ("cli.build", "discovery.grouping"),
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),
     ("cli.build", "discovery.recipe"),
@@ -147,6 +148,8 @@ LAZY_OUTSIDE = {
     ("discovery.hub_datasets", "datasets"),
     ("discovery.text", "pyarrow"),
     ("discovery.clustering", "sklearn"),
+    ("discovery.grouping", "scipy"),
+    ("discovery.grouping", "sklearn"),
     ("healing.adapters", "peft"),
     ("modeling.adapting", "peft"),
 }

@@ -8,6 +8,7 @@ incoming leaves, from which the activation is made.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,16 +170,11 @@ class BlockPathway:
         incoming = [found.pop(f"incoming{index}", None) for index in range(MOST_INCOMING)]
         while incoming and incoming[-1] is None:
             incoming.pop()
-        skipping = {name: found.pop(name) for name in SKIPPING_PARTS if name in found}
-        if len(skipping) == len(SKIPPING_PARTS):
-            found["skipping"] = Skipping(**skipping)  # type: ignore[assignment, arg-type]
-        elif skipping:
-            raise MismatchError(f"A block's pathway cannot hold {min(skipping)} alone.")
-        groups = {name: parts[name] for name in GROUP_PARTS if found.pop(name, None) is not None}
-        if len(groups) == len(GROUP_PARTS):
+        skipping, groups = (_pop_all(found, names) for names in (SKIPPING_PARTS, GROUP_PARTS))
+        if skipping:
+            found["skipping"] = Skipping(**skipping)  # type: ignore[assignment]
+        if groups:
             found["groups"] = NeuronGroups.from_parts(groups)  # type: ignore[assignment]
-        elif groups:
-            raise MismatchError(f"A block's pathway cannot hold {min(groups)} alone.")
         pairs = isinstance(found.get("bypass"), LowRank | None)
         if set(parts) - set(PARTS) or found.keys() - _FIELDS or not pairs or "keep" not in found:
             raise MismatchError(f"A block's pathway cannot hold exactly {sorted(parts)}.")
@@ -226,10 +222,7 @@ class BlockPathway:
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
-        if self.skipping is not None:
-            self._check_skipping(name, self.skipping, kept)
-        if self.groups is not None:
-            self._check_groups(name, self.groups, d_in, kept)
+        self._check_by_token(name, d_in, kept)
         if len(self.incoming) > branches:
             raise MismatchError(
                 f"{len(self.incoming)} incoming leaves of {name} are changed; it has at most "
@@ -260,6 +253,13 @@ class BlockPathway:
                 f"{name} has {leaves} incoming leaf or leaves of {rows} kept rows each, but "
                 f"{changed} rows are changed. Use pathways that were made for this model."
             )
+
+    def _check_by_token(self, name: str, d_in: int, kept: range) -> None:
+        """Check what lets a token have some of the kept neurons."""
+        if self.skipping is not None:
+            self._check_skipping(name, self.skipping, kept)
+        if self.groups is not None:
+            self._check_groups(name, self.groups, d_in, kept)
 
     def _check_skipping(self, name: str, skipping: Skipping, kept: range) -> None:
         for part, sizes in (("threshold", kept), ("active", _exactly(1))):
@@ -309,6 +309,18 @@ PARTS = (
     *(f"{name}{half}" for name in _MATRICES for half in ("", "_outer", "_inner")),
 )
 """Names of all tensors that a block's pathway can hold."""
+
+
+def _pop_all(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Take parts out that are there together, or not at all.
+
+    Raises:
+        MismatchError: Some are missing.
+    """
+    taken = {name: found.pop(name) for name in names if name in found}
+    if taken and len(taken) < len(names):
+        raise MismatchError(f"A block's pathway cannot hold {min(taken)} alone.")
+    return taken
 
 
 def _columns(matrix: Matrix | None, own: Tensor) -> Matrix | None:

@@ -92,7 +92,7 @@ def selected_outgoing(
     inputs = None if block_input is None else block_input.flatten(0, -2)
     always = kept_weights(leaf, selection.always, form)
     output = always.with_bypass(tokens[:, :width], inputs)
-    groups = tokens[:, width:].unflatten(1, (selection.weights.shape[1], -1))
+    groups = tokens[:, width:].view(*selection.weights.shape, -1)
     for member, own, weighted in _weighted(groups, selection):
         product = kept_weights(leaf, member, form).product  # the bias was added once
         output.index_add_(0, own, product(weighted, None).to(output.dtype))

@@ -200,7 +200,7 @@ class NeuronGroups:
         sizes = (self.group[self.group != ALWAYS] if inside else self.group[:0]).bincount(
             minlength=self.count
         )
-        if not (inside and self.always and len(sizes.unique()) == 1 and int(sizes[0])):
+        if not (inside and self.always and bool((sizes == sizes[0]).all()) and int(sizes[0])):
             raise MismatchError(
                 f"The groups of {name} do not fit: each has to have as many neurons as the others, "
                 f"and some neurons have to be in none, which is written {ALWAYS}."

@@ -34,6 +34,17 @@ from hf_sparse_pathways.ffn.skipping import (
 _MOST_UNIONS = 64
 """How many different mixtures of pathways are remembered; each takes little."""
 
+_CACHES = (
+    "_additions",
+    "_groups",
+    "_incoming",
+    "_routers",
+    "_tables",
+    "_thresholds",
+    "_unions",
+)
+"""Attributes that are filled as they are asked for."""
+
 
 class BlockState:
     """What the leaves of one FFN block share: its pathways and how they may run.
@@ -91,10 +102,8 @@ class BlockState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        names = ("_tables", "_thresholds", "_additions", "_incoming", "_routers", "_unions")
-        names = (*names, "_groups")
         unknown = {"example": None, "told": False, "function": None}
-        return {**self.__dict__, **{name: {} for name in names}, **unknown}
+        return {**self.__dict__, **{name: {} for name in _CACHES}, **unknown}
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
