@@ -87,7 +87,7 @@ class Grouping:
             width: Neurons that a token has together.
             d_ff: Neurons of the block.
         """
-        most = min(width - 1, int((1.0 - self.always_on) * width)) // self.top_k
+        most = min(width - 1, int((1.0 - self.always_on) * width + 1e-9)) // self.top_k
         size = max(0, min(most, (d_ff - width) // (self.count - self.top_k)))
         return width - self.top_k * size, size
 
