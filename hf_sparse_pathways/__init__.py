@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
     from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
     from hf_sparse_pathways.healing.healing import Healed, heal
+    from hf_sparse_pathways.healing.router_settings import RouterSettings
+    from hf_sparse_pathways.healing.router_training import TrainedRouters, train_routers
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil_block
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
@@ -80,12 +82,14 @@ __all__ = [
     "PathwaysError",
     "PeerConfig",
     "Profile",
+    "RouterSettings",
     "SgatlinConfig",
     "SgatlinFFN",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
     "SwigluConfig",
     "TokenRouter",
+    "TrainedRouters",
     "__version__",
     "adapt",
     "add_domains",
@@ -108,6 +112,7 @@ __all__ = [
     "select",
     "swap_effect",
     "swap_gates",
+    "train_routers",
     "write_html_report",
 ]
 
@@ -133,6 +138,9 @@ _HOMES = {
     "SparsePathwaysForCausalLM": "modeling.causal_lm",
     "Healed": "healing.healing",
     "HealingSettings": "healing.settings",
+    "RouterSettings": "healing.router_settings",
+    "TrainedRouters": "healing.router_training",
+    "train_routers": "healing.router_training",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
     "Distilled": "measure.distillation",

@@ -130,6 +130,7 @@ LAZY = {
     ("cli.rename_domain", "share.domains"),
     ("cli.route_report", "measure.routing"),
     ("cli.serve", "serving.app"),
+    ("cli.train_router", "healing.router_training"),
     ("cli.serve", "serving.service"),
     ("measure.plotting", "measure.plots"),
 }

@@ -99,7 +99,7 @@ class RoutedStudent(nn.Module):
     ) -> BlockPathway:
         """Return a block whose groups are routed by parameters."""
         if block.groups is None:
-            return block  # type: ignore[no-any-return]
+            return block
         values = {f"{name}_weight": block.groups.weight, f"{name}_bias": block.groups.bias}
         whole = settings.refit and isinstance(block.delta, Tensor)
         if whole:
@@ -132,7 +132,7 @@ class RoutedStudent(nn.Module):
     @contextmanager
     def routing(self, mask: Tensor) -> Iterator[list[Routed]]:
         """Within the block, note what every router makes of a batch's tokens, padding left out."""
-        rows, routed = mask.flatten().nonzero().flatten(), []
+        rows, routed = mask.flatten().nonzero().flatten(), list[Routed]()
 
         def note(groups: NeuronGroups, x: Tensor) -> None:
             routed.append(Routed.of(groups, x.flatten(0, -2).index_select(0, rows)))
@@ -165,6 +165,6 @@ class RoutedStudent(nn.Module):
             router = {part: learnt[f"{number}_{part}"] for part in ("weight", "bias")}
             groups = replace(block.groups, **router, share=shares[number].float().cpu())
             delta = learnt.get(f"{number}_delta")
-            delta = block.delta if delta is None else delta.to(dtype)  # type: ignore[assignment]
+            delta = block.delta if delta is None else delta.to(dtype)
             made.append(replace(block, groups=groups, delta=delta))
         return tuple(made)

@@ -54,7 +54,7 @@ class RouterSettings:
                     f"{option(name)} has to be a {'number from 0' if factor else 'positive number'}"
                     f", got {value!r}."
                 )
-        assert parse_loss(self.loss) and self.text
+        parse_loss(self.text.loss)  # the rest is checked as for healing
 
     @property
     def text(self) -> HealingSettings:

@@ -9,6 +9,7 @@ from which an interrupted run goes on.
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse_pathways.discovery.repair import STORED_DTYPE
@@ -44,6 +45,9 @@ from hf_sparse_pathways.tables import ShownAsTables, Table
 
 _ROUTERS = ("_weight", "_bias")
 
+LOGGED = {"loss", "eval_loss", "balance", "z_loss", "entropy", "dead", "largest"}
+"""What a report keeps of ``Trainer``'s log."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport(ShownAsTables):
@@ -57,6 +61,7 @@ class RouterReport(ShownAsTables):
         losses: The pathway's, before and after, in its stored precision.
         distances: What is minimised, without the terms on routers, before and after.
         utilisation: Of the groups, before and after.
+        history: What was logged on the way: losses, and how the groups were used.
     """
 
     domain: str
@@ -66,6 +71,7 @@ class RouterReport(ShownAsTables):
     losses: tuple[float, float]
     distances: tuple[float, float]
     utilisation: tuple[Utilisation, Utilisation]
+    history: tuple[Mapping[str, float], ...]
 
     def sections(self) -> list[Table]:
         """Return a table of before and after."""
@@ -201,6 +207,7 @@ class _Job:
             distances = [_distance(trainer)]
             trainer.train(resume_from_checkpoint=_last(folder))
             distances.append(_distance(trainer))
+        history = [entry for entry in trainer.state.log_history if entry.keys() & LOGGED]
         if not distances[1] < distances[0]:
             restore(student, start)
             distances[1] = distances[0]
@@ -214,6 +221,7 @@ class _Job:
             losses=(self._loss(before), self._loss(blocks)),
             distances=(distances[0], distances[1]),
             utilisation=(used[0], used[1]),
+            history=tuple({k: v for k, v in e.items() if k in (*LOGGED, "step")} for e in history),
         )
         return replace(pathway, blocks=blocks, provenance=self._provenance(pathway, report)), report
 
@@ -305,7 +313,7 @@ def _trainer(
         metric_for_best_model="eval_loss",
         prediction_loss_only=True,
         remove_unused_columns=False,
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
         seed=settings.seed,
     )
@@ -317,7 +325,7 @@ def _trainer(
         [{"params": own, "lr": rates[which]} for which, own in groups.items() if own],
         weight_decay=0.0,
     )
-    return _RouterTrainer(
+    trainer = _RouterTrainer(
         model=student,
         args=arguments,
         train_dataset=windows,
@@ -325,6 +333,8 @@ def _trainer(
         data_collator=_collate,
         optimizers=(optimizer, None),
     )
+    trainer.remove_callback(PrinterCallback)  # a report says it
+    return trainer
 
 
 def _collate(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
