@@ -75,28 +75,31 @@ def selected_incoming(leaf: "PathwayLeaf", x: Tensor, selection: Selection, form
     """Return what each token has of the neurons, its groups in their order."""
     tokens, parts = x.flatten(0, -2), leaf.rows_per_neuron
     always = kept_weights(leaf, selection.always, form)(tokens)
-    always = always.view(len(tokens), parts, -1)
-    chosen, size = selection.weights.shape[1], leaf.state.widths[selection.always + 1]
+    width, size = leaf.state.widths[selection.always : selection.always + 2]
+    always = always.view(len(tokens), parts, width)
+    chosen = selection.weights.shape[1]
     groups = always.new_empty(len(tokens), parts, chosen, size)
     for pairs in selection.pairs:
         output = kept_weights(leaf, pairs.member, form)(tokens[pairs.tokens])
         groups[pairs.tokens, :, pairs.slots] = output.view(-1, parts, size)
-    return torch.cat([always, groups.flatten(2)], -1).view(*x.shape[:-1], -1)
+    output = torch.cat([always, groups.flatten(2)], -1).flatten(1)
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def selected_outgoing(
     leaf: "PathwayLeaf", x: Tensor, selection: Selection, form: Form, block_input: Tensor | None
 ) -> Tensor:
     """Sum over what each token has, its groups weighted."""
-    tokens, width = x.flatten(0, -2), leaf.state.widths[selection.always]
+    tokens = x.flatten(0, -2)
+    width, size = leaf.state.widths[selection.always : selection.always + 2]
     inputs = None if block_input is None else block_input.flatten(0, -2)
     always = kept_weights(leaf, selection.always, form)
     output = always.with_bypass(tokens[:, :width], inputs)
-    groups = tokens[:, width:].view(*selection.weights.shape, -1)
+    groups = tokens[:, width:].view(*selection.weights.shape, size)
     for member, own, weighted in _weighted(groups, selection):
         product = kept_weights(leaf, member, form).product  # the bias was added once
         output.index_add_(0, own, product(weighted, None).to(output.dtype))
-    return output.view(*x.shape[:-1], -1)
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _weighted(groups: Tensor, selection: Selection) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -9,8 +9,8 @@ softmax over the logits of these k, the activation of a neuron is multiplied by 
 so that equal logits give the plain sum of what is computed.
 
 Source: partitions of a dense FFN with a router: Zhang et al. 2022, "MoEfication", arXiv:2110.01786;
-neurons that every token has: Zheng et al. 2024, "Learn To be Efficient", arXiv:2402.06126; one
-refit of the outgoing columns to what is routed (``discovery/grouping.py``) is ours.
+experts that every token has: Dai et al. 2024, "DeepSeekMoE", arXiv:2401.06066; one refit of the
+outgoing columns to what is routed (``discovery/grouping.py``) is ours.
 """
 
 from dataclasses import dataclass, replace

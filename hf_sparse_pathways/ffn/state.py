@@ -78,6 +78,7 @@ class BlockState:
         self.members: tuple[BlockPathway, ...] = ()
         self.clustered: dict[int, int] = {}
         self.grouped: dict[int, int] = {}
+        self._ranges: dict[int, range] = {}
         self.widths: tuple[int, ...] = ()
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
@@ -110,14 +111,17 @@ class BlockState:
         members = [experts_of(pathway)[0] for pathway in pathways]
         clustered: dict[int, int] = {}
         grouped: dict[int, int] = {}
+        ranges: dict[int, range] = {}
         for index, pathway in enumerate(pathways):
+            first = len(members)
             if isinstance(pathway, ClusteredBlock):
-                clustered[index] = len(members)
+                clustered[index] = first
                 members.extend(experts_of(pathway))
             elif pathway.groups is not None:
-                grouped[index] = len(members)
+                grouped[index] = first
                 members.extend(pathway.divided())
-        self.pathways, self.members = pathways, tuple(members)
+            ranges[index] = range(first, len(members)) or range(index, index + 1)
+        self.pathways, self.members, self._ranges = pathways, tuple(members), ranges
         self.clustered, self.grouped = clustered, grouped
         self.widths = tuple(member.kept for member in members)
         self._kept = _kept_of(members)
@@ -161,14 +165,7 @@ class BlockState:
 
     def members_of(self, pathway: int) -> range:
         """Return the members that have copies of a pathway: itself, its experts, or its groups."""
-        own = self.pathways[pathway] if pathway in self.grouped else None
-        if isinstance(own, BlockPathway) and own.groups is not None:
-            first = self.grouped[pathway]
-            return range(first, first + 1 + own.groups.count)
-        first = self.clustered.get(pathway, -1)
-        if first < 0:
-            return range(pathway, pathway + 1)
-        return range(first, first + len(experts_of(self.pathways[pathway])))
+        return self._ranges[pathway]
 
     def shared(self, member: int) -> int | None:
         """Return the pathway whose experts have one refit, if a member is one of them."""
