@@ -79,6 +79,7 @@ class BlockState:
         self.clustered: dict[int, int] = {}
         self.grouped: dict[int, int] = {}
         self._ranges: dict[int, range] = {}
+        self._whole: tuple[int, ...] = ()  # what tokens may be masked by: no group alone
         self.widths: tuple[int, ...] = ()
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
@@ -123,6 +124,8 @@ class BlockState:
             ranges[index] = range(first, len(members)) or range(index, index + 1)
         self.pathways, self.members, self._ranges = pathways, tuple(members), ranges
         self.clustered, self.grouped = clustered, grouped
+        parts = {member for index in grouped for member in ranges[index]}
+        self._whole = tuple(member for member in range(len(members)) if member not in parts)
         self.widths = tuple(member.kept for member in members)
         self._kept = _kept_of(members)
         self.runs = tuple(
@@ -280,8 +283,11 @@ class BlockState:
         if member.dim() > 1:  # one per token
             member, output, activation = member.flatten(), _flat(output), _flat(activation)
             block_input = None if block_input is None else _flat(block_input)
-        for index, candidate in enumerate(self._own):
-            if candidate.compensated and (rows := _rows_of(index, member, output)) is not None:
+        for index in self._whole:
+            if (
+                self._own[index].compensated
+                and (rows := _rows_of(index, member, output)) is not None
+            ):
                 addition = self.addition(index, output)
                 output = add_to_rows(output, rows, addition, activation, block_input)
         return output.view(shape)
