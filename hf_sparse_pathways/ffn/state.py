@@ -168,7 +168,8 @@ class BlockState:
 
     def members_of(self, pathway: int) -> range:
         """Return the members that have copies of a pathway: itself, its experts, or its groups."""
-        return self._ranges[pathway]
+        usual = range(pathway, pathway + 1)  # also of what had copies and is no more
+        return self._ranges.get(pathway, usual)
 
     def shared(self, member: int) -> int | None:
         """Return the pathway whose experts have one refit, if a member is one of them."""
