@@ -16,6 +16,7 @@ from hf_sparse_pathways.version import __version__
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.clustering import Clustering
     from hf_sparse_pathways.discovery.expansion import expand
+    from hf_sparse_pathways.discovery.grouping import Grouping
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.discovery.profiling import profile
     from hf_sparse_pathways.discovery.selection import select
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
+    from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
     from hf_sparse_pathways.healing.healing import Healed, heal
+    from hf_sparse_pathways.healing.router_settings import RouterSettings
+    from hf_sparse_pathways.healing.router_training import TrainedRouters, train_routers
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil_block
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
@@ -65,23 +69,27 @@ __all__ = [
     "ExpertUsage",
     "Export",
     "Gates",
+    "Grouping",
     "Healed",
     "HealingSettings",
     "KeptExperts",
     "LowRank",
     "MlpConfig",
     "MoeConfig",
+    "NeuronGroups",
     "Pathway",
     "Pathways",
     "PathwaysError",
     "PeerConfig",
     "Profile",
+    "RouterSettings",
     "SgatlinConfig",
     "SgatlinFFN",
     "SparsePathwaysConfig",
     "SparsePathwaysForCausalLM",
     "SwigluConfig",
     "TokenRouter",
+    "TrainedRouters",
     "__version__",
     "adapt",
     "add_domains",
@@ -104,6 +112,7 @@ __all__ = [
     "select",
     "swap_effect",
     "swap_gates",
+    "train_routers",
     "write_html_report",
 ]
 
@@ -119,6 +128,7 @@ _HOMES = {
     "ClusteredBlock": "ffn.clusters",
     "KeptExperts": "ffn.kept_experts",
     "LowRank": "ffn.block_pathway",
+    "NeuronGroups": "ffn.neuron_groups",
     "TokenRouter": "ffn.clusters",
     "Pathway": "pathways.pathway",
     "Pathways": "pathways.pathway",
@@ -128,6 +138,9 @@ _HOMES = {
     "SparsePathwaysForCausalLM": "modeling.causal_lm",
     "Healed": "healing.healing",
     "HealingSettings": "healing.settings",
+    "RouterSettings": "healing.router_settings",
+    "TrainedRouters": "healing.router_training",
+    "train_routers": "healing.router_training",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
     "Distilled": "measure.distillation",
@@ -145,6 +158,7 @@ _HOMES = {
     "heal": "healing.healing",
     "permute": "modeling.permutation",
     "Clustering": "discovery.clustering",
+    "Grouping": "discovery.grouping",
     "expand": "discovery.expansion",
     "profile": "discovery.profiling",
     "select": "discovery.selection",

@@ -42,6 +42,9 @@ MOST_PATH = 4096
 MOST_CLUSTERS = 1024
 """Clusters of an FFN block's tokens, each with kept neurons of its own."""
 
+MOST_GROUPS = 1024
+"""Groups of an FFN block's neurons, of which each token has some."""
+
 MOST_FRAME = 65536
 """Token ids in a list of a domain's signature. Chat templates begin with a few dozen; some
 tokenizers have tens of thousands of special tokens."""

@@ -109,3 +109,38 @@ def test_every_step_of_an_expansion_is_measured_once(expansion, monkeypatch):
     assert "| 1.000 |" in table
     expansion.arguments.pattern, expansion.arguments.measured = "unstructured", True
     assert COPIES not in {step.way for step in expansion.measure()}
+
+
+@pytest.fixture
+def mixture(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import mixture
+
+    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
+    save_dense(tmp_path / "tiny", "llama")
+    save_documents(tmp_path / "texts" / "code", "code", count=20, words=40)
+    given = argparse.Namespace(
+        cache=tmp_path,
+        model="tiny",
+        domain="code",
+        sparsity=0.5,
+        mixture=4,
+        top_k=2,
+        max_tokens=600,
+        training_tokens=200,
+        scored_tokens=60,
+        arms=list(mixture.ARMS),
+    )
+    yield mixture.Benchmark(given)
+    del sys.modules["mixture"]
+
+
+def test_groups_are_measured_beside_their_controls(mixture, monkeypatch):
+    results = mixture.measure()
+    assert all(0.45 < found["flops"] <= 0.5 for found in results.values())
+    assert len({found["ratio"] for found in results.values()}) >= 4
+    monkeypatch.setattr(type(mixture), "_score", None)
+    assert mixture.measure() == results
+    table = mixture.table()
+    for arm in ("static pathway", "random groups", "random router", "groups, trained"):
+        assert f"| {arm} |" in table

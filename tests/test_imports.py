@@ -78,6 +78,7 @@ LAZY = {
     ("cli.build", "discovery.allocation"),
     ("cli.build", "discovery.expert_selection"),
     ("cli.build", "discovery.goal"),
+    ("cli.build", "discovery.grouping"),
     ("cli.budgets", "modeling.causal_lm"),
     ("cli.build", "discovery.profiles"),
     ("cli.build", "discovery.recipe"),
@@ -129,6 +130,7 @@ LAZY = {
     ("cli.rename_domain", "share.domains"),
     ("cli.route_report", "measure.routing"),
     ("cli.serve", "serving.app"),
+    ("cli.train_router", "healing.router_training"),
     ("cli.serve", "serving.service"),
     ("measure.plotting", "measure.plots"),
 }
@@ -147,6 +149,8 @@ LAZY_OUTSIDE = {
     ("discovery.hub_datasets", "datasets"),
     ("discovery.text", "pyarrow"),
     ("discovery.clustering", "sklearn"),
+    ("discovery.grouping", "scipy"),
+    ("discovery.grouping", "sklearn"),
     ("healing.adapters", "peft"),
     ("modeling.adapting", "peft"),
 }

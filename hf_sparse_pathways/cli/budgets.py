@@ -91,7 +91,7 @@ def largest_sparsity(shapes: "Sequence[BlockShape]", rule: Mapping[str, Any]) ->
         shapes,
         bypass_rank=_bypass_rank(rule),
         multiple=rule.get("multiple", 1),
-        clusters=rule.get("clusters", 1),
+        clusters=rule["mixture"].count if rule.get("mixture") else rule.get("clusters", 1),
     )
 
 

@@ -32,6 +32,7 @@ from hf_sparse_pathways.outputs import check_output, written_whole
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.discovery.expert_selection import ExpertGoal
+    from hf_sparse_pathways.discovery.grouping import Grouping
     from hf_sparse_pathways.discovery.profiles import Profile
     from hf_sparse_pathways.pathways.pathway import Pathways
 
@@ -100,6 +101,15 @@ def run(  # noqa: PLR0913
     skip: Annotated[
         float, typer.Option(help="Share of the kept neurons that a token skips, by their gates.")
     ] = 0.0,
+    mixture: Annotated[
+        int | None,
+        typer.Option(help="Groups of each block's neurons, of which a token has --top-k."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Groups that a token has. [2]")] = None,
+    always_on: Annotated[
+        float | None,
+        typer.Option(help="Least share of a token's neurons that every token has. [0.85]"),
+    ] = None,
     experts: Annotated[
         float | None,
         typer.Option(help="Share of each layer's routed experts that stays, 0.5. [all]"),
@@ -150,7 +160,7 @@ def run(  # noqa: PLR0913
         max_perplexity_increase=parse_increase(max_perplexity_increase),
         target_speedup=target_speedup,
     )
-    by_token = clusters > 1 or skip > 0
+    by_token = clusters > 1 or skip > 0 or mixture is not None
     rule = {
         "method": method,
         "allocation": allocation,
@@ -162,6 +172,7 @@ def run(  # noqa: PLR0913
         "seed": seed,
         "clusters": clusters,
         "skip": skip,
+        "mixture": _parse_mixture(mixture, top_k, always_on, seed),
         "experts": experts,
         "expert_neurons": expert_neurons,
         "expert_score": expert_score,
@@ -280,6 +291,19 @@ def _parse_ridge(text: str) -> str | float:
         raise PathwaysError(f"--ridge {text!r} does not fit; write auto or 0.01.") from None
 
 
+def _parse_mixture(
+    count: int | None, top_k: int | None, always_on: float | None, seed: int
+) -> "Grouping | None":
+    """Return how neurons are divided into groups, if they are."""
+    from hf_sparse_pathways.discovery.grouping import Grouping
+
+    given = {"top_k": top_k, "always_on": always_on}
+    given = {name: value for name, value in given.items() if value is not None}
+    if count is None and given:
+        raise PathwaysError("--top-k and --always-on are about the groups of --mixture: give that.")
+    return None if count is None else Grouping(count=count, seed=seed, **given)  # type: ignore[arg-type]
+
+
 def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
     from hf_sparse_pathways.discovery.allocation import check_multiple
@@ -326,10 +350,11 @@ def _check_rule(rule: dict[str, Any], limits: Limits) -> None:
     own = {name: value for name, value in rule.items() if name not in EXPERT_RULE}
     make_recipe(**{**own, "method": rule["method"] or usual})
     _expert_goal(rule)
-    if limits.target_speedup is not None and (rule["clusters"] > 1 or rule["skip"]):
+    by_token = rule["clusters"] > 1 or rule["skip"] or rule["mixture"]
+    if limits.target_speedup is not None and by_token:
         raise PathwaysError(
-            "--target-speedup is found for pathways without clusters that skip nothing: leave out "
-            "--clusters and --skip, or give the sparsity."
+            "--target-speedup is found for pathways that compute the same neurons for all tokens: "
+            "leave out --clusters, --skip and --mixture, or give the sparsity."
         )
     division = rule["allocation"], rule["multiple"]
     check_division(limits.sparsity, limits.percentile, *division)

@@ -107,7 +107,7 @@ def run(  # noqa: PLR0913
     )
     texts = parse_texts(domain)
     check_output(output, overwrite, "pathways.json")
-    _check_domains(folder, texts)
+    check_domains(folder, texts)
     sources = calibration_texts(texts, held_out, seed, tokens)
     model, tokenizer = load_sparse(folder, dtype)
     from hf_sparse_pathways.healing.healing import heal
@@ -123,8 +123,12 @@ def run(  # noqa: PLR0913
         typer.echo(_describe_adapters(output, list(healed.adapters)))
 
 
-def _check_domains(folder: str, texts: opt.Sources) -> None:
-    """Refuse an unknown domain before a model is loaded."""
+def check_domains(folder: str, texts: opt.Sources) -> None:
+    """Refuse an unknown domain before a model is loaded.
+
+    Raises:
+        UnknownNameError: One is unknown.
+    """
     from hf_sparse_pathways.pathways.pathway import Pathways
 
     known = Pathways.from_pretrained(folder).domains

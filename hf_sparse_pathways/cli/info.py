@@ -189,7 +189,7 @@ def print_summary(source: str | PathLike[str]) -> None:
     skipped = [arm["skipped"] for arm in facts["domains"].values() if arm["skipped"]]
     if skipped:
         told = " or ".join(dict.fromkeys(f"{share:.0%}" for share in skipped))
-        typer.echo(f"  each token skips {told} of the kept neurons, by their gates")
+        typer.echo(f"  each token skips {told} of the kept neurons, by their gates or groups")
     typer.echo(f"  domain=auto: {_describe_router(facts)}")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
     arms = {**facts["domains"], **controls}

@@ -31,6 +31,7 @@ for command in (
     "analyze",
     "build",
     "heal",
+    "train-router",
     "evaluate",
     "compare",
     "route-report",

@@ -44,6 +44,11 @@ LEAST_RISE = 1e-5
 def make_draft(evidence: Evidence, goal: Goal) -> Draft:
     """Decide how many neurons of each block stay, or which, and how the rest is made good."""
     recipe = evidence.recipe
+    if recipe.grouping is not None and goal.percentile is not None:
+        raise PathwaysError(
+            f"{option('mixture')} divides what a sparsity leaves: give that, and no "
+            f"{option('percentile')}."
+        )
     plan = _Plan(evidence, active=_planned_active(evidence, goal))
     text = dict(evidence.domain.provenance)
     provenance = {**recipe.described(), **goal.described(), "text": text}
@@ -158,14 +163,12 @@ class _Plan:
         return candidates[best], best
 
     def _budget(self, blocks: Sequence[int], sparsity: float) -> Budget:
-        rank, clusters = self.evidence.recipe.repair.bypass_rank, self.evidence.recipe.clusters
+        rank, routes = self.evidence.recipe.repair.bypass_rank, self.evidence.recipe.routes
         shapes = [self.evidence.profile.base.blocks[index] for index in blocks]
-        overhead = tuple(
-            shape.bypass_width(rank) + shape.router_width(clusters) for shape in shapes
-        )
+        overhead = tuple(shape.bypass_width(rank) + shape.router_width(routes) for shape in shapes)
         for shape, neurons in zip(shapes, overhead, strict=True):
             if neurons and neurons > (1.0 - sparsity) * shape.d_ff - 1 + 1e-6:
-                what = f"A bypass of rank {rank}" if rank else f"Routing to {clusters} clusters"
+                what = f"A bypass of rank {rank}" if rank else f"Routing with {routes} rows"
                 raise PathwaysError(
                     f"{what} costs as much as {neurons:.1f} neurons of {shape.name}; at sparsity "
                     f"{sparsity:.3g} only {(1.0 - sparsity) * shape.d_ff:.1f} are left. Choose "

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_sparse_pathways.discovery.allocation import resolve_allocation
 from hf_sparse_pathways.discovery.clustering import Clustering
+from hf_sparse_pathways.discovery.grouping import Grouping
 from hf_sparse_pathways.discovery.passes import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
@@ -45,6 +46,8 @@ class Recipe:
         clustering: How each block's tokens are clustered, to get neurons of their own; None if
             they are not.
         skip: The share of kept neurons that a token skips, at most.
+        grouping: How each block's neurons are divided into groups of which a token has some; None
+            if they are not.
     """
 
     method: str
@@ -59,11 +62,13 @@ class Recipe:
     seed: int
     clustering: Clustering | None = None
     skip: float = 0.0
+    grouping: Grouping | None = None
 
     @property
-    def clusters(self) -> int:
-        """Number of clusters of each block's tokens; 1 where all have the same neurons."""
-        return 1 if self.clustering is None else self.clustering.count
+    def routes(self) -> int:
+        """Rows of each block's router, between clusters or groups; 1 where there is none."""
+        routed = self.clustering or self.grouping
+        return 1 if routed is None else routed.count
 
     def described(self) -> dict[str, Any]:
         """Return the recipe as JSON values, for the artefact."""
@@ -79,6 +84,7 @@ class Recipe:
             "seed": self.seed,
             **({"clustering": asdict(self.clustering)} if self.clustering else {}),
             **({"skip": self.skip} if self.skip else {}),
+            **({"mixture": asdict(self.grouping)} if self.grouping else {}),
         }
 
 
@@ -94,6 +100,7 @@ def make_recipe(  # noqa: PLR0913
     seed: int = 0,
     clusters: int | Clustering = 1,
     skip: float = 0.0,
+    mixture: int | Grouping | None = None,
 ) -> Recipe:
     """Return a recipe, with the method's defaults for what is not given.
 
@@ -120,6 +127,8 @@ def make_recipe(  # noqa: PLR0913
     fixed = None if isinstance(ridge, str) else ridge
     _check_skip(skip, name, order)
     clustering = _resolve_clusters(clusters, name, order, seed)
+    alone = {"clusters": clusters != 1, "skip": skip > 0, "multiple": multiple > 1}
+    grouping = _resolve_mixture(mixture, name, order, seed, alone)
     repair = parse_compensation(compensation, Repair.ridge if fixed is None else fixed)
     if repair.shared and clustering is None:
         raise PathwaysError(
@@ -133,13 +142,31 @@ def make_recipe(  # noqa: PLR0913
         compensation=compensation,
         repair=repair,
         ridge=fixed,
-        order=_resolve_order(order, name, by_token=clustering is not None or skip > 0),
+        order=_resolve_order(order, name, by_token=bool(clustering or grouping) or skip > 0),
         multiple=multiple,
         precision=precision,
         seed=seed,
         clustering=clustering,
         skip=float(skip),
+        grouping=grouping,
     )
+
+
+def _resolve_mixture(
+    mixture: int | Grouping | None, method: str, order: str, seed: int, others: dict[str, bool]
+) -> Grouping | None:
+    """Return how neurons are divided into groups, if they are; they go with no other of these."""
+    if mixture is None:
+        return None
+    wrong = [] if method == OBS else [named("method", method)]
+    wrong += [named("order", order)] if order == "one-shot" else []
+    wrong += [option(name) for name, given in others.items() if given]
+    if wrong:
+        raise PathwaysError(
+            f"Neurons are divided into groups by {named('method', OBS)}, block after block: leave "
+            f"out {' and '.join(wrong)}, or {option('mixture')}."
+        )
+    return mixture if isinstance(mixture, Grouping) else Grouping(count=mixture, seed=seed)
 
 
 def _check_skip(skip: float, method: str, order: str) -> None:

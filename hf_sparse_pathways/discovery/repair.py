@@ -27,6 +27,7 @@ from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, Skipping
+from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
 
 LEAST_RIDGE = 1e-9
 """Absolute: keeps blocks whose neurons never fire solvable."""
@@ -91,6 +92,8 @@ class BlockTask:
             activation, of which then the second moments are; like ``missing``. None if none is.
         threshold: What a neuron's gate has to exceed, float32 ``(d_ff,)``; None likewise.
         active: The share of tokens for which it does, float32 ``(d_ff,)``; None likewise.
+        keep: The kept neurons, bool ``(d_ff,)``, where they are settled; None where they are not.
+        groups: Which of them each token has; None for all.
     """
 
     weight: Tensor
@@ -100,6 +103,8 @@ class BlockTask:
     skipped: Tensor | None = None
     threshold: Tensor | None = None
     active: Tensor | None = None
+    keep: Tensor | None = None
+    groups: NeuronGroups | None = None
 
     def skipping(self, keep: Tensor) -> Skipping | None:
         """Return what is skipped of some kept neurons."""
@@ -122,7 +127,7 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
     own = [kept] if how.refit else []
     one = [torch.tensor([len(task.gram.total) - 1])] if how.bias else []
     if not own and not one and not how.bypass_rank:
-        return BlockPathway(keep=keep, skipping=task.skipping(keep))
+        return BlockPathway(keep=keep, skipping=task.skipping(keep), groups=task.groups)
     index = torch.cat([*own, *one]) if own or one else torch.empty(0, dtype=torch.int64)
     system = _System(task.gram, index, how.ridge)
     removed = (~keep).nonzero().flatten()
@@ -151,7 +156,12 @@ def repair(task: BlockTask, keep: Tensor, how: Repair) -> BlockPathway:
         bias = bias + (solution[:, : len(kept)] - delta.product().double()) @ mean
     stored = None if bias is None else bias.to(STORED_DTYPE)
     return BlockPathway(
-        keep=keep, delta=delta, bias=stored, bypass=bypass, skipping=task.skipping(keep)
+        keep=keep,
+        delta=delta,
+        bias=stored,
+        bypass=bypass,
+        skipping=task.skipping(keep),
+        groups=task.groups,
     )
 
 

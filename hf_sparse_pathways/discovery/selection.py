@@ -21,6 +21,7 @@ from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.expert_selection import ExpertGoal, keep_experts
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
+from hf_sparse_pathways.discovery.grouping import Grouped, Grouping
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
 from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
@@ -31,6 +32,7 @@ from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
 from hf_sparse_pathways.discovery.sequential import (
     Arm,
+    FindGroups,
     FindThreshold,
     PruneBlock,
     prune_sequentially,
@@ -79,6 +81,7 @@ def select(  # noqa: PLR0913
     made: Mapping[str, Pathway] | None = None,
     clusters: int | Clustering = 1,
     skip: float = 0.0,
+    mixture: int | Grouping | None = None,
     experts: float | None = None,
     expert_neurons: float | None = None,
     expert_score: str = "reap",
@@ -129,6 +132,9 @@ def select(  # noqa: PLR0913
             before the rest of a neuron is computed, is small for it. More neurons are kept for the
             same FLOPs. No more than the sparsity asks for is skipped. Needs ``"obs"`` in sequential
             order.
+        mixture: Into so many groups each block's neurons are divided, but for those that every
+            token has; of the groups it has two, by a router. More neurons are kept for the same
+            FLOPs. Needs ``"obs"`` in sequential order. A ``Grouping`` says more than their number.
         experts: In mixture-of-experts models the share of every layer's routed experts that stays,
             in (0, 1]; never fewer than a token has. By default all of them.
         expert_neurons: The share of the neurons of each of these experts that stays, in (0, 1].
@@ -167,6 +173,7 @@ def select(  # noqa: PLR0913
         seed=seed,
         clusters=clusters,
         skip=skip,
+        mixture=mixture,
     )
     check_target(target_error)
     check_division(sparsity, percentile, allocation, multiple)
@@ -258,7 +265,8 @@ def _carry_out(model: nn.Module, drafts: Sequence[Draft], recipe: Recipe) -> dic
             blocks = prune_sequentially(model, _arms(drafts))
         except UnsupportedModelError as error:
             if recipe.order == "sequential":
-                way_out = "no clusters" if recipe.clustering else named("order", "one-shot")
+                routed = recipe.clustering or recipe.grouping
+                way_out = "no clusters or groups" if routed else named("order", "one-shot")
                 raise UnsupportedModelError(f"{error} Choose {way_out}.") from error
             logger.warning("Blocks are repaired at once, not one after the other: %s", error)
             order = "one-shot"
@@ -294,6 +302,7 @@ def _arms(drafts: Sequence[Draft]) -> list[Arm]:
             inputs=draft.repairs.bypass_rank > 0,
             clustering=_clustering(draft),
             threshold=_threshold(draft),
+            groups=_groups(draft),
         )
         arms.append(arm)
     return arms
@@ -314,6 +323,19 @@ def _threshold(draft: Draft) -> FindThreshold | None:
     def find(index: int, seen: Seen) -> Tensor:
         weight = outgoing_weight(draft.evidence.blocks[index].outgoing)
         return find_threshold(seen, weight, draft.widths[index], draft.active)
+
+    return find
+
+
+def _groups(draft: Draft) -> FindGroups | None:
+    grouping = draft.evidence.recipe.grouping
+    if grouping is None or draft.masks is not None:  # nothing is removed
+        return None
+
+    def find(index: int, seen: Seen) -> Grouped | None:
+        weight = outgoing_weight(draft.evidence.blocks[index].outgoing)
+        order = draft.evidence.removal(index).order
+        return grouping.fit(seen, weight, order, draft.widths[index])
 
     return find
 

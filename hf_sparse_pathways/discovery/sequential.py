@@ -29,6 +29,7 @@ from hf_sparse_pathways.discovery.clustering import (
     ClusterProbe,
 )
 from hf_sparse_pathways.discovery.collectors import Workspaces
+from hf_sparse_pathways.discovery.grouping import Grouped, GroupedProbe
 from hf_sparse_pathways.discovery.layerwise import LayerRunner
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.probes import (
@@ -54,10 +55,13 @@ from hf_sparse_pathways.ffn.clusters import Kept
 PruneBlock = Callable[[int, BlockTask | ClusteredTask], Kept]
 """From a block's number and its task to its pathway."""
 
-AnyProbe = Probe | ClusterProbe | SkippingProbe
+AnyProbe = Probe | ClusterProbe | SkippingProbe | GroupedProbe
 
 FindThreshold = Callable[[int, Seen], Tensor]
 """From a block's number and what it computes for some tokens to the thresholds of its gates."""
+
+FindGroups = Callable[[int, Seen], Grouped | None]
+"""The same to the groups of its neurons, if there is room for some."""
 
 _PROBE = 0.1
 """Size of the change by which a norm's gain is measured, relative to the output."""
@@ -83,6 +87,7 @@ class Arm:
         inputs: Whether a bypass needs the blocks' inputs.
         clustering: How each block's tokens are clustered; None where all have the same neurons.
         threshold: Finds what gates have to exceed; None where no token skips a neuron.
+        groups: Finds the groups of neurons; None where every token has all that are kept.
         changes_rows: Whether incoming leaves change, too, and with them the activation.
         blocks: The pathways of the blocks that are done.
     """
@@ -93,6 +98,7 @@ class Arm:
     inputs: bool = True
     clustering: Clustering | None = None
     threshold: FindThreshold | None = None
+    groups: FindGroups | None = None
     changes_rows: bool = False
     blocks: list[Kept] = field(default_factory=list)
 
@@ -188,7 +194,7 @@ class _Layer:
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
         batches = [streams.batches[number] for number in numbers]
-        shortcut = arm.threshold is None and not arm.changes_rows
+        shortcut = arm.threshold is None and arm.groups is None and not arm.changes_rows
         shortcut = shortcut and self._can_shortcut(probes, batches)
         kept: dict[int, _Passed] = {}
         if probes:
@@ -215,7 +221,7 @@ class _Layer:
 
     def _make_probes(self, streams: _Streams, position: int, arm: Arm) -> list[AnyProbe]:
         """Return what will see the blocks; where tokens differ, as it is found now."""
-        if arm.threshold is None and arm.clustering is None:
+        if arm.threshold is None and arm.clustering is None and arm.groups is None:
             return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
         samples = self._see_sample(streams, position, arm)
         return [
@@ -224,8 +230,13 @@ class _Layer:
         ]
 
     def _make_probe(self, arm: Arm, number: int, block: FfnBlock, seen: Seen) -> AnyProbe:
-        """Return what will see a block whose tokens are clustered or skip neurons, or both."""
+        """Return what will see a block that does not compute the same for all tokens."""
         find, spaces, inputs = arm.threshold, self.spaces, arm.inputs
+        if arm.groups is not None:
+            grouped = arm.groups(number, seen)
+            if grouped is None:
+                return Probe(block, spaces, inputs=inputs)
+            return GroupedProbe(block, spaces, grouped, inputs=inputs)
         if arm.clustering is None:
             assert find is not None  # or tokens do not differ
             return SkippingProbe(block, spaces, find(number, seen), inputs=inputs)
@@ -245,7 +256,7 @@ class _Layer:
         skips = arm.threshold is not None
         observers = [Observer(block, inputs=True, ups=skips) for _, block in self.blocks]
         parts: list[list[Seen]] = [[] for _ in observers]
-        wanted = SAMPLE if arm.clustering is not None else SKIPPING_SAMPLE
+        wanted = SKIPPING_SAMPLE if skips and arm.clustering is None else SAMPLE
         for number in _sample(streams, streams.chosen[position], wanted):
             batch = streams.batches[number]
             with attached(observers):
@@ -253,7 +264,7 @@ class _Layer:
             rows = batch.mask.flatten().nonzero().flatten()
             for observer, own in zip(observers, parts, strict=True):
                 seen = observer.seen_at(rows)
-                own.append(seen if skips else seen.input_alone())
+                own.append(seen if skips or arm.groups is not None else seen.input_alone())
         return [Seen.joined(own) for own in parts]
 
     def _moved(

@@ -60,6 +60,31 @@ def find_threshold(seen: Seen, weight: Tensor, width: int, active: float) -> Ten
     return (tau / factor.clamp_min(1e-30)).cpu()
 
 
+def add_left(
+    accumulator: GramAccumulator,
+    weight: Tensor,
+    seen: Seen,
+    left: Tensor,
+    given: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:
+    """Add second moments of what is left of an activation, in place.
+
+    What is not left is a second target beside what is missing.
+
+    Args:
+        accumulator: With two targets of the block's width.
+        weight: Of the outgoing leaf, ``(d_out, d_ff)``.
+        seen: What the block has computed.
+        left: Of its activation, ``(tokens, d_ff)``.
+        given: A workspace, what is missing, and the tokens' weights, as ``Observer.add`` has them.
+    """
+    space, missing, weights = given
+    skipped = (seen.activation - left).float() @ weight.to(left.device).T
+    missing = torch.zeros_like(skipped) if missing is None else missing.float()
+    target = torch.cat([missing, skipped], dim=1)
+    accumulator.add(left, seen.block_input, space, target=target, weights=weights)
+
+
 class SkippedMoments:
     """Adds up a block's second moments with its activation thresholded, over some of its tokens."""
 
@@ -78,10 +103,7 @@ class SkippedMoments:
         activation = seen.activation
         active = gate_size(activation, seen.up) > self.threshold.to(activation.device)
         left = activation.masked_fill(~active, 0)
-        skipped = (activation - left).float() @ self.weight.to(activation.device).T
-        missing = torch.zeros_like(skipped) if missing is None else missing.float()
-        target = torch.cat([missing, skipped], dim=1)
-        self.accumulator.add(left, seen.block_input, space, target=target, weights=weights)
+        add_left(self.accumulator, self.weight, seen, left, (space, missing, weights))
         self._active += active.sum(0).double().cpu()
         self._tokens += len(activation)
 

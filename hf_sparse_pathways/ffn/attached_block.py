@@ -154,10 +154,11 @@ class _MaskInput:
             state = choice.picked.state(state)
         if member is None:
             return None
-        if state.clustered:
-            _, member = needed_route(choice.routes.get(id(self.state)))
-        up = choice.ups.get(id(self.state))
-        activation = state.skip(args[0], up, member)
+        activation = args[0]
+        if state.routed:
+            routed, found = needed_route(choice.routes.get(id(self.state)))
+            activation, member = state.weigh(activation, member, routed), found
+        activation = state.skip(activation, choice.ups.get(id(self.state)), member)
         return (state.mask(activation, member), *args[1:])
 
 

@@ -94,6 +94,8 @@ class Attachment:
         self.copies.clustered = frozenset(clustered)
         skipping = (index for attached in self.blocks for index in attached.state.skipping)
         self.copies.skipping = frozenset(skipping)
+        grouped = (index for attached in self.blocks for index in attached.state.grouped)
+        self.copies.grouped = frozenset(grouped)
         self.reset()
 
     # -- executors --------------------------------------------------------------------------
@@ -175,7 +177,7 @@ class Attachment:
         if not isinstance(pathway, int) or torch.is_grad_enabled() or not self.sparse:
             return choice
         executor = self.execution(name).executor
-        if plain and pathway in self.copies.clustered:  # where tokens go is not known while tracing
+        if plain and pathway in self.copies.routed:  # where tokens go is not known while tracing
             return choice
         if executor != "masked" and self._pin(pathway):
             choice.held = pathway

@@ -7,13 +7,15 @@ is missing, and the last term the linear bypass. Healing may also change the kep
 incoming leaves, from which the activation is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.ffn.neuron_groups import ALWAYS, GROUP_PARTS, NeuronGroups
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +50,11 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class SharedColumns:
-    """The kept columns of a matrix that is the same for several experts.
+    """Some columns of a matrix that is the same for several experts, or groups of neurons.
 
     Attributes:
-        matrix: ``(d_out, d_ff)``.
-        keep: Which of its columns, bool ``(d_ff,)``.
+        matrix: ``(d_out, columns)``.
+        keep: Which of its columns, bool ``(columns,)``.
     """
 
     matrix: Tensor
@@ -104,6 +106,7 @@ class BlockPathway:
         incoming: Added to the kept rows of each incoming leaf's weight, ``(rows, d_in)`` in
             ascending order of the rows (of a fused leaf: the gate's, then up's); empty if none is.
         skipping: Which of the kept neurons are skipped token by token; None for none.
+        groups: Which of the kept neurons each token has; None for all.
     """
 
     keep: Tensor
@@ -112,6 +115,7 @@ class BlockPathway:
     bypass: LowRank | None = None
     incoming: tuple[Tensor | LowRank | None, ...] = ()
     skipping: Skipping | None = None
+    groups: NeuronGroups | None = None
 
     @property
     def kept(self) -> int:
@@ -139,6 +143,8 @@ class BlockPathway:
         }
         if self.skipping is not None:
             named |= {name: getattr(self.skipping, name) for name in SKIPPING_PARTS}
+        if self.groups is not None:
+            named |= self.groups.parts()
         parts: dict[str, Tensor] = {}
         for name, value in named.items():
             if isinstance(value, LowRank):
@@ -164,15 +170,30 @@ class BlockPathway:
         incoming = [found.pop(f"incoming{index}", None) for index in range(MOST_INCOMING)]
         while incoming and incoming[-1] is None:
             incoming.pop()
-        skipping = {name: found.pop(name) for name in SKIPPING_PARTS if name in found}
-        if len(skipping) == len(SKIPPING_PARTS):
-            found["skipping"] = Skipping(**skipping)  # type: ignore[assignment, arg-type]
-        elif skipping:
-            raise MismatchError(f"A block's pathway cannot hold {min(skipping)} alone.")
+        skipping, groups = (_pop_all(found, names) for names in (SKIPPING_PARTS, GROUP_PARTS))
+        if skipping:
+            found["skipping"] = Skipping(**skipping)  # type: ignore[assignment]
+        if groups:
+            found["groups"] = NeuronGroups.from_parts(groups)  # type: ignore[assignment]
         pairs = isinstance(found.get("bypass"), LowRank | None)
         if set(parts) - set(PARTS) or found.keys() - _FIELDS or not pairs or "keep" not in found:
             raise MismatchError(f"A block's pathway cannot hold exactly {sorted(parts)}.")
         return cls(**found, incoming=tuple(incoming))  # type: ignore[arg-type]
+
+    def divided(self) -> "tuple[BlockPathway, ...]":
+        """Return what every token has, then each group, as blocks of their own.
+
+        What is added once stands with the former. Of a refit all have the same matrix.
+        """
+        assert self.groups is not None  # or there is nothing to divide
+        group, neurons = self.groups.group, self.keep.nonzero().flatten()
+        parts = []
+        for number in range(ALWAYS, self.groups.count):
+            own = group == number
+            keep = torch.zeros_like(self.keep)
+            keep[neurons[own]] = True
+            parts.append(BlockPathway(keep=keep, delta=_columns(self.delta, own)))
+        return (replace(parts[0], bias=self.bias, bypass=self.bypass), *parts[1:])
 
     def check(self, name: str, d_in: int, d_ff: int, d_out: int, branches: int) -> None:
         """Check that every part fits a block; ``branches`` are its incoming rows per neuron.
@@ -201,8 +222,7 @@ class BlockPathway:
             raise MismatchError(
                 f"the bias of {name} is {tuple(self.bias.shape)}; it has to be ({d_out},)."
             )
-        if self.skipping is not None:
-            self._check_skipping(name, self.skipping, kept)
+        self._check_by_token(name, d_in, kept)
         if len(self.incoming) > branches:
             raise MismatchError(
                 f"{len(self.incoming)} incoming leaves of {name} are changed; it has at most "
@@ -234,6 +254,13 @@ class BlockPathway:
                 f"{changed} rows are changed. Use pathways that were made for this model."
             )
 
+    def _check_by_token(self, name: str, d_in: int, kept: range) -> None:
+        """Check what lets a token have some of the kept neurons."""
+        if self.skipping is not None:
+            self._check_skipping(name, self.skipping, kept)
+        if self.groups is not None:
+            self._check_groups(name, self.groups, d_in, kept)
+
     def _check_skipping(self, name: str, skipping: Skipping, kept: range) -> None:
         for part, sizes in (("threshold", kept), ("active", _exactly(1))):
             tensor: Tensor = getattr(skipping, part)
@@ -246,9 +273,17 @@ class BlockPathway:
         if not active.is_meta and not 0.0 <= float(active) <= 1.0:
             raise MismatchError(f"active of {name} is {float(active)}; it is a share, from 0 to 1.")
 
+    def _check_groups(self, name: str, groups: NeuronGroups, d_in: int, kept: range) -> None:
+        if self.skipping is not None or any(change is not None for change in self.incoming):
+            raise MismatchError(
+                f"{name} has groups of neurons, and neurons that tokens skip or changed incoming "
+                "leaves: it can have groups alone."
+            )
+        groups.check(name, d_in, kept)
+
     def _check_dtypes(self, name: str) -> None:
         for part, tensor in self.parts().items():
-            if part != "keep" and tensor.dtype not in FLOATING:
+            if part not in ("keep", *GROUP_PARTS) and tensor.dtype not in FLOATING:
                 raise MismatchError(
                     f"{part} of {name} is {tensor.dtype}; it has to be one of "
                     f"{', '.join(map(str, FLOATING))}."
@@ -263,16 +298,36 @@ MOST_INCOMING = 2
 
 SKIPPING_PARTS = ("threshold", "active")
 
-_FIELDS = {"keep", "delta", "bias", "bypass", "skipping"}
+_FIELDS = {"keep", "delta", "bias", "bypass", "skipping", "groups"}
 _MATRICES = ("delta", "bypass", *(f"incoming{index}" for index in range(MOST_INCOMING)))
 
 PARTS = (
     "keep",
     "bias",
     *SKIPPING_PARTS,
+    *GROUP_PARTS,
     *(f"{name}{half}" for name in _MATRICES for half in ("", "_outer", "_inner")),
 )
 """Names of all tensors that a block's pathway can hold."""
+
+
+def _pop_all(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Take parts out that are there together, or not at all.
+
+    Raises:
+        MismatchError: Some are missing.
+    """
+    taken = {name: found.pop(name) for name in names if name in found}
+    if taken and len(taken) < len(names):
+        raise MismatchError(f"A block's pathway cannot hold {min(taken)} alone.")
+    return taken
+
+
+def _columns(matrix: Matrix | None, own: Tensor) -> Matrix | None:
+    """Return some columns of a refit, given by a mask over them; nothing large is copied."""
+    if isinstance(matrix, LowRank):
+        return LowRank(matrix.outer, matrix.inner[:, own])
+    return SharedColumns(matrix, own) if isinstance(matrix, Tensor) else matrix
 
 
 def _rows(matrix: Tensor | LowRank | None) -> int:

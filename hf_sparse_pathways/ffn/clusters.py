@@ -164,6 +164,8 @@ class ClusteredBlock:
         if self.shared is not None:
             self._check_shared(name, self.shared, (d_out, d_ff))
         for number, expert in enumerate(self.experts):
+            if expert.groups is not None:
+                raise MismatchError(f"{name} has clusters of tokens, and groups of neurons in one.")
             expert.check(f"{name}, cluster {number}", d_in, d_ff, d_out, branches)
 
     def _check_shared(self, name: str, shared: Tensor, fitting: tuple[int, int]) -> None:

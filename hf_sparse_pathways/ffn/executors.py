@@ -31,6 +31,12 @@ from torch import Tensor
 from hf_sparse_pathways.ffn.additions import spread
 from hf_sparse_pathways.ffn.copies import WHOLE, Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
+from hf_sparse_pathways.ffn.group_products import (
+    Selection,
+    select_groups,
+    selected_incoming,
+    selected_outgoing,
+)
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.routing import (
@@ -121,7 +127,9 @@ class Compact:
         self.everywhere = everywhere
 
     def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
-        """Return the member that computes all tokens, or their groups with one expert each."""
+        """Return the member that computes all tokens, or what each token has."""
+        if pathway in state.grouped:
+            return select_groups(state, pathway, x)
         return route(state, pathway, x) if pathway in state.clustered else pathway
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
@@ -130,13 +138,15 @@ class Compact:
             return self._incoming_mixed(leaf, x, pathway.on(x.device))
         if isinstance(pathway, Routing):
             return grouped_incoming(leaf, x, pathway, self.form)
+        if isinstance(pathway, Selection):
+            return selected_incoming(leaf, x, pathway, self.form)
         return kept_weights(leaf, pathway, self.form)(x)
 
     def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
         """Zero what each token skips of the kept neurons."""
         if isinstance(pathway, Routing):
             return skip_in_groups(state, x, up, pathway)
-        if isinstance(pathway, Mixture) or pathway == WHOLE:
+        if isinstance(pathway, Mixture | Selection) or pathway == WHOLE:
             return x
         return state.skip_kept(x, up, pathway)
 
@@ -146,6 +156,8 @@ class Compact:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
         if isinstance(pathway, Routing):
             return grouped_outgoing(leaf, x, pathway, self.form, block_input)
+        if isinstance(pathway, Selection):
+            return selected_outgoing(leaf, x, pathway, self.form, block_input)
         if not isinstance(pathway, Mixture):
             return kept_weights(leaf, pathway, self.form).with_bypass(x, block_input)
         pathway = pathway.on(x.device)

@@ -107,7 +107,7 @@ class IncomingLeaf(PathwayLeaf):
         leaf = self if choice.picked is None else choice.picked.leaf(self)
         if self.state.bypassed:
             choice.inputs[id(self.state)] = x
-        if leaf.state.clustered:
+        if leaf.state.routed:
             pathway = self._route(choice, executor, pathway, leaf.state, x)
         if leaf.state.skips:
             return self._gated(choice, executor, pathway, leaf, x)
@@ -164,8 +164,11 @@ class OutgoingLeaf(PathwayLeaf):
             return self.dense(x)
         leaf = self if choice.picked is None else choice.picked.leaf(self)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        if leaf.state.clustered:
-            _, pathway = needed_route(choice.routes.pop(id(self.state), None))
+        if leaf.state.routed:
+            routed, member = needed_route(choice.routes.pop(id(self.state), None))
+            if executor is MASKED and not self.state.masked_outside:
+                x = leaf.state.weigh(x, pathway, routed)
+            pathway = member
         if not leaf.state.skips:
             return executor.outgoing(leaf, x, pathway, block_input)
         return self._sum_active(choice, executor, pathway, leaf, x, block_input)
@@ -192,8 +195,10 @@ class OutgoingLeaf(PathwayLeaf):
         """Compute a prompt's tokens densely, and those after it with what was picked from it."""
         leaf, members = picking.leaf(self), picking.later(x)
         block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        if leaf.state.clustered:
+        if leaf.state.routed:
             routed, _ = needed_route(choice.routes.pop(id(self.state), None))
+            if not self.state.masked_outside:
+                x = leaf.state.weigh(x, members, routed)
             members = leaf.state.choose_members(members, routed)
         if leaf.state.skips:
             _, up = self._see_gate(choice, x)
@@ -204,7 +209,7 @@ class OutgoingLeaf(PathwayLeaf):
         """Return which kept neurons are computed, if not all, and what gates are multiplied by."""
         place = id(self.state)
         gate, up = choice.gates.pop(place, None), choice.ups.pop(place, None)
-        unseen = not self.state.told and not torch.compiler.is_compiling()
+        unseen = not (self.state.told or self.state.grouped or torch.compiler.is_compiling())
         if unseen and gate is not None and up is not None and x.numel():
             self.state.example = Example.of(gate, up, x)
         return choice.active.pop(place, None), up

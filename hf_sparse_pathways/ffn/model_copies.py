@@ -39,6 +39,7 @@ class ModelCopies:
         rest: The linear leaves outside of them.
         clustered: The pathways that have clusters of tokens.
         skipping: The pathways that skip neurons token by token.
+        grouped: The pathways that have groups of neurons.
         executor: The executor that the copies are for.
     """
 
@@ -51,13 +52,19 @@ class ModelCopies:
         self.rest = RestLeaves(model, key, self.residents, routers)
         self.clustered: frozenset[int] = frozenset()
         self.skipping: frozenset[int] = frozenset()
+        self.grouped: frozenset[int] = frozenset()
         self.executor = "compact"
         self._samples: Tensor | None = None
 
     @property
     def by_token(self) -> frozenset[int]:
         """The pathways that compute different neurons for different tokens."""
-        return self.clustered | self.skipping
+        return self.routed | self.skipping
+
+    @property
+    def routed(self) -> frozenset[int]:
+        """The pathways that look at a block's input to choose what computes a token."""
+        return self.clustered | self.grouped
 
     def size(self, key: Key | Picking) -> int:
         """Return how many bytes the copies of a pathway take, or those of another key."""

@@ -211,7 +211,7 @@ class Picking:
             copies = pathway if isinstance(pathway, int) else Mixture.of(pathway)
             used = (copies,) if isinstance(copies, int) else copies.key
             states = self._states.values()
-            by_token = {index for own in states for index in (*own.clustered, *own.skipping)}
+            by_token = {index for own in states for index in own.by_token}
             self._copies[repeat] = copies if by_token.isdisjoint(used) else None
         return self._copies[repeat]
 

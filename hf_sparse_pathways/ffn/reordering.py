@@ -37,7 +37,10 @@ def _reorder(part: BlockPathway, order: Tensor) -> BlockPathway:
     if skipping is not None:
         skipping = replace(skipping, threshold=skipping.threshold[columns])
     delta = _reorder_columns(part.delta, columns)
-    return replace(part, keep=keep, delta=delta, incoming=incoming, skipping=skipping)
+    groups = None if part.groups is None else part.groups.at(columns)
+    return replace(
+        part, keep=keep, delta=delta, incoming=incoming, skipping=skipping, groups=groups
+    )
 
 
 def _reorder_columns(matrix: Matrix | None, columns: Tensor) -> Tensor | LowRank | None:

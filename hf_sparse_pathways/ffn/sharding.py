@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -36,10 +37,13 @@ class BlockShard:
         start, stop = self.neurons
         columns = slice(int(pathway.keep[:start].sum()), int(pathway.keep[:stop].sum()))
         keep, delta, skipping = pathway.keep[start:stop], pathway.delta, pathway.skipping
+        groups = None if pathway.groups is None else pathway.groups.at(columns)
         if skipping is not None:
             skipping = replace(skipping, threshold=skipping.threshold[columns])
         if isinstance(delta, SharedColumns):
-            delta = SharedColumns(delta.matrix[:, start:stop], keep)
+            own = torch.zeros_like(delta.keep)
+            own[delta.keep.nonzero().flatten()[columns]] = True
+            delta = SharedColumns(delta.matrix, own)
         elif isinstance(delta, LowRank):
             delta = LowRank(delta.outer, delta.inner[:, columns])
         elif delta is not None:
@@ -50,6 +54,7 @@ class BlockShard:
             bias=pathway.bias if self.adds else None,
             bypass=pathway.bypass if self.adds else None,
             skipping=skipping,
+            groups=groups,
         )
 
 

@@ -1,8 +1,9 @@
 """What the leaves of one FFN block share: its pathways, as masks and additions on each device.
 
 Besides one number per pathway there is one per expert of a pathway whose tokens are clustered, so
-that a batch of tokens with different experts is masked as one of rows with different pathways.
-These numbers are called members; that of a pathway without clusters is its own.
+that a batch of tokens with different experts is masked as one of rows with different pathways;
+and of a pathway with groups of neurons one for what all tokens have, then one per group. These
+numbers are called members; that of a pathway without clusters is its own.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, TokenRouter, experts_of
 from hf_sparse_pathways.ffn.mixtures import Union
+from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
 from hf_sparse_pathways.ffn.residents import Residents
 from hf_sparse_pathways.ffn.runs import Run, few_runs
 from hf_sparse_pathways.ffn.sharding import BlockShard
@@ -32,6 +34,17 @@ from hf_sparse_pathways.ffn.skipping import (
 _MOST_UNIONS = 64
 """How many different mixtures of pathways are remembered; each takes little."""
 
+_CACHES = (
+    "_additions",
+    "_groups",
+    "_incoming",
+    "_routers",
+    "_tables",
+    "_thresholds",
+    "_unions",
+)
+"""Attributes that are filled as they are asked for."""
+
 
 class BlockState:
     """What the leaves of one FFN block share: its pathways and how they may run.
@@ -40,8 +53,10 @@ class BlockState:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
         pathways: What each pathway keeps of the block.
-        members: The same by member: each pathway (or its first expert), then all experts.
+        members: The same by member: each pathway (or its first expert), then all experts and
+            groups.
         clustered: The pathways that have experts, with their first member.
+        grouped: The pathways that have groups of neurons, with their first member.
         widths: How many neurons each member keeps.
         runs: Each pathway's runs of kept neurons, None where they are too many to slice.
         bypassed: Whether any pathway has a bypass, so that the block's input is needed.
@@ -62,6 +77,9 @@ class BlockState:
         self.pathways: tuple[Kept, ...] = ()
         self.members: tuple[BlockPathway, ...] = ()
         self.clustered: dict[int, int] = {}
+        self.grouped: dict[int, int] = {}
+        self._ranges: dict[int, range] = {}
+        self._whole: tuple[int, ...] = ()  # what tokens may be masked by: no group alone
         self.widths: tuple[int, ...] = ()
         self.runs: tuple[tuple[Run, ...] | None, ...] = ()
         self.bypassed = False
@@ -81,33 +99,48 @@ class BlockState:
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
         self._routers: dict[tuple[int, torch.device], TokenRouter] = {}
+        self._groups: dict[tuple[int, torch.device], NeuronGroups] = {}
         self._unions: dict[tuple[tuple[int, ...], torch.device], Union] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cached tables behind."""
-        names = ("_tables", "_thresholds", "_additions", "_incoming", "_routers", "_unions")
         unknown = {"example": None, "told": False, "function": None}
-        return {**self.__dict__, **{name: {} for name in names}, **unknown}
+        return {**self.__dict__, **{name: {} for name in _CACHES}, **unknown}
 
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
         members = [experts_of(pathway)[0] for pathway in pathways]
         clustered: dict[int, int] = {}
+        grouped: dict[int, int] = {}
+        ranges: dict[int, range] = {}
         for index, pathway in enumerate(pathways):
+            first = len(members)
             if isinstance(pathway, ClusteredBlock):
-                clustered[index] = len(members)
+                clustered[index] = first
                 members.extend(experts_of(pathway))
-        self.pathways, self.members, self.clustered = pathways, tuple(members), clustered
+            elif pathway.groups is not None:
+                grouped[index] = first
+                members.extend(pathway.divided())
+            ranges[index] = range(first, len(members)) or range(index, index + 1)
+        self.pathways, self.members, self._ranges = pathways, tuple(members), ranges
+        self.clustered, self.grouped = clustered, grouped
+        parts = {member for index in grouped for member in ranges[index]}
+        self._whole = tuple(member for member in range(len(members)) if member not in parts)
         self.widths = tuple(member.kept for member in members)
         self._kept = _kept_of(members)
         self.runs = tuple(
-            None if index in clustered else few_runs(pathway.keep)
+            None if index in clustered or index in grouped else few_runs(pathway.keep)
             for index, pathway in enumerate(pathways)
         )
         self.bypassed = any(member.bypass is not None for member in members)
         self.skips = any(member.skipping is not None for member in members)
         self.set_shard(self.shard)
         self._routers, self._unions = {}, {}
+
+    @property
+    def routed(self) -> bool:
+        """Whether any pathway looks at the block's input to choose what computes a token."""
+        return bool(self.clustered or self.grouped)
 
     @property
     def skipping(self) -> set[int]:
@@ -118,6 +151,11 @@ class BlockState:
             if any(self.members[member].skipping for member in self.members_of(index))
         }
 
+    @property
+    def by_token(self) -> set[int]:
+        """The pathways that compute different neurons for different tokens."""
+        return {*self.clustered, *self.grouped, *self.skipping}
+
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
         self.shard = shard
@@ -126,13 +164,12 @@ class BlockState:
             self._own = tuple(map(shard.cut, self.members))
             self._own_kept = _kept_of(self._own)
         self._tables, self._thresholds, self._additions, self._incoming = {}, {}, {}, {}
+        self._groups = {}
 
     def members_of(self, pathway: int) -> range:
-        """Return the members of a pathway: itself, or its experts."""
-        first = self.clustered.get(pathway)
-        if first is None:
-            return range(pathway, pathway + 1)
-        return range(first, first + len(experts_of(self.pathways[pathway])))
+        """Return the members that have copies of a pathway: itself, its experts, or its groups."""
+        usual = range(pathway, pathway + 1)  # also of what had copies and is no more
+        return self._ranges.get(pathway, usual)
 
     def shared(self, member: int) -> int | None:
         """Return the pathway whose experts have one refit, if a member is one of them."""
@@ -174,6 +211,42 @@ class BlockState:
                 self._routers[pathway, device] = router
         return router
 
+    def groups(self, pathway: int, device: torch.device) -> NeuronGroups:
+        """Return a pathway's groups, of all neurons of this process, on a device."""
+        found = self._groups.get((pathway, device))
+        if found is None:
+            own = self._own[pathway]
+            assert own.groups is not None  # or there are none: see grouped
+            with torch.inference_mode(False), torch.no_grad():
+                found = own.groups.over(own.keep).to(device)
+            if not torch.compiler.is_compiling():
+                self._groups[pathway, device] = found
+        return found
+
+    def weigh(self, activation: Tensor, pathway: int | Tensor, x: Tensor) -> Tensor:
+        """Return the activation with each token's groups of neurons weighted, others zero. Pure.
+
+        Args:
+            activation: As in ``mask``; what is in no group is left as it is.
+            pathway: As in ``choose_members``.
+            x: The block's input ``(..., d_in)``.
+        """
+        if isinstance(pathway, int):
+            return self._weigh(activation, pathway, x) if pathway in self.grouped else activation
+        for index in self.grouped:
+            rows = pathway.to(x.device) == index
+            if torch.compiler.is_compiling() or bool(rows.any()):
+                own = rows.unsqueeze(-1)
+                if rows.shape != activation.shape[:-1]:  # one per row of the batch
+                    own = spread(own, activation)
+                activation = torch.where(own, self._weigh(activation, index, x), activation)
+        return activation
+
+    def _weigh(self, activation: Tensor, pathway: int, x: Tensor) -> Tensor:
+        """Weight the groups of one pathway, for all tokens."""
+        factors = self.groups(pathway, x.device).factors(x).to(activation.dtype)
+        return (activation * factors).masked_fill(factors == 0, 0)  # infinity too
+
     def addition(self, member: int, like: Tensor) -> "Addition":
         """Return what a member adds to its kept neurons' sum, in a tensor's dtype and device.
 
@@ -211,8 +284,11 @@ class BlockState:
         if member.dim() > 1:  # one per token
             member, output, activation = member.flatten(), _flat(output), _flat(activation)
             block_input = None if block_input is None else _flat(block_input)
-        for index, candidate in enumerate(self._own):
-            if candidate.compensated and (rows := _rows_of(index, member, output)) is not None:
+        for index in self._whole:
+            if (
+                self._own[index].compensated
+                and (rows := _rows_of(index, member, output)) is not None
+            ):
                 addition = self.addition(index, output)
                 output = add_to_rows(output, rows, addition, activation, block_input)
         return output.view(shape)

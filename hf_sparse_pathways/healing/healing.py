@@ -245,7 +245,8 @@ class _Job:
         check_student(student, self.model, probe, self.domain)
 
     def _blocks(self, pathway: Pathway) -> tuple[BlockPathway, ...]:
-        return pathway.unclustered(self.domain, "Heal one that computes the same neurons for all.")
+        instead = "Heal one that computes the same neurons for all; groups have train-router."
+        return pathway.unclustered(self.domain, instead)
 
     @property
     def _dense_steps(self) -> int:

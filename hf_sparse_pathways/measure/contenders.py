@@ -51,6 +51,10 @@ CONTENDERS: Mapping[str, Contender] = {
             label="clusters-16-shared",
             options={"method": OBS, "clusters": 16, "compensation": "shared+bias"},
         ),
+        *(
+            Contender(label=f"mixture-{count}", options={"method": OBS, "mixture": count})
+            for count in (8, 16, 32, 64)
+        ),
         Contender(
             label="random+repair",
             options={"method": "random", "compensation": "refit+bias", "order": "sequential"},

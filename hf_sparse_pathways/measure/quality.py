@@ -246,9 +246,11 @@ def random_partner(
     keep = []
     for block, shape in zip(pathway.blocks, shapes, strict=True):
         order = torch.randperm(shape.d_ff, generator=generator)
-        clustered = isinstance(block, ClusteredBlock)
-        mask = (torch.arange(shape.d_ff) < block.kept if clustered else block.keep)[order]
-        more = int(shape.flops(block) // shape.flops_per_neuron) - block.kept
+        groups = None if isinstance(block, ClusteredBlock) else block.groups
+        kept = block.kept if groups is None else groups.active
+        alike = kept == int(block.keep.sum())
+        mask = (block.keep if alike else torch.arange(shape.d_ff) < kept)[order]
+        more = int(shape.flops(block) // shape.flops_per_neuron) - kept
         mask[(~mask).nonzero().flatten()[:more]] = True
         keep.append(mask)
     drawn = tuple(

@@ -65,14 +65,18 @@ class BlockShape:
         """Return a pathway's multiply-adds per token, those of bypass and router included.
 
         A refit changes weights and a bias starts the sum: neither adds a multiplication. Of
-        clusters it is the mean over the tokens that it was calibrated on.
+        clusters it is the mean over the tokens that it was calibrated on; of groups of neurons
+        every token has as many.
         """
         if isinstance(pathway, ClusteredBlock):
             own = pathway.mean([self.flops(expert) for expert in pathway.experts])
             return own + pathway.router.weight.numel()
         rank = 0 if pathway.bypass is None else pathway.bypass.rank
         active = 1.0 if pathway.skipping is None else float(pathway.skipping.active)
-        own = pathway.kept * self.flops_per_neuron * self.share(active)
+        kept, router = pathway.kept, 0
+        if pathway.groups is not None:
+            kept, router = pathway.groups.active, pathway.groups.weight.numel()
+        own = kept * self.flops_per_neuron * self.share(active) + router
         return own + rank * (self.d_in + self.d_out)
 
     def share(self, active: float) -> float:

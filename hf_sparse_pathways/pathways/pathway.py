@@ -90,7 +90,7 @@ class Pathway:
     def skipped(self) -> float:
         """The share of its kept neurons that a token skips, on calibration text."""
         experts = [expert for block in self.blocks for expert in experts_of(block)]
-        shares = [float(e.skipping.active) if e.skipping else 1.0 for e in experts]
+        shares = [_active(expert) for expert in experts]
         kept = [expert.kept for expert in experts]
         active = sum(share * own for share, own in zip(shares, kept, strict=True))
         return 1.0 - active / sum(kept) if kept else 0.0
@@ -108,6 +108,10 @@ class Pathway:
         blocks = tuple(block for block in self.blocks if isinstance(block, BlockPathway))
         if any(expert.skipping for block in self.blocks for expert in experts_of(block)):
             raise UnsupportedModelError(f"Pathway {name!r} skips neurons token by token. {instead}")
+        if any(block.groups for block in blocks):
+            raise UnsupportedModelError(
+                f"Pathway {name!r} has groups of neurons, of which each token has some. {instead}"
+            )
         if len(blocks) < len(self.blocks):
             raise UnsupportedModelError(
                 f"Pathway {name!r} has {self.clusters} clusters of tokens with neurons of their "
@@ -343,6 +347,13 @@ class Pathways(ShownAsTables):
             f"Pathways(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, "
             f"kept: {kept or 'no domains'})"
         )
+
+
+def _active(block: BlockPathway) -> float:
+    """Return the share of its kept neurons that a block computes for a token, on average."""
+    if block.groups is not None:
+        return block.groups.active / block.kept
+    return 1.0 if block.skipping is None else float(block.skipping.active)
 
 
 def check_domain_name(name: object) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, SharedColumns
 from hf_sparse_pathways.ffn.clusters import experts_of
+from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
 from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
 
@@ -90,6 +91,10 @@ def _pruned(provenance: "Mapping[str, Any]") -> str:
     return f"copies pruned {provenance.get('pattern', '')}{counted}"
 
 
+def _routed(groups: NeuronGroups | None) -> str:
+    return "" if groups is None else f"{groups.top_k} of {groups.count} groups"
+
+
 def _added(block: BlockPathway) -> list[str]:
     """Name what is added to one block, as ``compensation`` spells it."""
     refit = "shared" if isinstance(block.delta, SharedColumns) else "refit"
@@ -102,5 +107,6 @@ def _added(block: BlockPathway) -> list[str]:
         bypass: block.bypass is not None,
         "healed rows": any(delta is not None for delta in block.incoming),
         "skipping": block.skipping is not None,
+        _routed(block.groups): block.groups is not None,
     }
     return [name for name, there in named.items() if there]

@@ -272,14 +272,36 @@ def test_build_skips_by_token(places, tmp_path, quick):
     assert "code" in said
 
 
+def test_build_makes_groups(places, tmp_path):
+    options = ("--allocation", "uniform", "--sparsity", 0.5, "--mixture", 6, "--always-on", 0.5)
+    said = run_well(
+        "build", places.dense, *places.texts, *options, "--quick", "--output", tmp_path / "built"
+    )
+    assert re.search(r"each token skips \d+%", said)
+    facts = _info(tmp_path / "built")
+    for arm in (*facts["domains"].values(), *facts["controls"].values()):
+        assert arm["mixture"] == {"count": 6, "top_k": 2, "always_on": 0.5, "seed": 0}
+        assert 0.1 < arm["skipped"] < 0.9
+        assert arm["flops"] <= 0.5
+    report = run_well("evaluate", tmp_path / "built", *places.texts, "--json")
+    assert "pooled" in report
+    said = run_well("generate", tmp_path / "built", "--domain", "code", "--prompt", "the", "--json")
+    assert "code" in said
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--clusters", 3, "--order", "one-shot"), "Clusters of tokens"),
         (("--clusters", 3, "--method", "wanda"), "Clusters of tokens"),
         (("--clusters", 5000), "2 to 1024"),
-        (("--clusters", 3, "--target-speedup", 1.1), "without clusters"),
-        (("--skip", 0.5, "--target-speedup", 1.1), "skip nothing"),
+        (("--clusters", 3, "--target-speedup", 1.1), "same neurons for all tokens"),
+        (("--skip", 0.5, "--target-speedup", 1.1), "same neurons for all tokens"),
+        (("--mixture", 4, "--target-speedup", 1.1), "same neurons for all tokens"),
+        (("--mixture", 4, "--skip", 0.5), "divided into groups"),
+        (("--mixture", 2), "2 to 1024 groups"),
+        (("--mixture", 4, "--always-on", 1.0), "share in [0, 1)"),
+        (("--top-k", 2), "give that"),
         (("--skip", 1.5), "share of kept neurons"),
     ],
 )

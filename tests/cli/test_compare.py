@@ -28,7 +28,7 @@ def test_compare_leaves_other_folders_alone(places, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("method", ["clusters-2", "skip-50", "clusters-16-shared"])
+@pytest.mark.parametrize("method", ["clusters-2", "skip-50", "clusters-16-shared", "mixture-8"])
 def test_compare_takes_what_computes_other_neurons_for_other_tokens(method, places, tmp_path):
     words = ("--sparsity", "0.5", "--method", "pathway", "--method", method, *SMALL)
     run_well("compare", places.dense, *places.texts, *words, "--output", tmp_path / "out")

@@ -28,6 +28,7 @@ from hf_sparse_pathways.pathways.storage import JSON_NAME, TENSORS_NAME
 from hf_sparse_pathways.share.card import CardSettings, change_rows, render_card
 from tests.architectures import build, compensate, random_masks
 from tests.clustered import clustered
+from tests.grouped import grouped
 from tests.pathways.corruption import rewrite
 from tests.pathways.hostile import parse_header, with_header
 from tests.pathways.signatures import make_signature
@@ -63,6 +64,7 @@ def make_pair(folder):
     text = {"source": "x", "digests": ["a"], "tokens": 5, "documents": 1}
     made = {"method": "obs", "compensation": "refit+bias", "text": text, "healing": [{"a": 1}]}
     named = {**paths.by_domain, "clusters": clustered(dense)["code"]}
+    named["groups"] = grouped(paths)["code"]
     named["law"] = replace(named["law"], signature=make_signature())
     by_domain = {n: replace(p, provenance=made) for n, p in named.items()}
     control = {"pooled": replace(paths["law"], provenance=made)}

@@ -294,6 +294,35 @@ SKIPPING = {
     "a share a scalar": _tensor("0.0.active", lambda t: t[0].clone()),
 }
 
+GROUPS = {
+    "groups of another number of neurons": _tensor("0.0.group", lambda t: t[:-1].clone()),
+    "groups of floating-point numbers": _tensor("0.0.group", lambda t: t.float()),
+    "groups in eight bytes": _tensor("0.0.group", lambda t: t.long()),
+    "a group a scalar": _tensor("0.0.group", lambda t: t[0].clone()),
+    "a group beyond the router": _tensor("0.0.group", lambda t: t + (t == 3).int()),
+    "a group below all": _tensor("0.0.group", lambda t: t - (t == -1).int()),
+    "groups of several sizes": _tensor("0.0.group", lambda t: t.masked_fill(t == 3, 2)),
+    "no neuron for all tokens": _tensor("0.0.group", lambda t: t.clamp_min(0)),
+    "all neurons for all tokens": _tensor("0.0.group", lambda t: t.clamp_max(-1)),
+    "a router of groups of another width": _tensor("0.0.group_router", lambda t: t[:, 1:].clone()),
+    "a router of no groups": _tensor("0.0.group_router", lambda t: t[:0].clone()),
+    "a router of a billion groups": _entry("0.0.group_router", shape=[2**30, 32]),
+    "a router of too many groups": _tensor("0.0.group_router", lambda t: t[:1].repeat(1025, 1)),
+    "a router of groups a scalar": _tensor("0.0.group_router", lambda t: t[0, 0].clone()),
+    "a router of groups in half precision": _tensor("0.0.group_router", lambda t: t.half()),
+    "a router of groups of NaN": _raw("0.0.group_router", b"\xff"),
+    "biases of more groups": _tensor("0.0.group_bias", lambda t: t.repeat(2)),
+    "shares of groups above one": _tensor("0.0.group_share", lambda t: t + 1.0),
+    "shares of groups of NaN": _raw("0.0.group_share", b"\xff"),
+    "as many groups a token as none": _tensor("0.0.top_k", torch.zeros_like),
+    "more groups a token than there are": _tensor("0.0.top_k", lambda t: t + 9),
+    "several numbers of groups a token": _tensor("0.0.top_k", lambda t: t.repeat(2)),
+    "a number of groups that is none": _tensor("0.0.top_k", lambda t: t.float()),
+    "groups without a router": _without("0.0.group_router"),
+    "a router without groups": _without("0.0.group"),
+    "groups beside changed rows": _more("0.0.incoming0", "F32", [48, 32], 4 * 48 * 32),
+}
+
 # Of a model with 8 routed experts of 12 neurons, of which a token has 2.
 _ROUTED, _NEURONS = "experts.0.0.keep", "experts.0.0.neurons"
 

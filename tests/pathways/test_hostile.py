@@ -26,8 +26,9 @@ from hf_sparse_pathways.pathways.storage import write_pathways
 from hf_sparse_pathways.tensor_files import without_memory
 from tests.architectures import build, compensate, prompt, random_masks
 from tests.clustered import clustered
+from tests.grouped import grouped
 from tests.pathways.corruption import read_meta, rewrite
-from tests.pathways.hostile import CLUSTERED, JSON, SHARED, SKIPPING, TENSORS, with_header
+from tests.pathways.hostile import CLUSTERED, GROUPS, JSON, SHARED, SKIPPING, TENSORS, with_header
 from tests.pathways.untouched import assert_same, snapshot
 from tests.skipping import skipping
 
@@ -58,6 +59,7 @@ def saved(tmp_path_factory):
     dense = build("llama")
     random = compensate(dense, random_masks(dense))
     skipping(random, prompt(2, 7), dense).save_pretrained(folder / "skipping")
+    grouped(random).save_pretrained(folder / "grouped")
     return folder
 
 
@@ -143,6 +145,14 @@ def test_hostile_thresholds_are_refused(damage, only, saved, tmp_path, untouched
     shutil.copytree(saved / "skipping", tmp_path / "skipping")
     SKIPPING[damage](tmp_path / "skipping" / "pathways.json")
     _assert_refused(tmp_path / "skipping", untouched, **only)
+
+
+@pytest.mark.parametrize("only", [{}, {"only": "code"}])
+@pytest.mark.parametrize("damage", GROUPS)
+def test_hostile_groups_are_refused(damage, only, saved, tmp_path, untouched):
+    shutil.copytree(saved / "grouped", tmp_path / "grouped")
+    GROUPS[damage](tmp_path / "grouped" / "pathways.json")
+    _assert_refused(tmp_path / "grouped", untouched, **only)
 
 
 @pytest.mark.parametrize(("architecture", "count", "rows"), [("llama", 1, 2), ("phi3", 2, 1)])

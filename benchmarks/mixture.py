@@ -1,0 +1,203 @@
+"""Groups of neurons beside the static pathway of the same FLOPs, before and after training.
+
+``python benchmarks/mixture.py --cache .cache`` runs it: an hour or two on two cores. Controls have
+the same sizes, with groups or with a router that are drawn at random. Every arm is kept in the
+cache folder when it is measured, so that the run can be interrupted.
+"""
+
+import argparse
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetching import fetch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.cli.profile import HELD_OUT
+from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.profile_storage import JSON_NAME
+from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.discovery.windows import resolve_length
+from hf_sparse_pathways.files import read_json, write_atomically
+from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
+from hf_sparse_pathways.measure.figures import markdown_table
+
+STATIC, CLOSED, TRAINED = "static pathway", "groups", "groups, trained"
+RANDOM_GROUPS, RANDOM_ROUTER = "random groups", "random router"
+ARMS = (STATIC, CLOSED, RANDOM_GROUPS, RANDOM_ROUTER, TRAINED)
+
+
+def main() -> None:
+    """Measure every arm that is not measured, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--domain", default="code")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--mixture", type=int, default=32)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=65536, help="calibration")
+    parser.add_argument("--training-tokens", type=int, default=65536)
+    parser.add_argument("--scored-tokens", type=int, default=16384, help="held out")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    arguments = parser.parse_args()
+    fetch(arguments.cache, arguments.model, [arguments.domain])
+    print(Benchmark(arguments).table())
+
+
+class RandomGroups(sp.Grouping):
+    """Groups of the same size, drawn; routed in closed form."""
+
+    def _assign(self, profiles: Tensor) -> Tensor:
+        order = torch.randperm(len(profiles), generator=torch.Generator().manual_seed(self.seed))
+        return order // (len(profiles) // self.count)
+
+
+class RandomRouter(sp.Grouping):
+    """The same groups, of which tokens have some by a router that is drawn."""
+
+    def _routed(self, group: Tensor, router: tuple[Tensor, Tensor], x: Tensor) -> sp.NeuronGroups:
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(router[0].shape, generator=generator).to(x)
+        return super()._routed(group, (drawn, -drawn @ x.mean(0)), x)
+
+
+GROUPINGS = {CLOSED: sp.Grouping, RANDOM_GROUPS: RandomGroups, RANDOM_ROUTER: RandomRouter}
+
+
+class Benchmark:
+    """The model, its text, and where finished arms lie."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
+        self.work: Path = arguments.cache / "benchmarks" / "mixture" / arguments.model
+
+    @cached_property
+    def dense(self) -> Any:
+        """The dense model."""
+        folder = self.arguments.cache / self.arguments.model
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return AutoTokenizer.from_pretrained(self.arguments.cache / self.arguments.model)
+
+    @cached_property
+    def texts(self) -> tuple[Documents, Documents]:
+        """Calibration and held-out documents."""
+        folder = self.arguments.cache / "texts" / self.arguments.domain
+        return read_documents(folder, seed=0).split(HELD_OUT, 0)
+
+    @property
+    def name(self) -> str:
+        """What tells the settings from others."""
+        given = self.arguments
+        groups = f"{given.mixture}-{given.top_k}"
+        return f"{given.domain}-{given.sparsity:g}-{groups}-{given.max_tokens}"
+
+    def measure(self) -> dict[str, dict[str, Any]]:
+        """Return each arm's figures, measuring those that were not."""
+        results = {}
+        for arm in self.arguments.arms:
+            path = self.work / f"{self.name}-{arm.replace(', ', '-').replace(' ', '-')}.json"
+            if not path.is_file():
+                print(arm, flush=True)
+                write_atomically(path, json.dumps(self._score(self.pathways(arm))).encode())
+            results[arm] = read_json(path)
+        return results
+
+    def pathways(self, arm: str) -> sp.Pathways:
+        """Return an arm's pathways, made unless they were."""
+        given, folder = self.arguments, self.work / f"{self.name}-{arm}"
+        if (folder / "pathways.json").is_file():
+            return sp.Pathways.from_pretrained(folder)
+        if arm == TRAINED:
+            made = self._train(self.pathways(CLOSED))
+        else:
+            kind = GROUPINGS.get(arm)
+            mixture = None if kind is None else kind(count=given.mixture, top_k=given.top_k)
+            made = sp.select(
+                self.dense,
+                self.profile,
+                sparsity=given.sparsity,
+                mixture=mixture,
+                precision="fastest",
+            )
+        made.save_pretrained(folder)
+        return made
+
+    def _train(self, pathways: sp.Pathways) -> sp.Pathways:
+        given = self.arguments
+        model = sp.SparsePathwaysForCausalLM.from_dense(self.dense, pathways)
+        settings = sp.RouterSettings(tokens=given.training_tokens)
+        texts = {given.domain: self.texts[0]}
+        trained = sp.train_routers(
+            model, self.tokenizer, texts, settings=settings, work_folder=self.work / "unfinished"
+        )
+        print(trained)
+        return trained.pathways
+
+    @cached_property
+    def profile(self) -> sp.Profile:
+        """The profile that all arms share."""
+        given = self.arguments
+        folder = self.work / f"profile-{given.domain}-{given.max_tokens}"
+        if not (folder / JSON_NAME).is_file():
+            sp.profile(
+                self.dense,
+                self.tokenizer,
+                {given.domain: self.texts[0]},
+                max_tokens=given.max_tokens,
+                work_folder=self.work / "unfinished",
+            ).save_pretrained(folder)
+        return sp.Profile.from_pretrained(folder)
+
+    def _score(self, pathways: sp.Pathways) -> dict[str, Any]:
+        """Measure pathways on held-out text."""
+        given = self.arguments
+        sparse = sp.SparsePathwaysForCausalLM.from_dense(self.dense, pathways)
+        text = ScoredText.draw(
+            given.domain,
+            self.texts[1],
+            self.tokenizer,
+            max_tokens=given.scored_tokens,
+            max_length=resolve_length(self.dense, None),
+            seed=0,
+        )
+        with evaluation_mode(sparse):
+            arms = [DENSE, pathway_arm("pathway", given.domain, pathways)]
+            dense, row = measure_arms(sparse, text, arms, batch_size=4, seed=0)
+        figures = {"ratio": row.ratio, "interval": row.interval, "tokens": row.tokens}
+        return {**figures, "dense": dense.perplexity, "flops": row.flops}
+
+    def table(self) -> str:
+        """Return the caption and the table."""
+        results, given = self.measure(), self.arguments
+        some = next(iter(results.values()))
+        rows = [
+            [arm, f"{found['flops']:.1%}", f"{found['ratio']:.3f}", _interval(found["interval"])]
+            for arm, found in results.items()
+        ]
+        caption = (
+            f"**{given.model}**, {given.domain}, calibrated on {given.max_tokens} tokens; "
+            f"{given.top_k} of {given.mixture} groups; routers trained on {given.training_tokens} "
+            f"tokens. Perplexity ratios to dense ({some['dense']:.2f}) on {some['tokens']} "
+            "held-out tokens."
+        )
+        header = ["arm", "FFN FLOPs", "ratio to dense", "interval"]
+        return f"{caption}\n\n{markdown_table(header, rows)}"
+
+
+def _interval(interval: Any) -> str:
+    return "-" if interval is None else "-".join(f"{bound:.3f}" for bound in interval)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
