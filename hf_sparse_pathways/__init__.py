@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil_block
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
-    from hf_sparse_pathways.measure.linear_expert_quality import ExpertReport, evaluate_experts
-    from hf_sparse_pathways.measure.linear_experts import (
-        ExpertUsage,
-        measure_experts,
-        restrict_experts,
-    )
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -61,8 +55,6 @@ __all__ = [
     "ClusteredBlock",
     "Clustering",
     "Distilled",
-    "ExpertReport",
-    "ExpertUsage",
     "Export",
     "Gates",
     "Healed",
@@ -88,11 +80,9 @@ __all__ = [
     "benchmark",
     "distil_block",
     "evaluate",
-    "evaluate_experts",
     "expand",
     "export",
     "heal",
-    "measure_experts",
     "permute",
     "plot",
     "profile",
@@ -100,7 +90,6 @@ __all__ = [
     "read_gates",
     "remove_domains",
     "rename_domain",
-    "restrict_experts",
     "select",
     "swap_effect",
     "swap_gates",
@@ -132,15 +121,10 @@ _HOMES = {
     "evaluate": "measure.quality",
     "Distilled": "measure.distillation",
     "distil_block": "measure.distillation",
-    "ExpertReport": "measure.linear_expert_quality",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",
     "swap_effect": "measure.gating",
     "swap_gates": "measure.gating",
-    "ExpertUsage": "measure.linear_experts",
-    "evaluate_experts": "measure.linear_expert_quality",
-    "measure_experts": "measure.linear_experts",
-    "restrict_experts": "measure.linear_experts",
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",

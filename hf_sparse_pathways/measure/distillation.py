@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
 from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.discovery.trials import batch_loss, run_model
 from hf_sparse_pathways.discovery.windows import Batch, draw_windows, make_batches, resolve_length
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
-from hf_sparse_pathways.measure.linear_expert_quality import mean_loss
 from hf_sparse_pathways.pathways.base import BlockShape
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 from hf_sparse_pathways.sgatlin.settings import SgatlinConfig
@@ -186,6 +186,17 @@ def _measure(
             loss, _ = mean_loss(model, test)
         stands.append(Stand(name=name, flops=flops, error=error, ratio=math.exp(loss - dense)))
     return math.exp(dense), stands, len(inputs)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Return the mean loss of all tokens that have one before them, in nats, and their number."""
+    total, tokens = 0.0, 0
+    with evaluation_mode(model):
+        for batch in batches:
+            loss, count = batch_loss(run_model(model, batch), batch)
+            total, tokens = total + loss, tokens + count
+    return total / tokens, tokens
 
 
 def fit(layer: SgatlinFFN, x: Tensor, y: Tensor, training: Training) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device, run_decoder
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows, make_batches, resolve_length
-from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.measure.linear_experts import sgatlin_layers
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 
 if TYPE_CHECKING:
@@ -229,7 +228,12 @@ def find_layer(model: Any, layer: int) -> SgatlinFFN:
         UnsupportedModelError: It has none.
         PathwaysError: There is none of that number.
     """
-    layers = sgatlin_layers(model)
+    layers = [module for module in model.modules() if isinstance(module, SgatlinFFN)]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no sgatlin layers. Build it with SparsePathwaysConfig."
+            "from_base(config, ffn=sp.SgatlinConfig(...))."
+        )
     if not 0 <= layer < len(layers):
         raise PathwaysError(f"There is no layer {layer}: the model has {len(layers)}, from 0.")
     return layers[layer]

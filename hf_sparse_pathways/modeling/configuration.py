@@ -44,8 +44,8 @@ class SparsePathwaysConfig(PreTrainedConfig):
         default_domain: The domain when ``domain`` is omitted; None for dense.
         executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
         pathways_format: Version of the artefact's format.
-        ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; then
-            there are no domains. None for the base's own.
+        ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; of
+            sgatlin layers domains keep experts, others have no domains. None for the base's own.
         prompt_pathways: How ``domain="prompt"`` picks neurons, ``sparsity`` and ``rule``; None for
             the defaults of ``PromptSettings``.
 
@@ -80,13 +80,13 @@ class SparsePathwaysConfig(PreTrainedConfig):
 
         Args:
             base_config: Configuration of the dense model.
-            fields: ``domains``, ``default_domain``, ``executor``; or ``ffn`` alone, for a model
-                that ``AutoModelForCausalLM.from_config`` builds with other FFNs.
+            fields: ``domains``, ``default_domain``, ``executor``, and ``ffn``, for a model that
+                ``AutoModelForCausalLM.from_config`` builds with other FFNs.
 
         Raises:
             UnsupportedModelError: The base is not an architecture of Transformers.
             UnknownNameError: An unknown field, or a default that is no domain.
-            PathwaysError: ``ffn`` is no FFN layer's configuration, or stands beside other fields.
+            PathwaysError: ``ffn`` is no FFN layer's configuration.
         """
         known = ("domains", "default_domain", "executor", "ffn")
         for name in fields:
@@ -184,10 +184,10 @@ class SparsePathwaysConfig(PreTrainedConfig):
             raise UnknownNameError("default domain", self.default_domain, domains)
 
     def check_ffn(self) -> None:
-        """Check that ``ffn`` is of an FFN layer, and that nothing asks for pathways beside it.
+        """Check that ``ffn`` is of an FFN layer.
 
         Raises:
-            PathwaysError: It is not, or something does.
+            PathwaysError: It is not.
         """
         if self.ffn is None:
             return
@@ -196,12 +196,19 @@ class SparsePathwaysConfig(PreTrainedConfig):
                 "ffn takes the configuration of an FFN layer, such as sp.SgatlinConfig(n_experts="
                 f"1024), got {self.ffn!r:.100}."
             )
+
+    def check_bare(self) -> None:
+        """Check that nothing asks for pathways where the model's FFNs cannot have any.
+
+        Raises:
+            PathwaysError: Something does.
+        """
         asked = [name for name in ("domains", "default_domain") if getattr(self, name)]
         if self.executor != "auto":
             asked.append("executor")
         if asked:
             raise PathwaysError(
-                f"ffn does not go together with {', '.join(asked)}: {self.ffn.kind} layers have no "
+                f"{', '.join(asked)} does not go together with ffn={self.ffn}: such layers have no "
                 "pathways, so no domains, and no executor of kept neurons."
             )
 

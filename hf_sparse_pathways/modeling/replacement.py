@@ -89,8 +89,9 @@ def refuse(ffn: FfnConfig, what: str) -> PathwaysError:
         what: What it is, as the end of a sentence.
     """
     return PathwaysError(
-        f"The FFNs of this model are {ffn.kind} layers (ffn={ffn}), which have no pathways: "
-        f"{what}. Pathways are for models with dense FFNs."
+        f"The FFNs of this model are {ffn.kind} layers (ffn={ffn}), and it has no pathways: "
+        f"{what}. Pathways are for models with dense FFNs, routed experts or sgatlin layers, which "
+        "build, or select and set_pathways, gives some."
     )
 
 
