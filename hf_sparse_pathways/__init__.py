@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
+    from hf_sparse_pathways.healing.distilling import EndToEnd
     from hf_sparse_pathways.healing.healing import Healed, heal
+    from hf_sparse_pathways.healing.reconstruction import Reconstruction
     from hf_sparse_pathways.healing.settings import HealingSettings
-    from hf_sparse_pathways.measure.distillation import Distilled, distil_block
+    from hf_sparse_pathways.measure.distillation import Distilled, distil
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
@@ -55,6 +57,7 @@ __all__ = [
     "ClusteredBlock",
     "Clustering",
     "Distilled",
+    "EndToEnd",
     "Export",
     "Gates",
     "Healed",
@@ -68,6 +71,7 @@ __all__ = [
     "PathwaysError",
     "PeerConfig",
     "Profile",
+    "Reconstruction",
     "SgatlinConfig",
     "SgatlinFFN",
     "SparsePathwaysConfig",
@@ -78,7 +82,7 @@ __all__ = [
     "adapt",
     "add_domains",
     "benchmark",
-    "distil_block",
+    "distil",
     "evaluate",
     "expand",
     "export",
@@ -119,8 +123,10 @@ _HOMES = {
     "HealingSettings": "healing.settings",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "EndToEnd": "healing.distilling",
+    "Reconstruction": "healing.reconstruction",
     "Distilled": "measure.distillation",
-    "distil_block": "measure.distillation",
+    "distil": "measure.distillation",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",
     "swap_effect": "measure.gating",

@@ -31,6 +31,7 @@ for command in (
     "analyze",
     "build",
     "heal",
+    "distil",
     "evaluate",
     "compare",
     "route-report",

@@ -107,7 +107,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         self.check_no_adapters("a plain model has no domains that they could follow")
         base_config = self.config.base_config
         if self.config.ffn is not None:
-            base_config = SparsePathwaysConfig.from_base(base_config, ffn=self.config.ffn)
+            layers = {"ffn": self.config.ffn, "ffn_blocks": self.config.ffn_blocks}
+            base_config = SparsePathwaysConfig.from_base(base_config, **layers)
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         if self.config.ffn is not None:
             dense._attachment.load([], [])

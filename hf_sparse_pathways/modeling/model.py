@@ -90,7 +90,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         super().__init__(config, *args, **kwargs)
         self._pathways = None
         if config.ffn is not None:
-            replace_blocks(self, config.ffn)
+            replace_blocks(self, config.ffn, config.ffn_blocks)
         if config.ffn is None or has_parts(self):
             self._shape = BaseModel.of(self)
             self._attachment = Attachment(self)
