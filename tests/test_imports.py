@@ -59,6 +59,7 @@ LAZY = {
     ("cli.analyze", "measure.analysis_report"),
     ("cli.analyze", "measure.entangled_rows"),
     ("cli.analyze", "measure.experiments"),
+    ("cli.analyze", "measure.gating_report"),
     ("cli.analyze", "measure.model_size"),
     ("cli.analyze", "measure.scale"),
     ("cli.analyze", "measure.specialisation"),

@@ -73,24 +73,30 @@ class Gates:
 
     def neighbours(self, place: int, count: int = 5) -> list[Context]:
         """Return the tokens whose gates are most alike one token's, by the cosine of all scores."""
+        values = self.cosines(place)
+        values[place] = -torch.inf
+        best = values.topk(min(count, len(values) - 1))
+        return self._describe(best.indices, best.values)
+
+    def cosines(self, place: int) -> Tensor:
+        """Return how alike all tokens' gates are to one token's, ``(tokens,)``."""
         channels = torch.arange(self.index.shape[1])[:, None]
         own = torch.zeros(self.index.shape[1], self.n_experts)
         own[channels, self.index[place]] = self.scores[place]
         products = (self.scores * own[channels, self.index]).flatten(1).sum(1)
         norms = self.scores.flatten(1).norm(dim=1)
-        values = products / (norms * norms[place]).clamp_min(1e-30)
-        values[place] = -torch.inf
-        best = values.topk(min(count, len(values) - 1))
-        return self._describe(best.indices, best.values)
+        return products / (norms * norms[place]).clamp_min(1e-30)
+
+    def describe(self, place: int, value: float = 0.0) -> Context:
+        """Return a token in its text."""
+        first = max(int(self.starts[place]), place - CONTEXT)
+        before = self.tokenizer.decode(self.ids[first:place])
+        token = self.tokenizer.decode(self.ids[place : place + 1])
+        return Context(place=place, before=before, token=token, value=value)
 
     def _describe(self, places: Tensor, values: Tensor) -> list[Context]:
-        found = []
-        for place, value in zip(places.tolist(), values.tolist(), strict=True):
-            first = max(int(self.starts[place]), place - CONTEXT)
-            before = self.tokenizer.decode(self.ids[first:place])
-            token = self.tokenizer.decode(self.ids[place : place + 1])
-            found.append(Context(place=place, before=before, token=token, value=value))
-        return found
+        pairs = zip(places.tolist(), values.tolist(), strict=True)
+        return [self.describe(place, value) for place, value in pairs]
 
 
 @torch.no_grad()
@@ -228,7 +234,7 @@ def find_layer(model: Any, layer: int) -> SgatlinFFN:
         UnsupportedModelError: It has none.
         PathwaysError: There is none of that number.
     """
-    layers = [module for module in model.modules() if isinstance(module, SgatlinFFN)]
+    layers = find_sgatlin(model)
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no sgatlin layers. Build it with SparsePathwaysConfig."
@@ -237,3 +243,8 @@ def find_layer(model: Any, layer: int) -> SgatlinFFN:
     if not 0 <= layer < len(layers):
         raise PathwaysError(f"There is no layer {layer}: the model has {len(layers)}, from 0.")
     return layers[layer]
+
+
+def find_sgatlin(model: Any) -> list[SgatlinFFN]:
+    """Return a model's sgatlin layers, in its order."""
+    return [module for module in model.modules() if isinstance(module, SgatlinFFN)]
