@@ -116,7 +116,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         """
         if self._partial is not None:
             raise self._partial.refuse("its pathway is part of the weights now")
-        self.check_has_parts("nothing of it is of one domain")
+        self._check_has_pathways("nothing of it is of one domain")
         if self._pathways is None:
             raise PathwaysError(
                 "This model has no pathways yet. Load it with from_pretrained, or give it some "
@@ -160,6 +160,12 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
             PathwaysError: Its FFNs are layers without anything of the kind.
         """
         if self.config.ffn is not None and not self._attachment.sparse and not self._partial:
+            raise refuse(self.config.ffn, what)
+
+    def _check_has_pathways(self, what: str) -> None:
+        """Check the same, and that a model with FFN layers of its own has been given pathways."""
+        self.check_has_parts(what)
+        if self.config.ffn is not None and self._pathways is None:
             raise refuse(self.config.ffn, what)
 
     def become_partial(self, partial: Partial) -> None:
@@ -317,7 +323,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         if self._partial is not None:
             self._partial.check(domain)
         elif _names_one(domain):
-            self.check_has_parts(f"it cannot compute {domain!r:.100}")
+            self._check_has_pathways(f"it cannot compute {domain!r:.100}")
         controls = [] if self._pathways is None else list(self._pathways.controls)
         return resolve_domain(domain, self.domains, controls)
 

@@ -265,10 +265,16 @@ def test_what_does_not_fit_is_refused(case):
         model(IDS, domain="cod")
     with pytest.raises(sp.PathwaysError, match="2 entries, but the batch has 3"):
         model(IDS, domain=["code", "law"])
-    with pytest.raises(sp.PathwaysError, match="Unknown domain 'code'"):
-        references[None](IDS, domain="code")
-    with pytest.raises(sp.PathwaysError, match="has no pathways yet"):
-        _ = references[None].pathways
+    bare = references[None]
+    for use in (
+        lambda: bare(IDS, domain="code"),
+        lambda: bare.generate(IDS, domain=["code", None, None]),
+        lambda: bare.generate(IDS, domain="auto"),
+        lambda: bare.pathways,
+        lambda: bare.pathway("code").__enter__(),
+    ):
+        with pytest.raises(sp.PathwaysError, match="sgatlin layers"):
+            use()
     with pytest.raises(sp.PathwaysError, match="use set_pathways"):
         sp.SparsePathwaysForCausalLM.from_dense(model, model.pathways)
     with pytest.raises(sp.PathwaysError, match="no plain architecture has"):
