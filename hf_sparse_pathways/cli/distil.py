@@ -78,7 +78,7 @@ def run(  # noqa: PLR0913
         "seed": seed,
     }
     source = text if text.startswith("hf://") else Path(text)
-    with unfinished_work("distil", model, dtype, output.absolute(), text, ffn, settings) as work:
+    with unfinished_work("distil", model, dtype, output.absolute()) as work:  # by settings therein
         made = distil(dense, tokenizer, source, ffn, **settings, work_folder=work)
         _write(made, tokenizer, output)
     if as_json:

@@ -202,16 +202,15 @@ def distil(  # noqa: PLR0913
         folder = Path(work_folder or stack.enter_context(TemporaryDirectory()))
         plan = {"weights": weight_digest(model), "text": _digest(train), "ffn": ffn.to_dict()}
         store = _Store(folder, {**plan, "reconstruction": asdict(alone)})
-        layers, stands = {}, []
+        layers, stands, wholes = {}, [], [_measure("dense", model, test)]
         instead: dict[str, list[Compute]] = {name: [] for name in CLOSED_FORMS}
         for number, block in chosen.items():
             x, y = observe(model, block, _batches(train))
             layers[number] = reconstruct(x, y, ffn, alone, store.checkpoints(number))
             candidates: dict[str, Compute] = {"sgatlin": layers[number], **_solve(x, y)}
-            stands += _stand(model, block, _batches(test), y.mean(0), candidates)
+            stands += _stand(model, block, test, candidates, wholes[0])
             for name, computes in instead.items():
                 computes.append(candidates[name])
-        wholes = [_measure("dense", model, test)]
         for name, computes in instead.items():
             with _all_in_place(chosen.values(), computes):
                 wholes.append(_measure(f"{name}s", model, test))
@@ -297,12 +296,13 @@ def _with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
 
 
+@torch.no_grad()
 def _stand(
     model: Any,
     block: FfnBlock,
-    test: Sequence[Batch],
-    mean: Tensor,
+    test: Sequence[Window],
     candidates: Mapping[str, Compute],
+    dense: Whole,
 ) -> list[Stand]:
     """Return how well each candidate stands in one block's place.
 
@@ -310,26 +310,24 @@ def _stand(
         model: The model.
         block: Its block.
         test: Held-out text.
-        mean: The block's mean output, ``(d_model,)``.
-        candidates: Name -> function.
+        candidates: Name -> function; the mean output is among them.
+        dense: The model as it is, on the same text.
     """
-    inputs, outputs = observe(model, block, test)
-    dense, _ = mean_loss(model, test)
+    x, y = observe(model, block, _batches(test))
+    errors = {name: float((own(x) - y).square().sum()) for name, own in candidates.items()}
     flops = {"sgatlin": getattr(candidates["sgatlin"], "flops", 0)}
     flops["linear map"] = 2 * block.d_in * block.d_out
     stands = []
     for name, compute in candidates.items():
-        with torch.no_grad():
-            squared = (compute(inputs) - outputs).square().sum()
         with in_place_of(block, compute):
-            loss, _ = mean_loss(model, test)
+            perplexity = _measure(name, model, test).perplexity
         stands.append(
             Stand(
                 block=block.name,
                 name=name,
                 flops=flops.get(name, 0) / (2 * BlockShape.of(block, "").dense_flops),
-                error=float(squared / (outputs - mean).square().sum()),
-                ratio=math.exp(loss - dense),
+                error=errors[name] / errors["mean output"],
+                ratio=perplexity / dense.perplexity,
             )
         )
     return stands

@@ -60,9 +60,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         """Return a model with pathways that shares a dense model's parameters. Pure.
 
         Args:
-            model: A causal LM, dense or with FFN layers of its own, without pathways; it stays
-                so. Later changes of the weights, of their dtype or
-                device too, are changes of both.
+            model: A causal LM, dense or with FFN layers of its own; it stays without pathways.
+                Later changes of the weights, of their dtype or device too, are changes of both.
             pathways: Pathways that were made for it.
             executor: How kept neurons are computed.
             default_domain: The domain when ``domain`` is omitted; None for dense.
@@ -105,20 +104,24 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             raise self._partial.refuse("there is no dense form of it")
         self.check_has_parts("there is no dense form of it")
         self.check_no_adapters("a plain model has no domains that they could follow")
+        if self.config.ffn is not None:
+            return self._without_pathways()
         base_config = self.config.base_config
-        if self.config.ffn is not None:
-            layers = {"ffn": self.config.ffn, "ffn_blocks": self.config.ffn_blocks}
-            base_config = SparsePathwaysConfig.from_base(base_config, **layers)
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
-        if self.config.ffn is not None:
-            dense._attachment.load([], [])
-            dense.__dict__.pop("_router", None)
-            return dense
         dense._attachment.detach()
         del dense._attachment, dense._pathways, dense._shape
         dense.__dict__.pop("_router", None)
         dense.__class__ = type(self).__bases__[1]
         return dense
+
+    def _without_pathways(self) -> Any:
+        """Return a model of the same class that shares its parameters and has no pathways. Pure."""
+        layers = {"ffn": self.config.ffn, "ffn_blocks": self.config.ffn_blocks}
+        config = SparsePathwaysConfig.from_base(self.config.base_config, **layers)
+        bare = copy_structure(self, {id(self.config): config, id(self._pathways): None})
+        bare._attachment.load([], [])
+        bare.__dict__.pop("_router", None)
+        return bare
 
     @classmethod
     def from_pretrained(

@@ -104,8 +104,8 @@ def refuse(ffn: FfnConfig, what: str) -> PathwaysError:
     """
     return PathwaysError(
         f"The FFNs of this model are {ffn.kind} layers (ffn={ffn}), and it has no pathways: "
-        f"{what}. Pathways are for models with dense FFNs, routed experts or sgatlin layers, which "
-        "build, or select and set_pathways, gives some."
+        f"{what}. Models with dense FFNs, routed experts or sgatlin layers can be given some: by "
+        "`sparse-pathways build`, or sp.profile, sp.select and model.set_pathways."
     )
 
 
