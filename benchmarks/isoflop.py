@@ -135,15 +135,24 @@ def to_markdown(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
         one = own[0]
         figures = [_spread([r for r in own if r["budget"] == budget]) for budget in plan.budgets]
         sizes = [f"{one['parameters']:,}", f"{one['forward_flops_per_token']:,}"]
-        rows.append([kind, *sizes, f"{one['learning_rate']:g}", *figures])
-    tokens = ", ".join(f"{r['tokens']:,}" for r in results if r["kind"] == plan.kinds[0])
+        rows.append([kind, *sizes, _tuned(plan, one["learning_rate"]), *figures])
+    first = [r for r in results if (r["kind"], r["seed"]) == (plan.kinds[0], plan.seeds[0])]
+    tokens = ", ".join(f"{r['tokens']:,}" for r in first)
     note = (
         f"Perplexity per byte on {plan.scored:,} bytes of documents that no run has seen, median "
         f"(lowest-highest) of {len(plan.seeds)} seeds; d_model {plan.shape.d_model}, "
         f"{plan.shape.layers} layers, windows of {plan.shape.length} bytes. {plan.kinds[0]} was "
-        f"trained on {tokens} bytes, the others on as many as their FLOPs allow."
+        f"trained on {tokens} bytes, the others on as many as their FLOPs allow. The learning rate "
+        f"is the best of {', '.join(f'{rate:g}' for rate in plan.learning_rates)} at the smallest "
+        "budget by other documents, (end) if a smaller or larger one might have been better."
     )
     return f"{note}\n\n{markdown_table(header, rows)}"
+
+
+def _tuned(plan: Plan, rate: float) -> str:
+    """Name a learning rate, and say whether it lies at an end of those that were tried."""
+    ends = {min(plan.learning_rates), max(plan.learning_rates)}
+    return f"{rate:g} (end)" if rate in ends else f"{rate:g}"
 
 
 def _spread(results: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Train a small model of sparsely gated linear experts, and see which of them domains use.
+"""Train a small model of sparsely gated linear experts, and keep a quarter for each domain.
 
 Usage: python examples/linear_experts.py TOKENIZER OUTPUT STEPS NAME=TEXT NAME=TEXT ...
 """
@@ -21,7 +21,7 @@ LENGTH = 64
 
 
 def main(tokenizer_name: str, output: str, steps: str, *named: str) -> None:
-    """Train, save, load, and measure each domain's experts."""
+    """Train, keep each domain's experts, save, load and generate."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     texts = dict(text.split("=", 1) for text in named)
     base = LlamaConfig(
@@ -41,15 +41,14 @@ def main(tokenizer_name: str, output: str, steps: str, *named: str) -> None:
     )
     pad = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     Trainer(model, settings, pad, train_dataset=[{"input_ids": row} for row in rows]).train()
+    profile = sp.profile(model.eval(), tokenizer, texts, max_tokens=4096, max_length=LENGTH)
+    model.set_pathways(sp.select(model, profile, experts=0.25))
+    for domain in texts:
+        print(f"{domain} keeps {model.pathways.expert_weights(domain):,} weights of experts")
     model.save_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(output)
-    usage = sp.measure_experts(model, tokenizer, texts, max_tokens=4096, max_length=LENGTH)
-    for pair in usage.overlaps(0.25):
-        print(
-            f"{pair.first}, {pair.second}: {pair.jaccard:.2f} in common, chance {pair.chance:.2f}"
-        )
-    with sp.restrict_experts(model, usage.experts(next(iter(texts)), 0.25)):
-        print(model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=8))
+    inputs = tokenizer("the", return_tensors="pt")
+    print(tokenizer.decode(model.generate(**inputs, domain=domain, max_new_tokens=8)[0]))
 
 
 if __name__ == "__main__":

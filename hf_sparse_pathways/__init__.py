@@ -25,18 +25,14 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
     from hf_sparse_pathways.ffn.kept_experts import KeptExperts
     from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
+    from hf_sparse_pathways.healing.distilling import EndToEnd
     from hf_sparse_pathways.healing.healing import Healed, heal
+    from hf_sparse_pathways.healing.reconstruction import Reconstruction
     from hf_sparse_pathways.healing.router_settings import RouterSettings
     from hf_sparse_pathways.healing.router_training import TrainedRouters, train_routers
     from hf_sparse_pathways.healing.settings import HealingSettings
-    from hf_sparse_pathways.measure.distillation import Distilled, distil_block
+    from hf_sparse_pathways.measure.distillation import Distilled, distil
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
-    from hf_sparse_pathways.measure.linear_expert_quality import ExpertReport, evaluate_experts
-    from hf_sparse_pathways.measure.linear_experts import (
-        ExpertUsage,
-        measure_experts,
-        restrict_experts,
-    )
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
@@ -65,8 +61,7 @@ __all__ = [
     "ClusteredBlock",
     "Clustering",
     "Distilled",
-    "ExpertReport",
-    "ExpertUsage",
+    "EndToEnd",
     "Export",
     "Gates",
     "Grouping",
@@ -82,6 +77,7 @@ __all__ = [
     "PathwaysError",
     "PeerConfig",
     "Profile",
+    "Reconstruction",
     "RouterSettings",
     "SgatlinConfig",
     "SgatlinFFN",
@@ -94,13 +90,11 @@ __all__ = [
     "adapt",
     "add_domains",
     "benchmark",
-    "distil_block",
+    "distil",
     "evaluate",
-    "evaluate_experts",
     "expand",
     "export",
     "heal",
-    "measure_experts",
     "permute",
     "plot",
     "profile",
@@ -108,7 +102,6 @@ __all__ = [
     "read_gates",
     "remove_domains",
     "rename_domain",
-    "restrict_experts",
     "select",
     "swap_effect",
     "swap_gates",
@@ -143,17 +136,14 @@ _HOMES = {
     "train_routers": "healing.router_training",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",
+    "EndToEnd": "healing.distilling",
+    "Reconstruction": "healing.reconstruction",
     "Distilled": "measure.distillation",
-    "distil_block": "measure.distillation",
-    "ExpertReport": "measure.linear_expert_quality",
+    "distil": "measure.distillation",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",
     "swap_effect": "measure.gating",
     "swap_gates": "measure.gating",
-    "ExpertUsage": "measure.linear_experts",
-    "evaluate_experts": "measure.linear_expert_quality",
-    "measure_experts": "measure.linear_experts",
-    "restrict_experts": "measure.linear_experts",
     "plot": "measure.plotting",
     "heal": "healing.healing",
     "permute": "modeling.permutation",

@@ -187,6 +187,7 @@ class Job:
         """Profile the model, analyse it, and measure."""
         from hf_sparse_pathways.discovery.percentile import POOLS, check_percentile
         from hf_sparse_pathways.measure.analysis import analyse
+        from hf_sparse_pathways.measure.gating_report import summarise_gating
         from hf_sparse_pathways.measure.model_size import ModelSize
         from hf_sparse_pathways.pathways.base import BaseModel
 
@@ -197,8 +198,18 @@ class Job:
             taken = self._profile(dense, tokenizer, split, work)
             taken.base.check_same(BaseModel.of(dense))
             analysis = analyse(taken, ModelSize.of(dense), percentile=self.percentile)
-            if self.experiments and texts and taken.base.blocks:
-                return self._measure(analysis, dense, tokenizer, taken, split)
+            if self.experiments and texts:
+                held_out = [one for _, kept in split.values() for one in kept.items]
+                gating = summarise_gating(
+                    dense,
+                    tokenizer,
+                    [document.text for document in held_out],
+                    max_tokens=self.eval_tokens * len(split),
+                    seed=self.sampling.seed,
+                )
+                analysis = analysis.with_gating(gating)
+                if taken.base.blocks:
+                    return self._measure(analysis, dense, tokenizer, taken, split)
         return analysis
 
     def _split(self, texts: opt.Sources) -> dict[str, tuple[Any, Any]]:

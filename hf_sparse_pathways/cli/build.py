@@ -118,7 +118,9 @@ def run(  # noqa: PLR0913
         float | None,
         typer.Option(help="Share of each routed expert's neurons that stays, 0.5. [all]"),
     ] = None,
-    expert_score: Annotated[str, typer.Option(help="Which experts stay: reap, or usage.")] = "reap",
+    expert_score: Annotated[
+        str, typer.Option(help="Which experts stay: auto, reap, usage, or added.")
+    ] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="Less text, and all blocks repaired at once.")
     ] = False,

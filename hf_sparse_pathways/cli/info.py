@@ -82,6 +82,7 @@ def _describe_layer(pathways: "Pathways", index: int) -> dict[str, Any]:
         "name": shape.name,
         "experts": shape.experts,
         "top_k": shape.top_k,
+        "channels": shape.channels,
         "neurons": shape.d_ff,
         "kept": {
             name: {"experts": own.keep.nonzero().flatten().tolist(), "neurons": own.width}
@@ -91,7 +92,7 @@ def _describe_layer(pathways: "Pathways", index: int) -> dict[str, Any]:
 
 
 def describe_layers(source: str | PathLike[str]) -> dict[str, Any] | None:
-    """Return what ``info`` shows of a model with FFN layers of its own; None of any other."""
+    """Return what ``info`` shows of a model with FFN layers and no pathways; None of others."""
     from transformers.configuration_utils import PreTrainedConfig
 
     from hf_sparse_pathways.pathways.entry import BASE_TYPE
@@ -100,7 +101,7 @@ def describe_layers(source: str | PathLike[str]) -> dict[str, Any] | None:
     fields: dict[str, Any] = {}
     with suppress(OSError):  # pathways alone need no configuration
         fields, _ = PreTrainedConfig.get_config_dict(str(source))
-    if fields.get("ffn") is None:
+    if fields.get("ffn") is None or fields.get("domains"):
         return None
     return {
         "base": {"model_type": str(fields.get(BASE_TYPE))},
@@ -160,6 +161,7 @@ def _describe_one(pathways: "Pathways", name: str) -> dict[str, Any]:
         **provenance,
         "sparsity": pathways.sparsity(name),
         "expert_sparsity": pathways.expert_sparsity(name),
+        "expert_weights": pathways.expert_weights(name),
         "flops": pathways.flops(name),
         "clusters": pathways[name].clusters,
         "skipped": pathways[name].skipped,
@@ -193,10 +195,12 @@ def print_summary(source: str | PathLike[str]) -> None:
     typer.echo(f"  domain=auto: {_describe_router(facts)}")
     controls = {f"{name} (control)": arm for name, arm in facts["controls"].items()}
     arms = {**facts["domains"], **controls}
+    held = any(arm["expert_sparsity"] for arm in arms.values())
     rows = [
         [
             name,
             format_share(arm["sparsity"], 1),
+            *([_describe_weights(arm)] if held else []),
             format_share(arm["flops"], 1),
             str(arm["text"].get("tokens", "-")),
             str(arm["text"].get("documents", "-")),
@@ -204,11 +208,18 @@ def print_summary(source: str | PathLike[str]) -> None:
         ]
         for name, arm in arms.items()
     ]
-    header = ["domain", "sparsity", "FFN FLOPs", "tokens", "documents", "text"]
+    header = ["domain", "sparsity", *(["expert weights"] if held else [])]
+    header += ["FFN FLOPs", "tokens", "documents", "text"]
     print_table("domains", header, rows)
     if any("allocation" in arm for arm in arms.values()):
         chosen = [[name, *_choices(arm)] for name, arm in arms.items()]
         print_table("what was chosen", ["domain", *CHOICES], chosen)
+
+
+def _describe_weights(arm: dict[str, Any]) -> str:
+    """Say how many weights of routed experts a pathway keeps."""
+    share = format_share(1.0 - arm["expert_sparsity"], 1)
+    return f"{arm['expert_weights'] / 1e6:.3g} M, {share}"
 
 
 def _describe_router(facts: dict[str, Any]) -> str:
@@ -248,7 +259,10 @@ def print_blocks(source: str | PathLike[str]) -> None:
 def _layer_row(layer: dict[str, Any], arms: dict[str, Any]) -> list[str]:
     """Return how many of a layer's experts each domain and control keeps."""
     whole = {"experts": range(layer["experts"]), "neurons": None}
-    row = [layer["name"], f"{layer['top_k']} of {layer['experts']} x {layer['neurons']}"]
+    channels = layer["channels"]
+    top_k, experts = (layer[name] // channels for name in ("top_k", "experts"))
+    told = f"{top_k} of {experts} x {layer['neurons']}"
+    row = [layer["name"], told if channels == 1 else f"{told}, {channels} times"]
     for name in arms:
         kept = layer["kept"].get(name, whole)
         row.append(f"{len(kept['experts'])} x {kept['neurons'] or layer['neurons']}")

@@ -32,6 +32,7 @@ for command in (
     "build",
     "heal",
     "train-router",
+    "distil",
     "evaluate",
     "compare",
     "route-report",

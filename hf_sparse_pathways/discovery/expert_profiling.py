@@ -3,7 +3,7 @@
 A hook sees which expert each token is routed to, and with what weight. Every expert is then
 computed for its tokens by its own class's forward, twice: as it is, which gives its output, and
 with the identity in place of the outgoing weights, which gives its activation; so whatever stands
-between gate, up and down is the model's own code.
+between gate, up and down is the model's own code. A sgatlin layer is asked which experts it takes.
 """
 
 import logging
@@ -25,6 +25,8 @@ from hf_sparse_pathways.ffn.expert_layouts import cut_experts, find_parameter
 from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
 from hf_sparse_pathways.processes import Processes
+from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
+from hf_sparse_pathways.sgatlin.rows import multiply_rows
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def collect_experts(
             "Domain %r: routed experts are not profiled, since their weights are offloaded.", domain
         )
         return ()
-    collectors = [ExpertCollector(found) for found in experts]
+    collectors = [make_collector(found) for found in experts]
     if not collectors:
         return ()
     batches = list(processes.share(list(make_batches(windows, batch_size))))
@@ -103,6 +105,34 @@ class ExpertCollector:
             sums.output_sum[expert] += output.sum(0).cpu()
             sums.abs_sum[expert] += activation.double().abs().sum(0).cpu()
         self.statistics = replace(sums, tokens=sums.tokens + len(hidden))
+
+
+class LinearCollector(ExpertCollector):
+    """Accumulates the statistics of one sgatlin layer's experts."""
+
+    def see(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Add what the layer is given; a forward pre-hook."""
+        assert self._real is not None  # begin was called
+        hidden = args[0].reshape(-1, module.d_model)[self._real.to(args[0].device)]
+        scores, index = module.route(hidden)
+        rows = module.rows(index).flatten(1)
+        products = multiply_rows(module.u.flatten(0, 1), rows, hidden.to(module.u.dtype))
+        norms = module.v.flatten(0, 1).double().norm(dim=1)[rows]
+        weights, products = scores.flatten(1).double(), products.double().abs()
+        sums, places = self.statistics, rows.flatten().cpu()
+        for total, values in (
+            (sums.routed, torch.ones_like(weights)),
+            (sums.weight_sum, weights),
+            (sums.reap_sum, weights.abs() * products * norms),
+            (sums.abs_sum.squeeze(1), products),
+        ):
+            total.index_add_(0, places, values.flatten().cpu())
+        self.statistics = replace(sums, tokens=sums.tokens + len(hidden))
+
+
+def make_collector(found: RoutedExperts) -> ExpertCollector:
+    """Return what accumulates the statistics of a layer's experts."""
+    return (LinearCollector if isinstance(found.module, SgatlinFFN) else ExpertCollector)(found)
 
 
 def compute_expert(found: RoutedExperts, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 The same share of every layer's experts stays, at least as many as a token has (and, where the
 router chooses among groups first, so many of each group that any of them will do): those that most
-tokens are routed to, or those of the largest REAP criterion. Of each kept expert the same number of
+tokens are routed to, those of the largest REAP criterion, or those that add most over all tokens;
+of sgatlin layers the same number of every channel. Of each kept expert the same number of
 neurons stays: those of the largest mean absolute activation times the norm of their outgoing
 weights.
 
@@ -32,9 +33,13 @@ EXPERT_SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = MappingProxy
     {
         "usage": lambda statistics: statistics.usage,
         "reap": lambda statistics: statistics.reap,
+        "added": lambda statistics: statistics.added,
     }
 )
 """Scores of experts by name; larger means keep."""
+
+AUTO_SCORE = "auto"
+"""``"reap"``; of sgatlin layers, of whose experts most have few tokens, ``"added"``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class ExpertGoal:
     Attributes:
         experts: Share of each layer's experts, in (0, 1]; None for all.
         neurons: Share of each kept expert's neurons, in (0, 1]; None for all.
-        score: A name in ``EXPERT_SCORES``.
+        score: A name in ``EXPERT_SCORES``, or ``"auto"``.
 
     Raises:
         PathwaysError: A share is out of range.
@@ -53,7 +58,7 @@ class ExpertGoal:
 
     experts: float | None = None
     neurons: float | None = None
-    score: str = "reap"
+    score: str = AUTO_SCORE
 
     def __post_init__(self) -> None:
         for name, share in (("experts", self.experts), ("expert_neurons", self.neurons)):
@@ -62,8 +67,8 @@ class ExpertGoal:
                     f"{option(name)} {share} does not fit: it is the share that stays, above 0 and "
                     "at most 1, such as 0.5."
                 )
-        if self.score not in EXPERT_SCORES:
-            raise UnknownNameError("expert score", self.score, EXPERT_SCORES)
+        if self.score not in (AUTO_SCORE, *EXPERT_SCORES):
+            raise UnknownNameError("expert score", self.score, (AUTO_SCORE, *EXPERT_SCORES))
 
     @property
     def wanted(self) -> bool:
@@ -106,6 +111,16 @@ class ExpertGoal:
                 f"This {base.model_type} model has no routed experts: leave out "
                 f"{option('experts')} and {option('expert_neurons')}."
             )
+        if self.neurons is not None and all(shape.single for shape in base.experts):
+            raise UnsupportedModelError(
+                f"The experts of this {base.model_type} model are single neurons: leave out "
+                f"{option('expert_neurons')}, and give {option('experts')}."
+            )
+
+    def score_of(self, shape: ExpertsShape) -> Callable[[ExpertStatistics], Tensor]:
+        """Return the score of a layer's experts."""
+        usual = "added" if shape.single else "reap"
+        return EXPERT_SCORES[usual if self.score == AUTO_SCORE else self.score]
 
     def described(self) -> dict[str, Any]:
         """Return the goal as JSON values."""
@@ -137,9 +152,9 @@ def _keep(found: RoutedExperts, statistics: ExpertStatistics, goal: ExpertGoal) 
     shape = ExpertsShape.of(found, "")
     keep = torch.ones(shape.experts, dtype=torch.bool)
     if goal.experts is not None:
-        keep = choose_experts(EXPERT_SCORES[goal.score](statistics), shape, goal.experts)
+        keep = choose_experts(goal.score_of(shape)(statistics), shape, goal.experts)
     neurons = None
-    if goal.neurons is not None:
+    if goal.neurons is not None and not shape.single:
         width = max(1, round(goal.neurons * shape.d_ff))
         scores = score_neurons(found, statistics)
         best = scores.topk(width, dim=1).indices
@@ -154,8 +169,13 @@ def choose_experts(scores: Tensor, shape: ExpertsShape, share: float) -> Tensor:
     Args:
         scores: One per expert, larger meaning keep.
         shape: The layer's.
-        share: Of the experts; more stay where the router needs more.
+        share: Of the experts; more stay where the router needs more. The same of every channel.
     """
+    if shape.channels > 1:
+        channels = scores.view(shape.channels, -1)
+        count = max(shape.top_k // shape.channels, round(share * channels.shape[1]))
+        best = channels.topk(count, dim=1).indices
+        return torch.zeros_like(channels, dtype=torch.bool).scatter(1, best, True).flatten()
     grouped = scores.view(shape.groups, -1)
     needed = grouped.topk(shape.least_per_group, dim=1).indices
     keep = torch.zeros_like(grouped, dtype=torch.bool).scatter(1, needed, True).flatten()

@@ -28,7 +28,8 @@ class ExpertStatistics:
         routed: Tokens that were routed to each expert, ``(experts,)``.
         weight_sum: Their weights there, as the router gives them, ``(experts,)``.
         reap_sum: Weight times norm of the expert's output, ``(experts,)``.
-        output_sum: Outputs before the weight, ``(experts, d_out)``.
+        output_sum: Outputs before the weight, ``(experts, d_out)``; of experts of a single neuron,
+            whose outputs all have the direction of its weights, ``(experts, 0)``.
         abs_sum: Absolute activations of each expert's neurons, ``(experts, d_ff)``.
     """
 
@@ -69,6 +70,11 @@ class ExpertStatistics:
         return self.reap_sum / self.routed.clamp_min(1)
 
     @property
+    def added(self) -> Tensor:
+        """Mean over all tokens of the norm of what each expert adds, ``(experts,)``."""
+        return self.reap_sum / max(1, self.tokens)
+
+    @property
     def mean_abs(self) -> Tensor:
         """Mean absolute activation of each expert's neurons over its tokens, of unseen ones 0."""
         return self.abs_sum / self.routed.clamp_min(1).unsqueeze(1)
@@ -105,7 +111,7 @@ def statistics_shapes(shape: ExpertsShape) -> dict[str, tuple[int, ...]]:
     sizes = {name: experts for name in TENSORS}
     return {
         **sizes,
-        "output_sum": (shape.experts, shape.d_out),
+        "output_sum": (shape.experts, 0 if shape.single else shape.d_out),
         "abs_sum": (shape.experts, shape.d_ff),
     }
 

@@ -19,7 +19,7 @@ from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.common_repair import repair_together
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
-from hf_sparse_pathways.discovery.expert_selection import ExpertGoal, keep_experts
+from hf_sparse_pathways.discovery.expert_selection import AUTO_SCORE, ExpertGoal, keep_experts
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.grouping import Grouped, Grouping
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
@@ -84,7 +84,7 @@ def select(  # noqa: PLR0913
     mixture: int | Grouping | None = None,
     experts: float | None = None,
     expert_neurons: float | None = None,
-    expert_score: str = "reap",
+    expert_score: str = AUTO_SCORE,
     target_error: float = TARGET_ERROR,
 ) -> Pathways:
     """Choose and repair each domain's neurons. The model is left as it was.
@@ -135,12 +135,14 @@ def select(  # noqa: PLR0913
         mixture: Into so many groups each block's neurons are divided, but for those that every
             token has; of the groups it has two, by a router. More neurons are kept for the same
             FLOPs. Needs ``"obs"`` in sequential order. A ``Grouping`` says more than their number.
-        experts: In mixture-of-experts models the share of every layer's routed experts that stays,
-            in (0, 1]; never fewer than a token has. By default all of them.
+        experts: In mixture-of-experts models, and of sgatlin layers, the share of every layer's
+            routed experts that stays, in (0, 1]; never fewer than a token has. By default all.
         expert_neurons: The share of the neurons of each of these experts that stays, in (0, 1].
             By default all of them.
         expert_score: Which experts stay: ``"reap"``, those of the largest mean of weight times
-            output norm over their tokens, or ``"usage"``, those that most tokens are routed to.
+            output norm over their tokens, ``"usage"``, those that most tokens are routed to,
+            ``"added"``, those that add most over all tokens, or ``"auto"``: reap, and of sgatlin
+            layers added.
         target_error: For ``domain="auto"``: share of a domain's prompts that may go to another of
             these domains, judged by held-out text, in (0, 1).
 

@@ -38,29 +38,30 @@ class PathwayRouted(nn.Module):
         self.expert_state.drop()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def find_removed(self, hidden_states: Tensor) -> Tensor | None:
+        """Return which experts are removed for some tokens now; see ``ExpertState.removed``."""
+        state, device = self.expert_state, hidden_states.device
+        if state.alone is not None:
+            return ~state.alone.keep.to(device)
+        choice = find_choice(state.key)
+        pathway = None if choice is None else choice.own
+        if pathway is None:
+            return None
+        return state.removed(pathway, hidden_states.shape[:-1].numel(), device)
+
 
 class PathwayRouter(PathwayRouted):
     """A router that chooses among the kept experts."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Choose among all experts, or among those that are kept."""
-        removed = self._removed(hidden_states)
+        removed = self.find_removed(hidden_states)
         if removed is None:
             return super().forward(hidden_states, *args, **kwargs)
         with Restriction(removed) as restriction:
             chosen = super().forward(hidden_states, *args, **kwargs)
         restriction.check(type(self).__bases__[-1].__name__)
         return chosen
-
-    def _removed(self, hidden_states: Tensor) -> Tensor | None:
-        state, device = self.expert_state, hidden_states.device
-        if state.alone is not None:
-            return ~state.alone.keep.to(device)
-        choice = find_choice(state.key)
-        if choice is None or choice.pathway is None:
-            return None
-        tokens = hidden_states.shape[:-1].numel()
-        return state.removed(choice.pathway, tokens, device)
 
 
 class PathwayExperts(PathwayRouted):
@@ -78,11 +79,11 @@ class PathwayExperts(PathwayRouted):
         if state.places is not None:
             return self.dense(hidden_states, state.places.to(index.device)[index], weights)
         choice = find_choice(state.key)
-        if choice is None or choice.pathway is None:
+        if choice is None or (pathway := choice.own) is None:
             return self.dense(hidden_states, index, weights)
-        if isinstance(choice.pathway, int):
-            return self._narrowed(choice, choice.pathway, (hidden_states, index, weights))
-        return self._mixed(choice, choice.pathway, (hidden_states, index, weights))
+        if isinstance(pathway, int):
+            return self._narrowed(choice, pathway, (hidden_states, index, weights))
+        return self._mixed(choice, pathway, (hidden_states, index, weights))
 
     def dense(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Compute as the module's own class does."""
@@ -108,7 +109,8 @@ class PathwayExperts(PathwayRouted):
             return self.dense(*given)
         check_whole(self)
         hidden_states, index, weights = given
-        if choice.copies == pathway and self.may_have_copies():
+        copied = choice.picked is None and choice.copies == pathway
+        if copied and self.may_have_copies():
             cut = state.copy(self, pathway)
         else:
             cut = state.cut_for(self, pathway, index)
@@ -119,7 +121,8 @@ class PathwayExperts(PathwayRouted):
     def _mixed(self, choice: Choice, pathways: Tensor, given: tuple[Tensor, ...]) -> Tensor:
         """Compute the tokens of each pathway together."""
         state = self.expert_state
-        every = range(-1, len(state.pathways)) if _compiling() else sorted({*(choice.rows or [])})
+        used = (choice.rows or []) if choice.picked is None else pathways.tolist()
+        every = range(-1, len(state.pathways)) if _compiling() else sorted({*used})
         if not any(map(state.narrows, every)):
             return self.dense(*given)
         hidden_states, index, weights = given
@@ -152,13 +155,13 @@ class AttachedExperts:
             for name, module in found.parent._modules.items()
             if module is self.experts or module is self.router
         }
-        roles: list[tuple[Any, type[PathwayRouted]]] = [
-            (self.experts, PathwayExperts),
-            (self.router, PathwayRouter),
-        ]
-        for module, role in roles:
+        for module, role in self._roles():
             module.__class__ = _routed_class(role, type(module))
             module.expert_state = self.state
+
+    def _roles(self) -> list[tuple[Any, type[PathwayRouted]]]:
+        """Return the modules whose classes are swapped, and what they become."""
+        return [(self.experts, PathwayExperts), (self.router, PathwayRouter)]
 
     def settle(self) -> None:
         """Check that the swapped modules are still what the layer calls.
@@ -208,13 +211,14 @@ class AttachedExperts:
         Raises:
             UnsupportedModelError: A parametrisation, as of an adapter, has changed them.
         """
-        for module in (self.experts, self.router):
+        modules = [module for module, _ in self._roles()]
+        for module in modules:
             if len(type(module).__bases__) != 2:
                 raise UnsupportedModelError(
                     f"An adapter or a parametrisation has changed {self.state.name} or its "
                     "router. Merge, unload or remove it first."
                 )
-        for module in (self.experts, self.router):
+        for module in modules:
             module.__class__ = type(module).__bases__[1]
             del module.expert_state
 

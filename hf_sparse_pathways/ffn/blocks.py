@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.clusters import Kept
-from hf_sparse_pathways.ffn.experts import RoutedExperts, list_candidates, match_routed
+from hf_sparse_pathways.ffn.experts import RoutedExperts, list_candidates, list_linear, match_routed
 from hf_sparse_pathways.ffn.layouts import Layout, find_child, linear_widths, match_layout
 from hf_sparse_pathways.ffn.sharding import is_sharded
 from hf_sparse_pathways.sgatlin.layer import FfnLayer
@@ -115,7 +115,8 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     if layer is not None:
         raise UnsupportedModelError(
             f"The FFNs of this {type(model).__name__} are {layer.config.kind} layers, which have "
-            "no neurons that could be chosen for a domain. Take a model with dense FFNs."
+            "no neurons that could be chosen for a domain. Take a model with dense FFNs, or with "
+            "sgatlin layers."
         )
     refusals = survey.dense or survey.refused
     reasons = "; ".join(f"{refused.name}: {refused.reason}" for refused in refusals[:2])
@@ -129,6 +130,12 @@ def find_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     raise UnsupportedModelError(
         f"{type(model).__name__} has no FFN block whose neurons can be skipped ({reasons}). {hint}"
     )
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Whether there are FFN blocks or routed experts that pathways can keep in part."""
+    survey = survey_model(model)
+    return bool(survey.blocks or survey.experts)
 
 
 def survey_model(model: nn.Module) -> Survey:
@@ -151,9 +158,12 @@ def survey_model(model: nn.Module) -> Survey:
             else:
                 dense.append(Refused(name, matched))
             routed.append(name)
+        linear = [*list_linear(layer_name, layer)]
+        experts.extend(linear)
+        routed.extend(one.name for one in linear)
         blocks.extend(found)
         if not found:
-            refused.append(Refused(layer_name, _why_nothing(layer, bool(candidates))))
+            refused.append(Refused(layer_name, _why_nothing(layer, bool(candidates or linear))))
     return Survey(
         blocks=_without_shared(blocks),
         experts=tuple(experts),
@@ -189,7 +199,7 @@ def _decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} has no list of decoder layers; its children are "
             f"{_children(decoder)}. Only decoders built from a ModuleList of layers fit."
         )
-    matching = [(name, stack) for name, stack in stacks if any(map(_matches, stack))]
+    matching = [(name, stack) for name, stack in stacks if _has_ffn(stack)]
     chosen = matching or [max(stacks, key=lambda item: len(item[1]))]
     return [(f"{name}.{i}", layer) for name, stack in chosen for i, layer in enumerate(stack)]
 
@@ -200,6 +210,12 @@ def _is_foreign(module: nn.Module, decoder: nn.Module) -> bool:
     if module is decoder or modalities is None or not isinstance(modalities, (str, tuple, list)):
         return False
     return "text" not in ((modalities,) if isinstance(modalities, str) else modalities)
+
+
+def _has_ffn(stack: nn.ModuleList) -> bool:
+    """Whether a stack's layers have FFN blocks, or layers of this package in their place."""
+    replaced = any(isinstance(module, FfnLayer) for module in stack.modules())
+    return replaced or any(map(_matches, stack))
 
 
 def _matches(layer: nn.Module) -> list[tuple[str, nn.Module, Layout]]:

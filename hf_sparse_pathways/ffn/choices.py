@@ -77,6 +77,13 @@ class Choice:
     gates: dict[int, Tensor] = field(default_factory=dict)
     active: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def own(self) -> int | Tensor | None:
+        """``pathway`` in the numbers of the model's own pathways, -1 where neurons were picked."""
+        if self.picked is None or self.pathway is None:
+            return self.pathway
+        return self.picked.own(self.pathway)
+
     @cached_property
     def rows(self) -> list[int] | None:
         """The index of each row, taken off the device once; None if all rows have the same."""

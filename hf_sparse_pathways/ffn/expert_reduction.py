@@ -5,16 +5,19 @@ experts for good; their numbers are translated on the way from one to the other.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_sparse_pathways.ffn.attached_experts import AttachedExperts
+from hf_sparse_pathways.ffn.attached_linear import AttachedLinear
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.expert_layouts import Packing, cut_experts, find_parameter
 from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import KeptExperts
 from hf_sparse_pathways.ffn.runs import Run, find_runs
+from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 
 
 class ReducedExperts:
@@ -70,3 +73,30 @@ class ReducedExperts:
         made = cut_experts(self.found.module, type(self.found.module), tensors, len(experts), width)
         self.found.module.__dict__.update(made.__dict__)
         AttachedExperts(self.found, ModelKey()).reduce(self.kept)
+
+
+class ReducedLinear(ReducedExperts):
+    """A sgatlin layer on its way to the experts of one pathway.
+
+    Its tables are read whole and cut then: kept experts of one channel lie apart from another's.
+    """
+
+    def parameters(self) -> list[tuple[nn.Module, str, Packing, list[Run]]]:
+        """Return what is to be cut before it is read: nothing."""
+        return []
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Cut the tables, in place, and restrict the router."""
+        layer: Any = self.found.module
+        for name in ("u", "v"):
+            table = getattr(layer, name)
+            rows = table.flatten(0, 1)[self.kept.keep.to(table.device)]
+            setattr(layer, name, nn.Parameter(rows[None], requires_grad=table.requires_grad))
+        AttachedLinear(self.found, ModelKey()).reduce(self.kept)
+
+
+def reduce_experts(found: RoutedExperts, kept: KeptExperts) -> ReducedExperts:
+    """Return a layer's routed experts on their way to those of one pathway."""
+    kind = ReducedLinear if isinstance(found.module, SgatlinFFN) else ReducedExperts
+    return kind(found, kept)

@@ -2,7 +2,8 @@
 
 A module whose parameters follow ``expert_layouts`` is one, if a router stands beside it: a child
 with the same parent, named as routers are, that holds a row of d_model weights for every expert and
-knows how many it chooses. What does not fit stays dense, with the reason.
+knows how many it chooses. What does not fit stays dense, with the reason. The experts of a sgatlin
+layer are such, too: of one neuron each, with a choice in each channel.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_sparse_pathways.ffn.expert_layouts import PackedExperts, match_experts
+from hf_sparse_pathways.ffn.expert_layouts import PackedExperts, Packing, match_experts
+from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 
 _ROUTERS = ("gate", "router")
 
@@ -31,6 +33,8 @@ class RoutedExperts:
         top_k: How many a token has.
         groups: How many groups the router chooses among first; 1 for none.
         top_groups: How many of these a token has.
+        channels: Choices that a token makes, each of ``top_k / channels`` among as many experts of
+            its own; more than 1 in sgatlin layers alone.
     """
 
     name: str
@@ -41,6 +45,7 @@ class RoutedExperts:
     top_k: int
     groups: int
     top_groups: int
+    channels: int = 1
 
 
 def match_routed(name: str, parent: nn.Module, module: nn.Module) -> RoutedExperts | str:
@@ -107,3 +112,28 @@ def list_candidates(
             found.append(name)
             path = name.removeprefix(layer_name).rpartition(".")[0].removeprefix(".")
             yield name, layer.get_submodule(path), module
+
+
+def list_linear(layer_name: str, layer: nn.Module) -> Iterator[RoutedExperts]:
+    """Yield the experts of the sgatlin layers in a decoder layer."""
+    for name, module in layer.named_modules(prefix=layer_name):
+        if isinstance(module, SgatlinFFN):
+            path = name.removeprefix(layer_name).rpartition(".")[0].removeprefix(".")
+            yield _match_linear(name, layer.get_submodule(path), module)
+
+
+def _match_linear(name: str, parent: nn.Module, module: SgatlinFFN) -> RoutedExperts:
+    config, width = module.config, module.d_model
+    count = config.n_channels * config.n_experts
+    tables = (Packing("v", count, None), Packing("u", count, None))
+    return RoutedExperts(
+        name=name,
+        parent=parent,
+        module=module,
+        router=module.router,
+        packed=PackedExperts(count, width, 1, width, 1, tables),
+        top_k=config.n_channels * config.top_k,
+        groups=1,
+        top_groups=1,
+        channels=config.n_channels,
+    )

@@ -37,6 +37,8 @@ class ExpertsShape:
         d_ff: Neurons of each.
         d_out: Width of their output (d_model).
         branches: Rows of the incoming weights per neuron: 2 with a gate, else 1.
+        channels: Choices that a token makes, each of ``top_k / channels`` among as many experts of
+            its own, which lie one channel behind the other; more than 1 in sgatlin layers alone.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ExpertsShape:
     d_ff: int
     d_out: int
     branches: int
+    channels: int = 1
 
     @classmethod
     def of(cls, found: "RoutedExperts", prefix: str) -> "ExpertsShape":
@@ -63,12 +66,18 @@ class ExpertsShape:
             d_ff=packed.d_ff,
             d_out=packed.d_out,
             branches=packed.branches,
+            channels=found.channels,
         )
 
     @property
     def weights(self) -> int:
         """Number of weights of all experts, biases apart."""
         return self.experts * self.d_ff * (self.branches * self.d_in + self.d_out)
+
+    @property
+    def single(self) -> bool:
+        """Whether each is a neuron without gate, as in sgatlin layers: there is nothing in it."""
+        return self.d_ff == self.branches == 1
 
     @property
     def least_per_group(self) -> int:
@@ -145,6 +154,11 @@ class KeptExperts:
                     f"{part} of the experts {shape.name} is {tensor.dtype} {tuple(tensor.shape)}; "
                     f"it has to be torch.bool {fitting[part]}."
                 )
+        if self.neurons is not None and shape.single:
+            raise MismatchError(
+                f"The experts {shape.name} are single neurons: say which experts are kept, and "
+                "nothing of neurons."
+            )
         if not self.keep.is_meta:
             self._check_enough(shape)
             self._check_widths(shape)
@@ -154,6 +168,12 @@ class KeptExperts:
             raise MismatchError(
                 f"{self.kept} of the {shape.experts} experts {shape.name} are kept, but a token "
                 f"has {shape.top_k}. Keep at least as many."
+            )
+        least = int(self.keep.view(shape.channels, -1).sum(1).min())
+        if least < shape.top_k // shape.channels:
+            raise MismatchError(
+                f"A channel of {shape.name} keeps {least} experts, but a token has "
+                f"{shape.top_k // shape.channels} of each channel. Keep at least as many of each."
             )
         if shape.groups == 1:
             return

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.ffn.attached_block import AttachedBlock
 from hf_sparse_pathways.ffn.attached_experts import AttachedExperts
+from hf_sparse_pathways.ffn.attached_linear import attach_experts
 from hf_sparse_pathways.ffn.blocks import FfnBlock, survey_model
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.copies import (
@@ -47,7 +48,7 @@ class ModelCopies:
         """Swap the leaves of a model's FFN blocks, and its routed experts, in place."""
         self.residents = Residents(self.size, self._drop)
         self.blocks = tuple(AttachedBlock(block, key, self.residents) for block in blocks)
-        self.experts = tuple(AttachedExperts(found, key) for found in survey_model(model).experts)
+        self.experts = tuple(attach_experts(found, key) for found in survey_model(model).experts)
         routers = [attached.router for attached in self.experts]
         self.rest = RestLeaves(model, key, self.residents, routers)
         self.clustered: frozenset[int] = frozenset()

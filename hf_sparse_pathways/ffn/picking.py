@@ -196,6 +196,13 @@ class Picking:
             rows[row] = number
         return torch.tensor(rows, device=device)
 
+    def own(self, pathway: int | Tensor) -> int | Tensor:
+        """Return the model's own pathway of what ``rows`` numbers, -1 for what was picked."""
+        count = len(self.prompts.picking)
+        if isinstance(pathway, int):
+            return max(pathway - count, -1)
+        return (pathway - count).clamp_min(-1)
+
     def state(self, state: BlockState) -> BlockState:
         """Return what stands in for a block's state."""
         return self._states[id(state)]

@@ -15,6 +15,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.measure.entanglement import Entanglement, summarise_entanglement
 from hf_sparse_pathways.measure.experiments import Experiments
+from hf_sparse_pathways.measure.gating_report import LayerGating
 from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.measure.paper import PERCENTILE
 from hf_sparse_pathways.measure.reading import read_report
@@ -90,6 +91,7 @@ class Analysis(ShownAsTables):
         experiments: None if nothing was measured.
         experts: What the routed experts do, layer by layer; none in what was not profiled so.
         entanglement: None if the profile does not hold it.
+        gating: What gates of some sgatlin layers stand for; none if nothing was measured.
     """
 
     base: str
@@ -108,6 +110,7 @@ class Analysis(ShownAsTables):
     experiments: Experiments | None
     experts: tuple[RoutedUsage, ...] = ()
     entanglement: Entanglement | None = None
+    gating: tuple[LayerGating, ...] = ()
 
     @property
     def domains(self) -> list[str]:
@@ -143,6 +146,10 @@ class Analysis(ShownAsTables):
     ) -> Self:
         """Return a copy with what was measured. Pure."""
         return replace(self, experiments=experiments, shuffled=shuffled)
+
+    def with_gating(self, gating: tuple[LayerGating, ...]) -> Self:
+        """Return a copy with what the gates stand for. Pure."""
+        return replace(self, gating=gating)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -6,6 +6,7 @@ from hf_sparse_pathways.measure.analysis import Analysis
 from hf_sparse_pathways.measure.entanglement_report import entanglement_sections
 from hf_sparse_pathways.measure.experiments import MeasuredRule
 from hf_sparse_pathways.measure.figures import Section, format_figure
+from hf_sparse_pathways.measure.gating_report import gating_sections
 from hf_sparse_pathways.measure.routed_experts import expert_sections
 from hf_sparse_pathways.measure.specialisation import PAPER, Criterion, Specialisation
 from hf_sparse_pathways.measure.statements import compare_statements
@@ -25,11 +26,13 @@ def describe(analysis: Analysis) -> str:
     """Say in a few sentences what was analysed."""
     tokens = ", ".join(f"{name} {count}" for name, count in analysis.tokens.items())
     size = analysis.size
+    total = size.ffn + size.experts + size.other + size.head
+    experts = f"experts {size.experts / total:.1%}, " if size.experts else ""
     lines = [
         f"{analysis.summary}; {format_figure(size.parameters / 1e6)} M parameters. "
         f"The FFN blocks do {size.ffn_share:.1%} of the multiply-adds per token (attention over "
-        f"the context, which grows with it, not counted), the head "
-        f"{size.head / (size.ffn + size.experts + size.other + size.head):.1%}.",
+        f"the context, which grows with it, not counted), {experts}the head "
+        f"{size.head / total:.1%}.",
         f"Tokens profiled: {tokens}.",
     ]
     left_out = len(analysis.routed) - len(analysis.experts)
@@ -37,9 +40,9 @@ def describe(analysis: Analysis) -> str:
         lines.append(f"Routed experts in {left_out} layers are left out.")
     if len(analysis.tokens) == 1:
         lines.append("With one domain nothing can be said of specialisation or overlap.")
-    if analysis.experiments is None:
+    if analysis.experiments is None and analysis.blocks:
         lines.append("No experiments were run: preservation and selection were not measured.")
-    else:
+    elif analysis.experiments is not None:
         lines.append(f"Experiments ran in {analysis.experiments.dtype}.")
     return " ".join(lines)
 
@@ -49,6 +52,7 @@ def sections(analysis: Analysis) -> Iterator[Section]:
     if analysis.blocks:
         yield from _block_sections(analysis)
     yield from expert_sections(analysis.experts)
+    yield from gating_sections(analysis.gating)
 
 
 def _block_sections(analysis: Analysis) -> Iterator[Section]:

@@ -47,6 +47,7 @@ class MeasuredArm:
         forward: Computes it.
         sparsity: Fraction of neurons removed; None where the arm chooses them while it runs.
         set: As in ``QualityRow``.
+        experts: As in ``QualityRow``.
     """
 
     role: str
@@ -55,6 +56,7 @@ class MeasuredArm:
     forward: Forward
     sparsity: float | None = None
     set: str | None = None
+    experts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def pathway_arm(
         lambda model, batch: run_model(model, batch, domain=runs or name),
         pathways.sparsity(name),
         label,
+        1.0 - pathways.expert_sparsity(name) if pathways[name].experts else None,
     )
 
 
@@ -243,6 +246,7 @@ def _row(
         excluded=text.excluded,
         sparsity=arm.sparsity,
         set=arm.set,
+        experts=arm.experts,
     )
 
 

@@ -1,271 +1,356 @@
-"""A sgatlin layer trained to do what one dense FFN block does, and what that costs in quality.
+"""From a dense model to sgatlin layers: blocks one by one, then together, and what that costs.
 
-The block's inputs and outputs are gathered over text; the layer is trained on them by Adam on the
-squared error, and compared on held-out documents with the best linear map (ridge, in closed form)
-and with the mean output, whose error is 1. Then each takes the block's place in the model, for its
-perplexity beside the dense one's.
+Each block's layer is reconstructed (``healing/reconstruction.py``) and compared on held-out
+documents with the best linear map (ridge, in closed form) and with the mean output, whose error is
+1; each alone takes the block's place in the model, for its perplexity beside the dense one's. Then
+all layers together are trained end to end (``healing/distilling.py``), beside the dense model.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
+from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.resumption import digest_plan
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.discovery.windows import Batch, draw_windows, make_batches, resolve_length
+from hf_sparse_pathways.discovery.trials import batch_loss, run_model
+from hf_sparse_pathways.discovery.weights import weight_digest
+from hf_sparse_pathways.discovery.windows import (
+    Batch,
+    Window,
+    count_tokens,
+    draw_windows,
+    make_batches,
+    resolve_length,
+)
 from hf_sparse_pathways.errors import PathwaysError, TextError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
-from hf_sparse_pathways.measure.figures import format_figure, markdown_table
-from hf_sparse_pathways.measure.linear_expert_quality import mean_loss
+from hf_sparse_pathways.healing.checkpoints import Checkpoints
+from hf_sparse_pathways.healing.distilling import EndToEnd, assemble, train_together
+from hf_sparse_pathways.healing.reconstruction import (
+    Reconstruction,
+    in_place_of,
+    observe,
+    reconstruct,
+)
+from hf_sparse_pathways.measure.figures import Section, format_figure
+from hf_sparse_pathways.modeling.structure import check_convertible
 from hf_sparse_pathways.pathways.base import BlockShape
-from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 from hf_sparse_pathways.sgatlin.settings import SgatlinConfig
+from hf_sparse_pathways.sgatlin.start import solve_ridge
+from hf_sparse_pathways.tables import ShownAsTables
 
 if TYPE_CHECKING:
+    import os
+
     from hf_sparse_pathways.discovery.text import TextSource
 
 HELD_OUT = 0.2
-RIDGE = 1e-4
-"""Of the linear map, in mean squares of an input."""
+BATCH_SIZE = 8
+CLOSED_FORMS = ("linear map", "mean output")
+"""What a block's layer is compared with."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a layer is trained.
-
-    Attributes:
-        steps: Of Adam.
-        batch: Tokens of a step.
-        learning_rate: The first; it falls to 0 along a cosine.
-        seed: Decides text, first weights and batches.
-    """
-
-    steps: int = 1000
-    batch: int = 512
-    learning_rate: float = 3e-3
-    seed: int = 0
+Compute = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stand:
-    """What stands in a block's place, and how well.
+    """What stands alone in one block's place, and how well.
 
     Attributes:
+        block: Name of the block.
         name: ``"sgatlin"``, ``"linear map"`` or ``"mean output"``.
-        flops: Of a token.
+        flops: Of a token, over the block's.
         error: Squared error on held-out documents over that of the mean output.
         ratio: Perplexity with it over the dense model's.
     """
 
+    block: str
     name: str
-    flops: int
+    flops: float
     error: float
     ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distilled:
-    """A trained layer beside its partners.
+class Whole:
+    """The whole model on held-out documents.
 
     Attributes:
-        layer: The layer.
-        block: Name of the block.
-        dense_flops: The block's, of a token.
-        perplexity: The dense model's, on the held-out documents.
-        tokens: How many it was trained on, and how many were held out.
-        stands: The layer and its partners.
+        name: What stands in all the blocks' places.
+        perplexity: Of it.
     """
 
-    layer: SgatlinFFN
-    block: str
-    dense_flops: int
+    name: str
     perplexity: float
-    tokens: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Distilled(ShownAsTables):
+    """A model with sgatlin layers beside the dense one that it was made from.
+
+    Attributes:
+        model: It; it is saved and loaded as every model of this package.
+        stands: What stands alone in each block's place.
+        wholes: The whole model: dense first.
+        tokens: How many were trained on, and how many held out.
+    """
+
+    model: Any
     stands: Sequence[Stand]
+    wholes: Sequence[Whole]
+    tokens: tuple[int, int]
+
+    def sections(self) -> list[Section]:
+        """Return the tables."""
+        dense = self.wholes[0].perplexity
+        alone = [
+            [
+                one.block,
+                one.name,
+                f"{one.flops:.1%}",
+                format_figure(one.error),
+                format_figure(one.ratio),
+            ]
+            for one in self.stands
+        ]
+        together = [
+            [one.name, format_figure(one.perplexity), format_figure(one.perplexity / dense)]
+            for one in self.wholes
+        ]
+        note = (
+            f"Trained on {self.tokens[0]} tokens, measured on {self.tokens[1]} of other documents."
+        )
+        return [
+            Section(
+                title="One block at a time",
+                note=f"{note} Error: over the mean output's. Perplexity: over the dense model's.",
+                header=["block", "in its place", "FLOPs", "error", "perplexity"],
+                rows=alone,
+            ),
+            Section(
+                title="All of them",
+                note=note,
+                header=["in the blocks' places", "perplexity", "over dense"],
+                rows=together,
+            ),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, without the model."""
+        return {
+            "stands": [asdict(one) for one in self.stands],
+            "wholes": [asdict(one) for one in self.wholes],
+            "tokens": list(self.tokens),
+        }
 
     def to_markdown(self) -> str:
-        """Return a table and a sentence."""
-        rows = [
-            [
-                stand.name,
-                f"{stand.flops / self.dense_flops:.1%}",
-                format_figure(stand.error),
-                format_figure(stand.ratio),
-            ]
-            for stand in self.stands
-        ]
-        dense = format_figure(self.perplexity)
-        note = (
-            f"{self.block}, trained on {self.tokens[0]} tokens. On {self.tokens[1]} others: error "
-            f"over the mean output's, and perplexity over the dense {dense}."
-        )
-        return f"{note}\n\n{markdown_table(['in its place', 'FLOPs', 'error', 'perplexity'], rows)}"
+        """Render the tables."""
+        return "\n\n".join(section.to_markdown() for section in self.sections())
 
 
-def distil_block(  # noqa: PLR0913
+def distil(  # noqa: PLR0913
     model: Any,
     tokenizer: Any,
     text: "TextSource",
-    block: int,
-    config: SgatlinConfig,
+    ffn: SgatlinConfig,
     *,
-    max_tokens: int = 16_384,
-    training: Training | None = None,
+    blocks: Sequence[int],
+    max_tokens: int = 65_536,
+    max_length: int | None = None,
+    reconstruction: Reconstruction | None = None,
+    end_to_end: EndToEnd | None = None,
+    seed: int = 0,
+    work_folder: "str | os.PathLike[str] | None" = None,
 ) -> Distilled:
-    """Train a sgatlin layer to do what a dense model's FFN block does; the model is unchanged.
+    """Put sgatlin layers in place of FFN blocks of a dense model, and train them to be like it.
+
+    The dense model is unchanged.
 
     Args:
         model: A dense causal LM.
         tokenizer: Its tokenizer.
         text: As ``sp.profile`` takes that of a domain; a fifth of the documents is held out.
-        block: Which of its FFN blocks, from 0.
-        config: What the layer is made of.
+        ffn: What the layers are made of.
+        blocks: Which of its FFN blocks, from 0.
         max_tokens: Most tokens to train on.
-        training: How.
+        max_length: Most tokens of a window.
+        reconstruction: How each layer is trained on its block.
+        end_to_end: How all are trained together afterwards.
+        seed: Decides which text is drawn.
+        work_folder: Where finished blocks and the run of all together are stored: the same call
+            goes on from there.
 
     Raises:
         UnsupportedModelError: The model has no FFN blocks.
         PathwaysError: There is no such block.
         TextError: There is too little text.
     """
-    blocks, training = find_blocks(model), training or Training()
-    if not 0 <= block < len(blocks):
-        raise PathwaysError(f"There is no block {block}: the model has {len(blocks)}, from 0.")
-    own = blocks[block]
-    train, test = _draw(model, tokenizer, text, max_tokens, training.seed)
-    x, y = _gather(model, own, train)
-    torch.manual_seed(training.seed)
-    layer = SgatlinFFN(config, own.d_in)
-    fit(layer, x, y, training)
-    linear, mean = _solve_linear(x, y), y.mean(0)
-    candidates: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-        "sgatlin": (layer.flops, layer),
-        "linear map": (2 * own.d_in * own.d_out, lambda given: _affine(given, linear)),
-        "mean output": (0, lambda given: mean.expand(given.shape).to(given)),
-    }
-    perplexity, stands, scored = _measure(model, own, test, mean, candidates)
-    return Distilled(
-        layer=layer,
-        block=own.name,
-        dense_flops=2 * BlockShape.of(own, "").dense_flops,
-        perplexity=perplexity,
-        tokens=(len(x), scored),
-        stands=stands,
-    )
+    check_convertible(model)
+    chosen = _choose(find_blocks(model), blocks)
+    train, test = _draw(model, tokenizer, text, (max_tokens, max_length, seed))
+    alone, together = reconstruction or Reconstruction(), end_to_end or EndToEnd()
+    with ExitStack() as stack:
+        folder = Path(work_folder or stack.enter_context(TemporaryDirectory()))
+        plan = {"weights": weight_digest(model), "text": _digest(train), "ffn": ffn.to_dict()}
+        store = _Store(folder, {**plan, "reconstruction": asdict(alone)})
+        layers, stands, wholes = {}, [], [_measure("dense", model, test)]
+        instead: dict[str, list[Compute]] = {name: [] for name in CLOSED_FORMS}
+        for number, block in chosen.items():
+            x, y = observe(model, block, _batches(train))
+            layers[number] = reconstruct(x, y, ffn, alone, store.checkpoints(number))
+            candidates: dict[str, Compute] = {"sgatlin": layers[number], **_solve(x, y)}
+            stands += _stand(model, block, test, candidates, wholes[0])
+            for name, computes in instead.items():
+                computes.append(candidates[name])
+        for name, computes in instead.items():
+            with _all_in_place(chosen.values(), computes):
+                wholes.append(_measure(f"{name}s", model, test))
+        student = assemble(model, layers)
+        wholes.append(_measure("sgatlin, each by itself", student, test))
+        if together.steps:
+            train_together(student, model, train, together, store.run(chosen, together))
+            wholes.append(_measure("sgatlin, then end to end", student, test))
+    tokens = (count_tokens(train), count_tokens(test))
+    return Distilled(model=student, stands=stands, wholes=wholes, tokens=tokens)
 
 
-def _measure(
-    model: Any,
-    block: FfnBlock,
-    test: Sequence[Batch],
-    mean: Tensor,
-    candidates: Mapping[str, tuple[int, Callable[[Tensor], Tensor]]],
-) -> tuple[float, list[Stand], int]:
-    """Return the dense perplexity, what each candidate makes of it, and how many tokens there are.
+@dataclass(frozen=True)
+class _Store:
+    """Where unfinished work of one plan lies."""
 
-    Args:
-        model: The model.
-        block: Its block.
-        test: Held-out text.
-        mean: The block's mean output, ``(d_model,)``.
-        candidates: Name -> FLOPs and function.
-    """
-    inputs, outputs = _gather(model, block, test)
-    dense, _ = mean_loss(model, test)
-    stands = []
-    for name, (flops, compute) in candidates.items():
-        with torch.no_grad():
-            squared = (compute(inputs) - outputs).square().sum()
-        error = float(squared / (outputs - mean).square().sum())
-        with in_place_of(block, compute):
-            loss, _ = mean_loss(model, test)
-        stands.append(Stand(name=name, flops=flops, error=error, ratio=math.exp(loss - dense)))
-    return math.exp(dense), stands, len(inputs)
+    folder: Path
+    plan: Mapping[str, Any]
+
+    def checkpoints(self, block: int) -> Checkpoints:
+        """Return where a block's layer is stored."""
+        return Checkpoints(self.folder, {**self.plan, "block": block})
+
+    def run(self, blocks: Iterable[int], together: EndToEnd) -> Path:
+        """Return where the run of all layers together is stored."""
+        plan = {**self.plan, "blocks": sorted(blocks), "together": asdict(together)}
+        return self.folder / f"together-{digest_plan(plan)}"
 
 
-def fit(layer: SgatlinFFN, x: Tensor, y: Tensor, training: Training) -> None:
-    """Train a layer on inputs and outputs ``(tokens, d_model)``, in place."""
-    scale = (y - y.mean(0)).square().mean()
-    optimizer = torch.optim.Adam(layer.parameters(), lr=training.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    generator = torch.Generator().manual_seed(training.seed)
-    for _ in range(training.steps):
-        chosen = torch.randint(0, len(x), (training.batch,), generator=generator)
-        loss = (layer(x[chosen]) - y[chosen]).square().mean() / scale
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-
-@contextmanager
-def in_place_of(block: FfnBlock, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, let a function of a FFN block's input give its output, on all threads."""
-    seen: list[Tensor] = []
-    hooks = [
-        block.incoming[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        block.outgoing.register_forward_hook(lambda *_: compute(seen.pop())),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _choose(found: Sequence[FfnBlock], blocks: Sequence[int]) -> dict[int, FfnBlock]:
+    """Return the blocks of some numbers, in the model's order."""
+    for number in blocks:
+        if not 0 <= number < len(found):
+            raise PathwaysError(f"There is no block {number}: the model has {len(found)}, from 0.")
+    if not blocks:
+        raise PathwaysError("No block was named. Say which FFN blocks are replaced, from 0.")
+    return {number: found[number] for number in sorted({*blocks})}
 
 
 def _draw(
-    model: Any, tokenizer: Any, text: "TextSource", max_tokens: int, seed: int
-) -> tuple[list[Batch], list[Batch]]:
-    """Return batches to train on, and held-out ones."""
-    parts = read_documents(text, seed=seed, tokens=max_tokens).split(HELD_OUT, seed)
-    length = resolve_length(model, None)
+    model: Any, tokenizer: Any, text: "TextSource", drawing: tuple[int, int | None, int]
+) -> tuple[list[Window], list[Window]]:
+    """Return windows to train on, and held-out ones.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: The text.
+        drawing: Most tokens, of a window too, and the seed.
+    """
+    most, max_length, seed = drawing
+    length = resolve_length(model, max_length)
+    parts = read_documents(text, seed=seed, tokens=most).split(HELD_OUT, seed)
     drawn = []
-    for part, most in zip(parts, (max_tokens, int(HELD_OUT * max_tokens)), strict=True):
-        windows = draw_windows(part, tokenizer, max_tokens=most, max_length=length, seed=seed)
-        drawn.append(list(make_batches([w for w in windows if len(w.ids) > 1], 8)))
+    for part, tokens in zip(parts, (most, int(HELD_OUT * most)), strict=True):
+        windows = draw_windows(part, tokenizer, max_tokens=tokens, max_length=length, seed=seed)
+        drawn.append([window for window in windows if len(window.ids) > 1])
     if not all(drawn):
         raise TextError("The text is too short to hold a part of it out. Give more.")
     return drawn[0], drawn[1]
 
 
+def _digest(windows: Sequence[Window]) -> str:
+    """Return what identifies some windows' tokens."""
+    return hashlib.sha256(repr([window.ids for window in windows]).encode()).hexdigest()
+
+
+def _batches(windows: Sequence[Window]) -> list[Batch]:
+    return list(make_batches(windows, BATCH_SIZE))
+
+
+def _solve(x: Tensor, y: Tensor) -> dict[str, Compute]:
+    """Return what a block's outputs are compared with: the best affine map, and their mean."""
+    mean = y.mean(0)
+    affine = solve_ridge(_with_ones(x).double(), y.double()).float()
+    return {
+        "linear map": lambda given: _with_ones(given) @ affine.to(given),
+        "mean output": lambda given: mean.expand(given.shape).to(given),
+    }
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+
+
 @torch.no_grad()
-def _gather(model: Any, block: FfnBlock, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Return a block's inputs and outputs, float32 ``(tokens, d_model)``, without padding."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+def _stand(
+    model: Any,
+    block: FfnBlock,
+    test: Sequence[Window],
+    candidates: Mapping[str, Compute],
+    dense: Whole,
+) -> list[Stand]:
+    """Return how well each candidate stands in one block's place.
 
-    def finish(_: Any, __: Any, output: Tensor) -> None:
-        outputs.append(output)
-        raise Finished
+    Args:
+        model: The model.
+        block: Its block.
+        test: Held-out text.
+        candidates: Name -> function; the mean output is among them.
+        dense: The model as it is, on the same text.
+    """
+    x, y = observe(model, block, _batches(test))
+    errors = {name: float((own(x) - y).square().sum()) for name, own in candidates.items()}
+    flops = {"sgatlin": getattr(candidates["sgatlin"], "flops", 0)}
+    flops["linear map"] = 2 * block.d_in * block.d_out
+    stands = []
+    for name, compute in candidates.items():
+        with in_place_of(block, compute):
+            perplexity = _measure(name, model, test).perplexity
+        stands.append(
+            Stand(
+                block=block.name,
+                name=name,
+                flops=flops.get(name, 0) / (2 * BlockShape.of(block, "").dense_flops),
+                error=errors[name] / errors["mean output"],
+                ratio=perplexity / dense.perplexity,
+            )
+        )
+    return stands
 
-    hooks = [
-        block.incoming[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
-        block.outgoing.register_forward_hook(finish),
-    ]
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                run_decoder(model, batch)
-                for kept in (inputs, outputs):
-                    kept[-1] = kept[-1].flatten(0, -2)[batch.mask.flatten()].float()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat(inputs), torch.cat(outputs)
+
+@contextmanager
+def _all_in_place(blocks: Iterable[FfnBlock], computes: Sequence[Compute]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block, compute in zip(blocks, computes, strict=True):
+            stack.enter_context(in_place_of(block, compute))
+        yield
 
 
-def _solve_linear(x: Tensor, y: Tensor) -> Tensor:
-    """Return the affine map ``(d_model + 1, d_model)`` of least squared error, with a ridge."""
-    ones = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
-    gram = ones.T @ ones
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, ones.T @ y.double()).float()
+def _measure(name: str, model: Any, test: Sequence[Window]) -> Whole:
+    return Whole(name=name, perplexity=math.exp(mean_loss(model, _batches(test))[0]))
 
 
-def _affine(x: Tensor, matrix: Tensor) -> Tensor:
-    return x @ matrix[:-1].to(x) + matrix[-1].to(x)
+@torch.no_grad()
+def mean_loss(model: Any, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Return the mean loss of all tokens that have one before them, in nats, and their number."""
+    total, tokens = 0.0, 0
+    with evaluation_mode(model):
+        for batch in batches:
+            loss, count = batch_loss(run_model(model, batch), batch)
+            total, tokens = total + loss, tokens + count
+    return total / tokens, tokens

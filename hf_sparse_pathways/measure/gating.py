@@ -17,8 +17,7 @@ from torch import Tensor
 from hf_sparse_pathways.discovery.passes import evaluation_mode, find_device, run_decoder
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import draw_windows, make_batches, resolve_length
-from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.measure.linear_experts import sgatlin_layers
+from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 
 if TYPE_CHECKING:
@@ -74,24 +73,30 @@ class Gates:
 
     def neighbours(self, place: int, count: int = 5) -> list[Context]:
         """Return the tokens whose gates are most alike one token's, by the cosine of all scores."""
+        values = self.cosines(place)
+        values[place] = -torch.inf
+        best = values.topk(min(count, len(values) - 1))
+        return self._describe(best.indices, best.values)
+
+    def cosines(self, place: int) -> Tensor:
+        """Return how alike all tokens' gates are to one token's, ``(tokens,)``."""
         channels = torch.arange(self.index.shape[1])[:, None]
         own = torch.zeros(self.index.shape[1], self.n_experts)
         own[channels, self.index[place]] = self.scores[place]
         products = (self.scores * own[channels, self.index]).flatten(1).sum(1)
         norms = self.scores.flatten(1).norm(dim=1)
-        values = products / (norms * norms[place]).clamp_min(1e-30)
-        values[place] = -torch.inf
-        best = values.topk(min(count, len(values) - 1))
-        return self._describe(best.indices, best.values)
+        return products / (norms * norms[place]).clamp_min(1e-30)
+
+    def describe(self, place: int, value: float = 0.0) -> Context:
+        """Return a token in its text."""
+        first = max(int(self.starts[place]), place - CONTEXT)
+        before = self.tokenizer.decode(self.ids[first:place])
+        token = self.tokenizer.decode(self.ids[place : place + 1])
+        return Context(place=place, before=before, token=token, value=value)
 
     def _describe(self, places: Tensor, values: Tensor) -> list[Context]:
-        found = []
-        for place, value in zip(places.tolist(), values.tolist(), strict=True):
-            first = max(int(self.starts[place]), place - CONTEXT)
-            before = self.tokenizer.decode(self.ids[first:place])
-            token = self.tokenizer.decode(self.ids[place : place + 1])
-            found.append(Context(place=place, before=before, token=token, value=value))
-        return found
+        pairs = zip(places.tolist(), values.tolist(), strict=True)
+        return [self.describe(place, value) for place, value in pairs]
 
 
 @torch.no_grad()
@@ -229,7 +234,17 @@ def find_layer(model: Any, layer: int) -> SgatlinFFN:
         UnsupportedModelError: It has none.
         PathwaysError: There is none of that number.
     """
-    layers = sgatlin_layers(model)
+    layers = find_sgatlin(model)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no sgatlin layers. Build it with SparsePathwaysConfig."
+            "from_base(config, ffn=sp.SgatlinConfig(...))."
+        )
     if not 0 <= layer < len(layers):
         raise PathwaysError(f"There is no layer {layer}: the model has {len(layers)}, from 0.")
     return layers[layer]
+
+
+def find_sgatlin(model: Any) -> list[SgatlinFFN]:
+    """Return a model's sgatlin layers, in its order."""
+    return [module for module in model.modules() if isinstance(module, SgatlinFFN)]

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_sparse_pathways.ffn.blocks import survey_model
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.sgatlin.layer import FfnLayer
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _VISITED = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
@@ -25,7 +26,7 @@ class ModelSize:
     Attributes:
         parameters: All parameters, tied ones once.
         ffn: Multiply-adds of the FFN blocks in which neurons can be skipped.
-        experts: Of routed experts, which stay dense.
+        experts: Of routed experts that a token visits; of FFN layers of this package, all.
         other: Of attention's projections and whatever else lies between embedding and head.
         head: Of the language model head.
     """
@@ -46,9 +47,11 @@ class ModelSize:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         routed = tuple(f"{name}." for name in survey_model(model).routed)
         ffn = sum(shape.dense_flops for shape in BaseModel.of(model).blocks)
+        layers = [module for module in model.modules() if isinstance(module, FfnLayer)]
+        apart = {id(module) for layer in layers for module in layer.modules()}
         inside = experts = 0
         for name, module in model.named_modules():
-            if module is head or isinstance(module, nn.Embedding):
+            if module is head or isinstance(module, nn.Embedding) or id(module) in apart:
                 continue
             count = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
             if f"{name}.".startswith(routed):
@@ -58,7 +61,7 @@ class ModelSize:
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             ffn=ffn,
-            experts=round(experts * _visited_share(model)),
+            experts=round(experts * _visited_share(model)) + sum(own.flops for own in layers) // 2,
             other=inside - ffn,
             head=int(head.weight.numel()) if head is not None else 0,
         )

@@ -41,12 +41,31 @@ def measure_kept_overlap(pathways: Pathways) -> tuple[PairOverlap, ...]:
     )
 
 
-def overlap_section(pairs: Sequence[PairOverlap]) -> Section:
-    """Return the table of pairs of domains, over all blocks."""
+def measure_expert_overlap(pathways: Pathways) -> tuple[PairOverlap, ...]:
+    """Return how alike the routed experts are that domains keep, of those that keep some. Pure."""
+    keeps = {
+        name: [kept.keep for kept in pathways[name].experts]
+        for name in pathways.domains
+        if pathways[name].experts
+    }
+    return tuple(
+        compare_neurons(first, second, keeps[first], keeps[second])
+        for first, second in combinations(keeps, 2)
+    )
+
+
+def overlap_section(pairs: Sequence[PairOverlap], what: str = "neurons") -> Section:
+    """Return the table of pairs of domains, over all blocks.
+
+    Args:
+        pairs: The pairs.
+        what: What they keep: ``"neurons"``, or ``"experts"``.
+    """
+    place = "block" if what == "neurons" else "layer"
     return Section(
-        title="Overlap of kept neurons (Jaccard)",
-        note="Neurons that both domains keep over those that one of them keeps; chance: of as "
-        "many neurons of every block, drawn at random.",
+        title=f"Overlap of kept {what} (Jaccard)",
+        note=f"{what.capitalize()} that both domains keep over those that one of them keeps; "
+        f"chance: of as many {what} of every {place}, drawn at random.",
         header=["domains", "overlap", "chance"],
         rows=[
             [f"{pair.first} and {pair.second}", f"{pair.jaccard:.2f}", f"{pair.chance:.2f}"]

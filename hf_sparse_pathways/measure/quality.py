@@ -264,8 +264,8 @@ def random_partner(
 def _random_experts(
     kept: KeptExperts, shape: ExpertsShape, generator: torch.Generator
 ) -> KeptExperts:
-    """Return as many experts of each group, and neurons of each, at random."""
-    groups = kept.keep.view(shape.groups, -1)
+    """Return as many experts of each group or channel, and neurons of each, at random."""
+    groups = kept.keep.view(shape.groups * shape.channels, -1)
     keep = torch.stack(
         [own[torch.randperm(len(own), generator=generator)] for own in groups]
     ).flatten()

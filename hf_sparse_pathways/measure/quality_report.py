@@ -50,6 +50,7 @@ class QualityRow:
         excluded: Documents left out because the pathways were calibrated on them.
         sparsity: Fraction of neurons removed; None where they are chosen while the model runs.
         set: Label of the pathways that it belongs to; None for dense, and with one set only.
+        experts: Fraction of the routed experts' weights that is kept, if pathways keep some.
     """
 
     domain: str
@@ -69,6 +70,7 @@ class QualityRow:
     excluded: int
     sparsity: float | None = None
     set: str | None = None
+    experts: float | None = None
 
     def check_names(self) -> None:
         """Check that the names can stand in a table and a card.
@@ -176,11 +178,13 @@ class QualityReport(ShownAsTables):
     def table(self, domain: str) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of one domain's table."""
         several = bool(self.sets)
+        kept = any(row.experts is not None for row in self.rows)
         rows = [
             [
                 row.label,
                 *([row.set or "-"] if several else []),
                 f"{row.flops:.1%}",
+                *([f"{1.0 if row.experts is None else row.experts:.1%}"] if kept else []),
                 format_figure(row.perplexity),
                 row.ratio_text,
                 f"{row.bits_per_byte:.3f}",
@@ -190,7 +194,8 @@ class QualityReport(ShownAsTables):
             ]
             for row in self.of(domain)
         ]
-        header = ["model", *(["set"] if several else []), "FFN FLOPs", "perplexity"]
+        header = ["model", *(["set"] if several else []), "FFN FLOPs"]
+        header += [*(["expert weights"] if kept else []), "perplexity"]
         return [*header, "ratio to dense (95 %)", "bits/byte", "KL", "top-1", "cosine"], rows
 
     def matrix(self, label: str | None = None) -> tuple[list[str], list[list[str]]]:

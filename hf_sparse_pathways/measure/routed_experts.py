@@ -3,7 +3,8 @@
 Per layer, expert and domain: the fraction of the tokens that are routed to it, its mean weight
 there and REAP's criterion; over the domains the variance of that fraction, which is what tells a
 specialist; and the cosine of the mean outputs of the two most alike experts, which is what a pruned
-expert's tokens would find elsewhere.
+expert's tokens would find elsewhere. Experts of sgatlin layers are single neurons, each with an
+output of its own: of these it is told instead how many are specialised.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.measure.figures import Section, format_figure
+from hf_sparse_pathways.measure.specialisation import NORMALISED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class RoutedUsage:
         mean_weight: Domain -> mean weight over an expert's tokens.
         reap: Domain -> mean of weight times output norm over an expert's tokens.
         variance: Of each expert's usage over the domains.
-        likeness: Domain -> cosines of the experts' mean outputs, one row per expert.
+        likeness: Domain -> cosines of the experts' mean outputs, one row per expert; none of
+            single neurons.
     """
 
     name: str
@@ -48,10 +51,24 @@ class RoutedUsage:
         shares = torch.tensor(self.usage[domain], dtype=torch.float64) / self.top_k
         return float(torch.special.entr(shares).sum().exp())
 
-    def closest(self, domain: str) -> float:
-        """Return the cosine of the two most alike experts."""
+    def closest(self, domain: str) -> float | None:
+        """Return the cosine of the two most alike experts; None where that is not known."""
+        if not self.likeness:
+            return None
         cosines = torch.tensor(self.likeness[domain], dtype=torch.float64)
         return float(cosines.fill_diagonal_(-1.0).max())
+
+    @property
+    def specialised(self) -> float:
+        """The share of the used experts that one domain uses far more often than the others.
+
+        The criterion is that for activations of neurons, ``NORMALISED`` of ``specialisation.py``.
+        """
+        usage = torch.tensor([*self.usage.values()], dtype=torch.float64)
+        used = usage[:, usage.sum(0) > 0]
+        return float(
+            (used.amax(0) > NORMALISED.as_ratio(len(usage)) * used.mean(0)).double().mean()
+        )
 
     def common(self, left: str, right: str) -> float:
         """Return which share of the most used half of the experts two domains have in common."""
@@ -81,9 +98,9 @@ def _layer(profile: Profile, index: int) -> RoutedUsage:
         mean_weight={name: _floats(statistics.mean_weight) for name, statistics in own.items()},
         reap={name: _floats(statistics.reap) for name, statistics in own.items()},
         variance=_floats(spread),
-        likeness={
-            name: tuple(map(_floats, statistics.likeness)) for name, statistics in own.items()
-        },
+        likeness={}
+        if shape.single
+        else {name: tuple(map(_floats, statistics.likeness)) for name, statistics in own.items()},
     )
 
 
@@ -105,7 +122,7 @@ def expert_sections(layers: tuple[RoutedUsage, ...]) -> Iterator[Section]:
 def _domain_section(layers: tuple[RoutedUsage, ...], domain: str) -> Section:
     rows: list[list[Any]] = []
     for layer in layers:
-        usage = layer.usage[domain]
+        usage, closest = layer.usage[domain], layer.closest(domain)
         most = max(range(len(usage)), key=usage.__getitem__)
         by_reap = max(range(len(usage)), key=layer.reap[domain].__getitem__)
         cells = (
@@ -114,7 +131,7 @@ def _domain_section(layers: tuple[RoutedUsage, ...], domain: str) -> Section:
             format_figure(layer.effective(domain)),
             f"{most}: {usage[most]:.1%}, weight {layer.mean_weight[domain][most]:.3f}",
             f"{by_reap}: {format_figure(layer.reap[domain][by_reap])}",
-            f"{layer.closest(domain):.3f}",
+            "-" if closest is None else f"{closest:.3f}",
         )
         rows.append([layer.name, *cells])
     return Section(
@@ -135,6 +152,7 @@ def _common_section(layers: tuple[RoutedUsage, ...], domains: list[str]) -> Sect
         [
             layer.name,
             f"{max(layer.variance) ** 0.5:.2%}",
+            f"{layer.specialised:.1%}",
             *(f"{layer.common(*pair):.0%}" for pair in pairs),
         ]
         for layer in layers
@@ -143,9 +161,10 @@ def _common_section(layers: tuple[RoutedUsage, ...], domains: list[str]) -> Sect
         title="Routed experts over domains",
         note=(
             "spread: the largest standard deviation, over the domains, of the fraction of tokens "
-            "that an expert has; then the share of the most used half of the experts that two "
-            "domains have in common."
+            "that an expert has; specialised: the share of the used experts of which one domain "
+            f"has more than its part, {NORMALISED} as for neurons; then the share of the most "
+            "used half of the experts that two domains have in common."
         ),
-        header=["experts", "spread", *(f"{left}, {right}" for left, right in pairs)],
+        header=["experts", "spread", "specialised", *(f"{left}, {right}" for left, right in pairs)],
         rows=rows,
     )

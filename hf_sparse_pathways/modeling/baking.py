@@ -131,6 +131,11 @@ def bake(model: Any, domain: str, *, multiple_of: int = 1) -> tuple[Any, Form]:
         UnsupportedModelError: The architecture has no form for it.
         PathwaysError: One domain's neurons were loaded alone, or widths would not be narrower.
     """
+    if model.config.ffn is not None:
+        raise UnsupportedModelError(
+            f"The FFNs of this model are {model.config.ffn.kind} layers, which no plain "
+            "architecture has. Save it with its pathways, and load it with domain= for one alone."
+        )
     pathway = model.pathways.subset([domain])[domain]
     parts = _parts(pathway, domain)
     plain = model.to_dense()

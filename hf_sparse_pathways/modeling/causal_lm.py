@@ -25,7 +25,6 @@ from hf_sparse_pathways.modeling.model import (
     made_class,
 )
 from hf_sparse_pathways.modeling.picked import Picked, check_forms, tell_decisions
-from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.modeling.routing import agreed
 from hf_sparse_pathways.modeling.saving import HUB_ARGUMENTS
 from hf_sparse_pathways.modeling.structure import (
@@ -61,8 +60,8 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         """Return a model with pathways that shares a dense model's parameters. Pure.
 
         Args:
-            model: A causal LM; it stays dense. Later changes of the weights, of their dtype or
-                device too, are changes of both.
+            model: A causal LM, dense or with FFN layers of its own; it stays without pathways.
+                Later changes of the weights, of their dtype or device too, are changes of both.
             pathways: Pathways that were made for it.
             executor: How kept neurons are computed.
             default_domain: The domain when ``domain`` is omitted; None for dense.
@@ -84,14 +83,17 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
             executor=executor,
         )
         sparse = copy_structure(model, {id(model.config): config})
-        sparse.__class__ = made_class(type(model), type(config))
-        sparse._shape = BaseModel.of(sparse)
-        sparse._attachment = Attachment(sparse)
+        if config.ffn is None:  # one with FFN layers of its own has its leaves swapped already
+            sparse.__class__ = made_class(type(model), type(config))
+            sparse._shape = BaseModel.of(sparse)
+            sparse._attachment = Attachment(sparse)
         sparse.set_pathways(pathways)
         return sparse
 
     def to_dense(self) -> PreTrainedModel:
         """Return a plain model of the base's class that shares this one's parameters. Pure.
+
+        Of a model with FFN layers of its own it is one of this class without pathways.
 
         Raises:
             UnsupportedModelError: An adapter wraps a leaf, or the model is dispatched.
@@ -100,9 +102,10 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         check_undispatched(self)
         if self._partial is not None:
             raise self._partial.refuse("there is no dense form of it")
-        if self.config.ffn is not None:
-            raise refuse(self.config.ffn, "there is no dense form of it")
+        self.check_has_parts("there is no dense form of it")
         self.check_no_adapters("a plain model has no domains that they could follow")
+        if self.config.ffn is not None:
+            return self._without_pathways()
         base_config = self.config.base_config
         dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
         dense._attachment.detach()
@@ -110,6 +113,15 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         dense.__dict__.pop("_router", None)
         dense.__class__ = type(self).__bases__[1]
         return dense
+
+    def _without_pathways(self) -> Any:
+        """Return a model of the same class that shares its parameters and has no pathways. Pure."""
+        layers = {"ffn": self.config.ffn, "ffn_blocks": self.config.ffn_blocks}
+        config = SparsePathwaysConfig.from_base(self.config.base_config, **layers)
+        bare = copy_structure(self, {id(self.config): config, id(self._pathways): None})
+        bare._attachment.load([], [])
+        bare.__dict__.pop("_router", None)
+        return bare
 
     @classmethod
     def from_pretrained(

@@ -44,8 +44,9 @@ class SparsePathwaysConfig(PreTrainedConfig):
         default_domain: The domain when ``domain`` is omitted; None for dense.
         executor: How kept neurons are computed: a name in ``EXECUTORS``, or ``"auto"``.
         pathways_format: Version of the artefact's format.
-        ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; then
-            there are no domains. None for the base's own.
+        ffn: What the model's FFNs are instead of the base's, such as ``SgatlinConfig(...)``; of
+            sgatlin layers domains keep experts, others have no domains. None for the base's own.
+        ffn_blocks: Which of the base's FFN blocks they replace, numbers from 0; None for all.
         prompt_pathways: How ``domain="prompt"`` picks neurons, ``sparsity`` and ``rule``; None for
             the defaults of ``PromptSettings``.
 
@@ -60,6 +61,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
     executor: str = "auto"
     pathways_format: int = FORMAT_VERSION
     ffn = cast("FfnConfig | None", None)
+    ffn_blocks = cast("list[int] | None", None)
     prompt_pathways: dict[str, Any] | None = None
     weights_of = None
     """Name and revision of the base's repository where the pathways lie without weights."""
@@ -80,15 +82,16 @@ class SparsePathwaysConfig(PreTrainedConfig):
 
         Args:
             base_config: Configuration of the dense model.
-            fields: ``domains``, ``default_domain``, ``executor``; or ``ffn`` alone, for a model
-                that ``AutoModelForCausalLM.from_config`` builds with other FFNs.
+            fields: ``domains``, ``default_domain``, ``executor``, and ``ffn``, for a model that
+                ``AutoModelForCausalLM.from_config`` builds with other FFNs, in place of the
+                ``ffn_blocks`` if these are named.
 
         Raises:
             UnsupportedModelError: The base is not an architecture of Transformers.
             UnknownNameError: An unknown field, or a default that is no domain.
-            PathwaysError: ``ffn`` is no FFN layer's configuration, or stands beside other fields.
+            PathwaysError: ``ffn`` is no FFN layer's configuration.
         """
-        known = ("domains", "default_domain", "executor", "ffn")
+        known = ("domains", "default_domain", "executor", "ffn", "ffn_blocks")
         for name in fields:
             if name not in known:
                 raise UnknownNameError("field", name, known)
@@ -170,7 +173,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
         """A plain base configuration with the same values."""
         config = copy.deepcopy(self)
         config.__class__ = type(self).__bases__[1]
-        for name in (*_OWN_FIELDS, "weights_of", "ffn"):
+        for name in (*_OWN_FIELDS, "weights_of", "ffn", "ffn_blocks"):
             config.__dict__.pop(name, None)
         return config
 
@@ -184,11 +187,19 @@ class SparsePathwaysConfig(PreTrainedConfig):
             raise UnknownNameError("default domain", self.default_domain, domains)
 
     def check_ffn(self) -> None:
-        """Check that ``ffn`` is of an FFN layer, and that nothing asks for pathways beside it.
+        """Check that ``ffn`` is of an FFN layer, and ``ffn_blocks`` are numbers.
 
         Raises:
-            PathwaysError: It is not, or something does.
+            PathwaysError: They are not.
         """
+        numbers = self.ffn_blocks
+        if numbers is not None:
+            listed = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+            if self.ffn is None or not listed or not numbers or len({*numbers}) < len(numbers):
+                raise PathwaysError(
+                    "ffn_blocks takes a list of different FFN blocks' numbers, from 0, beside ffn; "
+                    f"got {numbers!r:.100}."
+                )
         if self.ffn is None:
             return
         if not isinstance(self.ffn, FfnConfig):
@@ -196,12 +207,19 @@ class SparsePathwaysConfig(PreTrainedConfig):
                 "ffn takes the configuration of an FFN layer, such as sp.SgatlinConfig(n_experts="
                 f"1024), got {self.ffn!r:.100}."
             )
+
+    def check_bare(self) -> None:
+        """Check that nothing asks for pathways where the model's FFNs cannot have any.
+
+        Raises:
+            PathwaysError: Something does.
+        """
         asked = [name for name in ("domains", "default_domain") if getattr(self, name)]
         if self.executor != "auto":
             asked.append("executor")
         if asked:
             raise PathwaysError(
-                f"ffn does not go together with {', '.join(asked)}: {self.ffn.kind} layers have no "
+                f"{', '.join(asked)} does not go together with ffn={self.ffn}: such layers have no "
                 "pathways, so no domains, and no executor of kept neurons."
             )
 

@@ -11,7 +11,6 @@ from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
-from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.pathways.pathway import PROMPT, Pathways
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ class Executing(_Base):
     _attachment: Attachment
     _pathways: Pathways | None
     _resolve: Any
+    check_has_parts: Any
 
     def set_executor(self, executor: str) -> None:
         """Choose how kept neurons are computed: ``"auto"`` or a name in ``EXECUTORS``, in place.
@@ -40,8 +40,8 @@ class Executing(_Base):
             PathwaysError: The model has FFN layers without neurons to keep.
         """
         check_executor(executor)
-        if self.config.ffn is not None and executor != "auto":
-            raise refuse(self.config.ffn, f"executor {executor!r} computes kept neurons")
+        if executor != "auto":
+            self.check_has_parts(f"executor {executor!r} computes kept neurons")
         self.config.executor = executor
         self._attachment.reset()
 
@@ -52,8 +52,7 @@ class Executing(_Base):
         Raises:
             PathwaysError: The model has FFN layers without neurons to keep.
         """
-        if self.config.ffn is not None:
-            raise refuse(self.config.ffn, "there are no kept neurons to compute")
+        self.check_has_parts("there are no kept neurons to compute")
         self._attachment.settle()
         return self._attachment.execution(self.config.executor)
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.attachment import Attachment
+from hf_sparse_pathways.ffn.blocks import has_parts
 from hf_sparse_pathways.ffn.choices import (
     CheckpointedChoices,
     Choice,
@@ -83,17 +84,19 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
         """Build the base model and swap its FFN leaves; pathways are given afterwards.
 
-        Where the configuration has ``ffn``, such layers take the place of the FFN blocks instead.
+        Where the configuration has ``ffn``, such layers take the place of the FFN blocks before.
         """
         config.check_ffn()
         super().__init__(config, *args, **kwargs)
         self._pathways = None
-        if config.ffn is None:
+        if config.ffn is not None:
+            replace_blocks(self, config.ffn, config.ffn_blocks)
+        if config.ffn is None or has_parts(self):
             self._shape = BaseModel.of(self)
             self._attachment = Attachment(self)
         else:
-            replace_blocks(self, config.ffn)
             self._attachment = Attachment(self, blocks=())
+            config.check_bare()
 
     def initialize_weights(self) -> None:
         """Draw new weights as the base does, and in FFN layers as those do, in place."""
@@ -113,8 +116,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         """
         if self._partial is not None:
             raise self._partial.refuse("its pathway is part of the weights now")
-        if self.config.ffn is not None:
-            raise refuse(self.config.ffn, "nothing of it is of one domain")
+        self._check_has_pathways("nothing of it is of one domain")
         if self._pathways is None:
             raise PathwaysError(
                 "This model has no pathways yet. Load it with from_pretrained, or give it some "
@@ -133,8 +135,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         """
         if self._partial is not None:
             raise self._partial.refuse("other pathways need other neurons")
-        if self.config.ffn is not None:
-            raise refuse(self.config.ffn, "it cannot be given any")
+        self.check_has_parts("it cannot be given any")
         self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
@@ -148,6 +149,24 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         if self._adapters is not None:
             self._adapters.follow(pathways.domains)
         self._limit_copies()
+
+    def check_has_parts(self, what: str) -> None:
+        """Check that there is something in the model of which pathways keep a part.
+
+        Args:
+            what: What else cannot be, as the end of a sentence.
+
+        Raises:
+            PathwaysError: Its FFNs are layers without anything of the kind.
+        """
+        if self.config.ffn is not None and not self._attachment.sparse and not self._partial:
+            raise refuse(self.config.ffn, what)
+
+    def _check_has_pathways(self, what: str) -> None:
+        """Check the same, and that a model with FFN layers of its own has been given pathways."""
+        self.check_has_parts(what)
+        if self.config.ffn is not None and self._pathways is None:
+            raise refuse(self.config.ffn, what)
 
     def become_partial(self, partial: Partial) -> None:
         """Note that one domain's neurons were loaded alone, in place."""
@@ -308,8 +327,8 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         """Resolve names to indices; controls come after the domains."""
         if self._partial is not None:
             self._partial.check(domain)
-        if self.config.ffn is not None and _names_one(domain):
-            raise refuse(self.config.ffn, f"it cannot compute {domain!r:.100}")
+        elif _names_one(domain):
+            self._check_has_pathways(f"it cannot compute {domain!r:.100}")
         controls = [] if self._pathways is None else list(self._pathways.controls)
         return resolve_domain(domain, self.domains, controls)
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
-from hf_sparse_pathways.ffn.expert_reduction import ReducedExperts
+from hf_sparse_pathways.ffn.expert_reduction import ReducedExperts, reduce_experts
 from hf_sparse_pathways.ffn.ranges import Excerpt
 from hf_sparse_pathways.ffn.reduction import ReducedBlock
 from hf_sparse_pathways.modeling.partial_experts import reserve_experts
@@ -116,7 +116,7 @@ class Loading:
         routed = model._attachment.copies.experts
         kept = self._chosen[self.domain].experts
         self._experts = [
-            ReducedExperts(one.found, own) for one, own in zip(routed, kept, strict=bool(kept))
+            reduce_experts(one.found, own) for one, own in zip(routed, kept, strict=bool(kept))
         ]
         model._attachment.copies.reduce([one.block.leaves for one in attached])
         _check_own_weights(model, self._blocks)

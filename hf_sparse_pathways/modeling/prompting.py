@@ -58,9 +58,10 @@ class Prompting(_Base):
     def picks_neurons(self) -> bool:
         """Whether ``"prompt"`` may stand for a domain.
 
-        It may not where one domain's neurons were loaded alone, or domains have adapters.
+        It may not where one domain's neurons were loaded alone, domains have adapters, or there
+        are no FFN blocks.
         """
-        return self._partial is None and not self.adapters
+        return self._partial is None and not self.adapters and bool(self._attachment.blocks)
 
     @property
     def prompt_settings(self) -> PromptSettings:
@@ -154,7 +155,8 @@ class Prompting(_Base):
         Raises:
             UnknownNameError: One is not.
             PathwaysError: One domain's neurons were loaded alone.
-            UnsupportedModelError: Adapters follow the domains, or the weights are sharded.
+            UnsupportedModelError: Adapters follow the domains, or the weights are sharded, or
+                there are no FFN blocks.
         """
         names = [domain] if isinstance(domain, str) else domain
         if self._partial is not None:
@@ -166,6 +168,11 @@ class Prompting(_Base):
                 self._resolve([name])
         self.check_no_adapters(f"{PROMPT!r} is no domain that they could follow")
         self._attachment.settle()
+        if not self._attachment.blocks:
+            raise UnsupportedModelError(
+                f"domain={PROMPT!r} picks neurons of FFN blocks, and this model has none: its FFNs "
+                "are routed experts. Name a domain."
+            )
         if any(attached.state.shard is not None for attached in self._attachment.blocks):
             raise UnsupportedModelError(
                 "The weights are sharded over several processes, and no process sees all neurons "

@@ -8,7 +8,7 @@ input of the incoming ones: norms, dropout and residual stay the base's own code
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import local
 from typing import Any
 
@@ -24,11 +24,19 @@ from hf_sparse_pathways.sgatlin.settings import FfnConfig
 logger = logging.getLogger(__name__)
 
 
-def replace_blocks(model: nn.Module, config: FfnConfig) -> None:
+def replace_blocks(
+    model: nn.Module, config: FfnConfig, numbers: Sequence[int] | None = None
+) -> None:
     """Put new layers into the place of a model's FFN blocks, in place.
+
+    Args:
+        model: The model.
+        config: Of the layers.
+        numbers: Which blocks, from 0; None for all.
 
     Raises:
         UnsupportedModelError: The model has no FFN block, or a layer does not fit into one's place.
+        PathwaysError: There is no block of a number.
     """
     survey = survey_model(model)
     if not survey.blocks:
@@ -43,8 +51,14 @@ def replace_blocks(model: nn.Module, config: FfnConfig) -> None:
             config.kind,
             ", ".join(survey.routed),
         )
-    for block in survey.blocks:
-        _replace(model, block, config)
+    chosen = range(len(survey.blocks)) if numbers is None else numbers
+    if any(number >= len(survey.blocks) for number in chosen):
+        raise PathwaysError(
+            f"ffn_blocks={list(chosen)} does not fit: the model has {len(survey.blocks)} FFN "
+            "blocks, numbered from 0."
+        )
+    for number in chosen:
+        _replace(model, survey.blocks[number], config)
 
 
 def find_layers(model: nn.Module) -> list[FfnLayer]:
@@ -89,8 +103,9 @@ def refuse(ffn: FfnConfig, what: str) -> PathwaysError:
         what: What it is, as the end of a sentence.
     """
     return PathwaysError(
-        f"The FFNs of this model are {ffn.kind} layers (ffn={ffn}), which have no pathways: "
-        f"{what}. Pathways are for models with dense FFNs."
+        f"The FFNs of this model are {ffn.kind} layers (ffn={ffn}), and it has no pathways: "
+        f"{what}. Models with dense FFNs, routed experts or sgatlin layers can be given some: by "
+        "`sparse-pathways build`, or sp.profile, sp.select and model.set_pathways."
     )
 
 

@@ -51,6 +51,8 @@ class Saving(_Base):
     set_executor: Any
     max_resident_bytes: Any
     check_no_adapters: Any
+    _pathways: Any
+    _partial: Any
 
     def save_pretrained(
         self,
@@ -62,13 +64,14 @@ class Saving(_Base):
     ) -> None:
         """Save weights, configuration and pathways; see the base for the other arguments.
 
-        A model with FFN layers of its own has no pathways to save.
+        A model with FFN layers of its own is saved without pathways if it has none.
 
         Raises:
             UnsupportedModelError: Adapters are attached to domains.
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
-        pathways = None if self.config.ffn is not None else self.pathways
+        bare = self.config.ffn is not None and self._pathways is None and self._partial is None
+        pathways = None if bare else self.pathways
         self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -90,8 +93,8 @@ class Saving(_Base):
     ) -> str:
         """Upload weights, configuration and pathways to a Hub repository.
 
-        A model with FFN layers of its own has no pathways, and is uploaded without.
-        Pathways that it has are replaced; other files, such as a tokenizer's, stay.
+        A model with FFN layers of its own is uploaded without pathways if it has none. Pathways
+        that the repository has are replaced; other files, such as a tokenizer's, stay.
 
         Args:
             repo_id: Such as ``"me/smollm2-pathways"``; it is created if needed.
@@ -164,9 +167,10 @@ class Saving(_Base):
             MismatchError: They were made for another model.
         """
         check_executor(executor or "auto")
-        ffn = None if pathways is not None else _find_ffn(pretrained_model_name_or_path, kwargs)
+        ffn = None if pathways is not None else _find_bare(pretrained_model_name_or_path, kwargs)
         if ffn is not None:
-            if any((executor, default_domain, max_resident_bytes, domain)):
+            named = getattr(kwargs.get("config"), "default_domain", None)
+            if any((executor, default_domain, max_resident_bytes, domain, named)):
                 raise refuse(ffn, "it cannot be loaded for a domain, or with an executor")
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         weights_of = getattr(kwargs.get("config"), "weights_of", None)
@@ -228,8 +232,10 @@ class Saving(_Base):
         return info
 
 
-def _find_ffn(place: "str | PathLike[str]", kwargs: dict[str, Any]) -> FfnConfig | None:
-    """Return what the FFNs of a model that is being loaded are instead of its base's, if they are.
+def _find_bare(place: "str | PathLike[str]", kwargs: dict[str, Any]) -> FfnConfig | None:
+    """Return what the FFNs of a model without pathways are that is being loaded.
+
+    None if they are its base's, or there are pathways beside.
 
     Args:
         place: The model's folder or Hub id.
@@ -237,12 +243,14 @@ def _find_ffn(place: "str | PathLike[str]", kwargs: dict[str, Any]) -> FfnConfig
     """
     config = kwargs.get("config")
     if config is not None:
-        return getattr(config, "ffn", None)
+        return None if getattr(config, "domains", None) else getattr(config, "ffn", None)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     fields: dict[str, Any] = {}
     with suppress(OSError):  # what is missing is told when it is needed
         fields, _ = PreTrainedConfig.get_config_dict(place, **hub)
-    return read_ffn(fields["ffn"]) if fields.get("ffn") is not None else None
+    if fields.get("ffn") is None or fields.get("domains"):
+        return None
+    return read_ffn(fields["ffn"])
 
 
 def _from_base(of: tuple[str, str | None], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_sparse_pathways.errors import UnsupportedModelError
+from hf_sparse_pathways.ffn.blocks import has_parts
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.replacement import refuse
 from hf_sparse_pathways.processes import is_spread
@@ -30,10 +31,12 @@ def check_convertible(model: nn.Module) -> None:
         UnsupportedModelError: It is no causal LM of Transformers, or already dispatched.
         PathwaysError: It has FFN layers without neurons to keep.
     """
-    base, config = type(model), getattr(model, "config", None)
-    if isinstance(config, SparsePathwaysConfig) and config.ffn is not None:
+    base = type(model)
+    config: Any = getattr(model, "config", None)
+    ours = isinstance(config, SparsePathwaysConfig)
+    if ours and config.ffn is not None and not has_parts(model):
         raise refuse(config.ffn, "it cannot be given any")
-    if isinstance(config, SparsePathwaysConfig):
+    if ours and (config.ffn is None or config.domains):
         raise UnsupportedModelError(
             f"{base.__name__} has pathways already: use set_pathways, or to_dense() first."
         )

@@ -38,6 +38,9 @@ def base_to_json(base: BaseModel) -> dict[str, Any]:
         del data["neuron_order"]
     if not base.experts:
         del data["experts"]
+    for layer in data.get("experts", ()):
+        if layer["channels"] == 1:
+            del layer["channels"]
     return data
 
 
@@ -86,12 +89,15 @@ def check_names(names: Iterable[Any]) -> None:
 
 def _experts_shape(data: dict[str, Any]) -> ExpertsShape:
     check_names([data["name"]])
+    data = {"channels": 1, **data}
     numbers = {field.name: data[field.name] for field in fields(ExpertsShape)[1:]}
     if not all(type(number) is int and 0 < number <= MOST_WIDTH for number in numbers.values()):
         raise ArtefactError(f"Routed experts have impossible numbers: {numbers}.")
     groups, top_groups = numbers["groups"], numbers["top_groups"]
     few = numbers["top_k"] > numbers["experts"] or top_groups > groups
-    if few or numbers["experts"] % groups:
+    channels = numbers["channels"]
+    uneven = numbers["experts"] % groups or numbers["experts"] % channels
+    if few or uneven or numbers["top_k"] % channels:
         raise ArtefactError(f"Routed experts have numbers that do not fit together: {numbers}.")
     return ExpertsShape(**data)
 

@@ -67,12 +67,13 @@ def is_adapter(config: bytes) -> bool:
 
 
 def has_layers(config: bytes) -> bool:
-    """Whether a configuration is of a model with FFN layers of its own, and no pathways."""
+    """Whether a configuration is of a model with FFN layers of its own, and without pathways."""
     try:
         fields = parse_json(config)
     except ValueError:
         return False
-    return isinstance(fields, dict) and fields.get("ffn") is not None
+    bare = isinstance(fields, dict) and not fields.get("domains")
+    return bare and fields.get("ffn") is not None
 
 
 def base_of(fields: dict[str, Any]) -> tuple[str, str | None] | None:

@@ -6,6 +6,7 @@ from hf_sparse_pathways.shares import format_share
 from hf_sparse_pathways.tables import Table
 
 if TYPE_CHECKING:
+    from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
     from hf_sparse_pathways.pathways.pathway import Pathways
 
 
@@ -21,12 +22,11 @@ def describe_experts(pathways: "Pathways") -> list[Table]:
     }
     if not held:
         return []
-    removed = ", ".join(
-        f"{name} {format_share(pathways.expert_sparsity(name), 1)}" for name in held
-    )
+    weights = sum(shape.weights for shape in pathways.base.experts)
+    removed = ", ".join(f"{name} {_describe_removed(pathways, name)}" for name in held)
     rows = []
     for index, shape in enumerate(pathways.base.experts):
-        row = [shape.name, f"{shape.top_k} of {shape.experts} x {shape.d_ff}"]
+        row = [shape.name, _describe_shape(shape)]
         for experts in held.values():
             kept = experts[index]
             row.append(f"{kept.kept}" if kept.width is None else f"{kept.kept} x {kept.width}")
@@ -34,8 +34,20 @@ def describe_experts(pathways: "Pathways") -> list[Table]:
     return [
         Table(
             title="Routed experts kept",
-            note=f"Of their neurons removed: {removed}.",
+            note=f"Of their {weights / 1e6:.3g} M weights removed: {removed}.",
             header=["experts", "a token has", *held],
             rows=rows,
         )
     ]
+
+
+def _describe_removed(pathways: "Pathways", name: str) -> str:
+    share = format_share(pathways.expert_sparsity(name), 1)
+    return f"{share} ({pathways.expert_weights(name) / 1e6:.3g} M left)"
+
+
+def _describe_shape(shape: "ExpertsShape") -> str:
+    """Say how many experts a token has, and in how many channels if these are several."""
+    top_k, experts = (count // shape.channels for count in (shape.top_k, shape.experts))
+    told = f"{top_k} of {experts} x {shape.d_ff}"
+    return told if shape.channels == 1 else f"{told}, {shape.channels} times"

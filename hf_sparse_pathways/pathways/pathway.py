@@ -270,6 +270,11 @@ class Pathways(ShownAsTables):
         )
         return 1.0 - kept / sum(shape.experts * shape.d_ff for shape in shapes)
 
+    def expert_weights(self, domain: str) -> int:
+        """Return how many weights of routed experts a pathway keeps, biases and routers apart."""
+        total = sum(shape.weights for shape in self.base.experts)
+        return round((1.0 - self.expert_sparsity(domain)) * total)
+
     def flops(self, domain: str) -> float:
         """Return the FFN FLOPs of a pathway as a fraction of the dense FFN's.
 
@@ -341,7 +346,8 @@ class Pathways(ShownAsTables):
         return self.by_domain[name]
 
     def __repr__(self) -> str:
-        shares = {name: format_share(1.0 - self.sparsity(name)) for name in self.by_domain}
+        removed = self.sparsity if self.base.blocks else self.expert_sparsity
+        shares = {name: format_share(1.0 - removed(name)) for name in self.by_domain}
         kept = ", ".join(f"{name} {share}" for name, share in shares.items())
         return (
             f"Pathways(base={self.base.name!r}, {len(self.base.blocks)} FFN blocks, "

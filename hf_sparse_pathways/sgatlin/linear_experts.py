@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from hf_sparse_pathways.sgatlin.initialisation import scale_variance
 from hf_sparse_pathways.sgatlin.layer import FfnLayer
-from hf_sparse_pathways.sgatlin.restriction import find_allowed
 from hf_sparse_pathways.sgatlin.routers import make_router
 from hf_sparse_pathways.sgatlin.rows import multiply_rows, sum_rows
 from hf_sparse_pathways.sgatlin.settings import IDENTITY, SgatlinConfig
@@ -54,30 +53,47 @@ class SgatlinFFN(FfnLayer):
         Returns:
             Two tensors ``(tokens, n_channels, top_k)``; an index counts within its channel.
         """
-        allowed = find_allowed(self)
-        if allowed is None:
-            scores, index = self.router(h)
-        else:
-            scores, index = self.all_scores(h).topk(self.config.top_k)
+        scores, index = self.router(h, self.removed(h))
         return scores, index
 
     def all_scores(self, h: Tensor) -> Tensor:
         """Return every expert's score, ``(tokens, n_channels, n_experts)``.
 
         The best ``top_k`` of them are what ``route`` returns, without computing all. Those that
-        ``restrict_experts`` does not allow have minus infinity.
+        are removed have minus infinity.
 
         Args:
             h: ``(tokens, d_model)``.
         """
-        scores, allowed = self.router.all_scores(h), find_allowed(self)
-        return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        scores, removed = self.router.all_scores(h), self.removed(h)
+        return scores if removed is None else scores.masked_fill(removed, -torch.inf)
+
+    def removed(self, h: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Return which experts tokens may not get; None if they may get any, as here.
+
+        A model with pathways has its domain's here (``ffn/attached_linear.py``).
+
+        Args:
+            h: ``(tokens, d_model)``.
+
+        Returns:
+            bool ``(n_channels, n_experts)``, or one such per token in front.
+        """
+        return None
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return where experts lie in the tables, the channels' one behind the other.
+
+        Args:
+            index: Within the channels, ``(tokens, n_channels, top_k)``.
+        """
+        first = torch.arange(self.config.n_channels, device=index.device) * self.config.n_experts
+        return index + first[:, None]
 
     def compute(self, x: Tensor) -> Tensor:
         """Return the output for tokens in one row; see the base."""
         scores, index = self.route(x)
-        first = torch.arange(self.config.n_channels, device=x.device) * self.config.n_experts
-        rows = (index + first[:, None]).flatten(1)
+        rows = self.rows(index).flatten(1)
         u, v = self.u.flatten(0, 1), self.v.flatten(0, 1)
         gated = scores.flatten(1).to(u.dtype) * multiply_rows(u, rows, x.to(u.dtype))
         if self.config.activation != IDENTITY:

@@ -3,7 +3,8 @@
 A product router adds two scores: expert ``(i, j)`` of a channel has ``a_i + b_j``, from two tables
 of ``sqrt(N)`` each. An expert among the best k has its ``a_i`` among the best k of its table, and
 its ``b_j`` as well (if k other rows were better, so would be k other experts of its column), so the
-best k of the ``k * k`` sums are the best k of all N.
+best k of the ``k * k`` sums are the best k of all N. Where some experts are removed that does not
+hold, and all scores are computed, of some tokens at a time.
 """
 
 import math
@@ -19,6 +20,9 @@ from hf_sparse_pathways.sgatlin.settings import PeerConfig, SgatlinConfig
 
 Routed = tuple[Tensor, Tensor]
 """Scores and indices, each ``(tokens, channels, top_k)``, the best first."""
+
+_MOST_SCORES = 1 << 24
+"""Scores that are held at a time where some experts are removed."""
 
 
 class Router(nn.Module, ABC):
@@ -42,8 +46,28 @@ class Router(nn.Module, ABC):
             x: ``(tokens, d_model)``.
         """
 
-    def forward(self, x: Tensor) -> Routed:
-        """Return the best experts of each channel; see ``all_scores``."""
+    def forward(self, x: Tensor, removed: Tensor | None = None) -> Routed:
+        """Return the best experts of each channel.
+
+        Args:
+            x: ``(tokens, d_model)``.
+            removed: Experts that are not chosen from, bool ``(channels, experts)`` or one such per
+                token in front; each channel has to have ``top_k`` others.
+        """
+        if removed is None:
+            return self.choose(x)
+        tokens = max(1, _MOST_SCORES // removed.shape[-2:].numel())
+        parts = torch.split(x, tokens)
+        apart = torch.split(removed, tokens) if removed.dim() > 2 else [removed] * len(parts)
+        best = [
+            self.all_scores(part).masked_fill(without, -math.inf).topk(self.top_k)
+            for part, without in zip(parts, apart, strict=True)
+        ]
+        scores, index = zip(*best, strict=True)
+        return torch.cat(scores), torch.cat(index)
+
+    def choose(self, x: Tensor) -> Routed:
+        """Return the best of all experts of each channel; see ``all_scores``."""
         scores, index = self.all_scores(x).topk(self.top_k)
         return scores, index
 
@@ -80,7 +104,7 @@ class ProductRouter(Router):
         first, second = self.tables(x).unbind(1)
         return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
 
-    def forward(self, x: Tensor) -> Routed:
+    def choose(self, x: Tensor) -> Routed:
         """Return the best experts of each channel, of the sums of the best of each table."""
         tables = self.tables(x)
         best, place = tables.topk(self.top_k)

@@ -20,7 +20,11 @@ from hf_sparse_pathways.errors import MismatchError
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.measure import analysis_report
 from hf_sparse_pathways.measure.analysis import Analysis
-from hf_sparse_pathways.measure.overlap import measure_kept_overlap, overlap_section
+from hf_sparse_pathways.measure.overlap import (
+    measure_expert_overlap,
+    measure_kept_overlap,
+    overlap_section,
+)
 from hf_sparse_pathways.measure.plotting import load_plots
 from hf_sparse_pathways.measure.quality_report import QualityReport
 from hf_sparse_pathways.measure.speed import tables
@@ -129,7 +133,11 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    base, pairs = pathways.base, measure_kept_overlap(pathways)
+    base = pathways.base
+    pairs = measure_kept_overlap(pathways) if base.blocks else ()
+    experts, expert_pairs = describe_experts(pathways), measure_expert_overlap(pathways)
+    if expert_pairs:
+        experts.append(overlap_section(expert_pairs, "experts"))
     return environment.from_string(template).render(
         version=__version__,
         base=base,
@@ -143,7 +151,7 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
             note="FFN FLOPs: of the dense FFN's, whatever compensation costs included.",
         ),
         blocks=block_table(pathways),
-        experts=describe_experts(pathways),
+        experts=experts,
         overlap=overlap_section(pairs) if pairs else None,
         origins={name: _describe_origin(pathways[name]) for name in pathways.domains},
         evaluation=measured.evaluation,

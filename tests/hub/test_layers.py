@@ -9,6 +9,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.share.card import CardSettings
 from tests.architectures import LLAMA_LIKE, build, prompt, random_masks
 from tests.cli.commands import run
+from tests.sgatlin.models import random_pathways
 
 REPO = "me/x"
 IDS = prompt()
@@ -70,6 +71,30 @@ def test_a_saved_folder_is_pushed_by_save_and_by_the_command(tmp_path):
     ran = run("push", tmp_path / "x", "me/other")
     assert ran.status == 0, ran.err
     assert AutoConfig.from_pretrained("me/other").ffn == FFN
+
+
+@torch.no_grad()
+def test_pathways_are_pushed_with_it_and_alone():
+    model = _make()
+    model.push_to_hub("me/bare")
+    pathways = random_pathways(model)
+    model.set_pathways(pathways)
+    model.push_to_hub(REPO)
+    assert AutoConfig.from_pretrained(REPO).ffn == FFN
+    again = AutoModelForCausalLM.from_pretrained(REPO)
+    assert again.domains == ["code", "law"]
+    sp.add_domains(random_pathways(model, ("math",), seed=1), REPO)
+    more = AutoModelForCausalLM.from_pretrained(REPO)
+    assert more.domains == ["code", "law", "math"]
+    for loaded in (again, more):
+        for domain in ("code", "law", None):
+            expected = model(IDS, domain=domain).logits
+            assert torch.allclose(loaded(IDS, domain=domain).logits, expected, atol=1e-6)
+    pathways.push_to_hub("me/alone")
+    apart = AutoModelForCausalLM.from_pretrained("me/bare", pathways="me/alone")
+    expected = model(IDS, domain="law").logits
+    assert torch.allclose(apart(IDS, domain="law").logits, expected, atol=1e-6)
+    assert "of routed experts" in _card()
 
 
 def test_somebody_s_own_card_stays():

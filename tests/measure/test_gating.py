@@ -6,7 +6,7 @@ import torch
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.measure.gating import swap_gates
 from tests.architectures import prompt
-from tests.measure.test_linear_experts import TEXTS, TOKENIZER, make_sgatlin
+from tests.sgatlin.models import TEXTS, TOKENIZER, make_sgatlin
 
 LAYER = 1
 IDS = prompt(1, 9)

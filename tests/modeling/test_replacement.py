@@ -97,9 +97,9 @@ def test_routed_experts_stay_and_that_is_said(caplog):
     model = make(SGATLIN, build("qwen3_moe").config)
     assert "routed experts stay as they are: model.layers.1.mlp.experts" in caplog.text
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == [
-        "SgatlinFFN",
+        "PathwaySgatlinFFN",
         "Qwen3MoeSparseMoeBlock",
-        "SgatlinFFN",
+        "PathwaySgatlinFFN",
     ]
 
 
@@ -169,8 +169,6 @@ def test_a_configuration_without_layers_is_saved_as_before():
     [
         ({"ffn": "sgatlin"}, r"such as sp\.SgatlinConfig"),
         ({"ffn": {"kind": "sgatlin"}}, "ffn takes"),
-        ({"ffn": SGATLIN, "domains": ["code"]}, "does not go together with domains"),
-        ({"ffn": SGATLIN, "executor": "compact"}, "does not go together with executor"),
         ({"fnn": SGATLIN}, "Did you mean 'ffn'"),
     ],
 )
@@ -240,7 +238,7 @@ def test_number_of_parameters_by_hand():
     assert model.num_parameters() == plain + 3 * own
 
 
-# -- what pathways can do, and such a model cannot ----------------------------------------------
+# -- what pathways can do, and models of other layers than sgatlin cannot -------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,21 +264,35 @@ def test_number_of_parameters_by_hand():
     ],
 )
 def test_pathways_are_refused_with_the_reason(use):
-    with pytest.raises(sp.PathwaysError, match="sgatlin layers"):
-        use(make())
+    with pytest.raises(sp.PathwaysError, match="peer layers"):
+        use(make(KINDS["peer"]))
 
 
-def test_loading_for_a_domain_is_refused(tmp_path):
-    make().save_pretrained(tmp_path)
-    for options in ({"domain": "code"}, {"executor": "indexed"}, {"default_domain": "code"}):
+@pytest.mark.parametrize("kind", ["peer", "sgatlin"])
+def test_loading_for_a_domain_is_refused(kind, tmp_path):
+    make(KINDS[kind]).save_pretrained(tmp_path)
+    for options in ({"domain": "code"}, {"default_domain": "code"}):
         for load in (AutoModelForCausalLM, sp.SparsePathwaysForCausalLM):
-            with pytest.raises(sp.PathwaysError, match="sgatlin layers"):
+            with pytest.raises(sp.PathwaysError, match=f"{kind} layers.*it has no pathways"):
                 load.from_pretrained(tmp_path, **options)
 
 
+def test_executors_and_domains_of_other_layers_are_refused(tmp_path):
+    make(KINDS["peer"]).save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM, sp.SparsePathwaysForCausalLM):
+        with pytest.raises(sp.PathwaysError, match="ffn=PeerConfig"):
+            load.from_pretrained(tmp_path, executor="indexed")
+    config = sp.SparsePathwaysConfig.from_base(
+        LlamaConfig(**LLAMA_LIKE), ffn=KINDS["peer"], domains=["code"]
+    )
+    with pytest.raises(sp.PathwaysError, match="domains does not go together with ffn"):
+        AutoModelForCausalLM.from_config(config)
+
+
+@EVERY_KIND
 @torch.no_grad()
-def test_dense_is_all_that_a_domain_may_be():
-    model = make()
+def test_dense_is_all_that_a_domain_may_be(ffn):
+    model = make(ffn)
     expected = model(IDS).logits
     assert torch.equal(model(IDS, domain=None).logits, expected)
     assert torch.equal(model(IDS, domain=[None, None]).logits, expected)

@@ -353,6 +353,8 @@ EXPERTS = {
     **{f"{name} {value!r:.12}": _field("base", "experts", 0, name, value)
        for name in ("experts", "top_k", "groups", "top_groups", "d_in", "d_ff", "d_out", "branches")
        for value in (0, limits.MOST_WIDTH + 1, "8")},
+    **{f"channels {value!r:.12}": _field("base", "experts", 0, "channels", value)
+       for value in (0, 3, limits.MOST_WIDTH + 1, "2", True, None)},
     "more per token than there are": _field("base", "experts", 0, "top_k", 9),
     "groups that do not divide": _field("base", "experts", 0, "groups", 3),
     "more groups than there are": _field("base", "experts", 0, "top_groups", 2),

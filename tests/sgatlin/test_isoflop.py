@@ -64,6 +64,10 @@ def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
     table = (out / "isoflop.md").read_text()
     assert "| sgatlin |" in table
     assert "8.0e+07 FLOPs" in table
+    read = [json.loads(path.read_text()) for path in runs]
+    own = sorted({r["tokens"] for r in read if r["kind"] == "sgatlin"})
+    assert f"sgatlin was trained on {own[0]:,}, {own[1]:,} bytes, the others" in table
+    assert table.count("(end) |") == 2, "both of the two rates that were tried are ends"
     assert (out / "isoflop.png").stat().st_size > 5000
     assert "perplexity" in capsys.readouterr().out
     import isoflop
