@@ -10,7 +10,6 @@ from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.errors import PathwaysError
-from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.outputs import check_output, written_whole
 from hf_sparse_pathways.sgatlin.settings import SgatlinConfig
 
@@ -109,5 +108,5 @@ def _write(made: "Distilled", tokenizer: Any, output: Path) -> None:
         made.model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         values = json.dumps(made.to_dict(), indent=2, allow_nan=False)
-        write_atomically(partial / f"{REPORT}.json", f"{values}\n".encode())
-        write_atomically(partial / f"{REPORT}.md", f"{made.to_markdown()}\n".encode())
+        (partial / f"{REPORT}.json").write_text(f"{values}\n", encoding="utf-8")
+        (partial / f"{REPORT}.md").write_text(f"{made.to_markdown()}\n", encoding="utf-8")

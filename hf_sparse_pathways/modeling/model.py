@@ -328,7 +328,7 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         if self._partial is not None:
             self._partial.check(domain)
         elif _names_one(domain):
-            self._check_has_pathways(f"it cannot compute {domain!r:.100}")
+            self._check_has_pathways("it cannot compute a domain's part of them")
         controls = [] if self._pathways is None else list(self._pathways.controls)
         return resolve_domain(domain, self.domains, controls)
 

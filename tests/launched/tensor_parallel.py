@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.executors import EXECUTORS
 from tests.architectures import build, compensate, prompt, random_masks
+from tests.clustered import clustered
+from tests.grouped import grouped
+from tests.skipping import skipping
 from tests.texts import documents, tiny_tokenizer
 
 IDS = prompt()
@@ -68,6 +71,23 @@ def check_neurons_that_do_not_split_evenly(state, folder):
         expected.save_pretrained(folder / "odd")
     state.wait_for_everyone()
     assert_same_model(load(folder / "odd"), expected)
+
+
+def check_neurons_that_differ_by_token(state, folder):
+    """Clusters of tokens, skipped neurons, and groups of neurons."""
+    dense = build("llama")
+    plain = compensate(dense, random_masks(dense))
+    made = {
+        "clusters": clustered(dense, change_rows=False),
+        "skipping": skipping(plain, IDS, dense, "code"),
+        "groups": grouped(plain),
+    }
+    for name, pathways in made.items():
+        expected = make(dense, pathways, executor="masked")
+        if state.is_main_process:
+            expected.save_pretrained(folder / name)
+        state.wait_for_everyone()
+        assert_same_model(load(folder / name), expected)
 
 
 def check_other_ways_to_come_by_pathways(state, folder):

@@ -28,11 +28,25 @@ MASKED = sp.Pathways.from_masks(
 
 def _routing():
     rows = [
-        RoutedText(text="code", known=True, length=n, prompts=9, decided={"code": 8, "dense": 1})
+        RoutedText(
+            text="code",
+            known=True,
+            length=n,
+            prompts=9,
+            decided={"code": 8, "dense": 1},
+            kinds=("tokens",),
+        )
         for n in (8, 64)
     ]
     rows.append(
-        RoutedText(text="x", known=False, length=64, prompts=5, decided={"law": 1, "dense": 4})
+        RoutedText(
+            text="x",
+            known=False,
+            length=64,
+            prompts=5,
+            decided={"law": 1, "dense": 4},
+            kinds=("tokens",),
+        )
     )
     return RoutingReport(domains=("code", "law"), rows=tuple(rows))
 
