@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.healing.distilling import EndToEnd
     from hf_sparse_pathways.healing.healing import Healed, heal
     from hf_sparse_pathways.healing.reconstruction import Reconstruction
+    from hf_sparse_pathways.healing.router_report import TrainedRouters
     from hf_sparse_pathways.healing.router_settings import RouterSettings
-    from hf_sparse_pathways.healing.router_training import TrainedRouters, train_routers
+    from hf_sparse_pathways.healing.router_training import train_routers
     from hf_sparse_pathways.healing.settings import HealingSettings
     from hf_sparse_pathways.measure.distillation import Distilled, distil
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
@@ -132,7 +133,7 @@ _HOMES = {
     "Healed": "healing.healing",
     "HealingSettings": "healing.settings",
     "RouterSettings": "healing.router_settings",
-    "TrainedRouters": "healing.router_training",
+    "TrainedRouters": "healing.router_report",
     "train_routers": "healing.router_training",
     "benchmark": "measure.speed.benchmarking",
     "evaluate": "measure.quality",

@@ -11,15 +11,21 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn import group_products
 from hf_sparse_pathways.native import product
-from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
+from tests.architectures import ARCHITECTURES, build, compensate, random_masks
 from tests.architectures import repaired as repaired_model
+from tests.by_token import (
+    IDS,
+    assert_computes,
+    assert_computes_a_first_token,
+    difference,
+    expected_logits,
+    make_model,
+)
 from tests.grouped import GROUPS, SIZE, TOP_K, factors_of, grouped, reference, weigh_leaves
 from tests.modeling.test_generate import FORMS, _generate
 from tests.skipping import skipping
 from tests.survivors import survivors
 from tests.test_exactness import EXECUTORS, TOLERANCE
-
-IDS = prompt(3, 9)
 
 pytestmark = pytest.mark.usefixtures("every_form_pays")
 
@@ -31,37 +37,20 @@ def _torch_multiplies(monkeypatch):
 
 def _make(name):
     dense = build(name)
-    pathways = grouped(compensate(dense, random_masks(dense)))
-    pathways = pathways.subset(["law", "code"])  # the last one has groups: members follow it
-    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
-    model.max_resident_bytes = "1GB"
-    return dense, model
-
-
-def _difference(left, right):
-    return (left - right).abs().max().item()
+    return dense, make_model(dense, grouped(compensate(dense, random_masks(dense))))
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 @torch.no_grad()
 def test_equals_weighted_activations(name):
     dense, model = _make(name)
-    pathways = model.pathways
-    expected = {
-        "code": reference(dense, pathways["code"])(IDS, use_cache=False).logits,
-        "law": repaired_model(dense, pathways["law"])(IDS, use_cache=False).logits,
-        None: dense(IDS).logits,
-    }
-    whole = repaired_model(dense, pathways["code"])(IDS, use_cache=False).logits
-    assert _difference(expected["code"], whole) > 1e-3
-    rows = ["law", "code", None]
+    own = model.pathways["code"]
+    expected = expected_logits(dense, model, reference(dense, own))
+    whole = repaired_model(dense, own)(IDS, use_cache=False).logits
+    assert difference(expected["code"], whole) > 1e-3
     for executor in ("masked", "compact", "sliced"):
         model.set_executor(executor)
-        for domain, logits in expected.items():
-            assert _difference(model(IDS, domain=domain).logits, logits) <= 5 * TOLERANCE
-        mixed = model(IDS, domain=rows).logits
-        for row, domain in enumerate(rows):
-            assert _difference(mixed[row], expected[domain][row]) <= 5 * TOLERANCE
+        assert_computes(model, expected)
 
 
 def test_equal_logits_give_the_plain_sum():
@@ -102,23 +91,14 @@ def test_generates_as_the_reference(llama, executor, form):
 def test_padding_and_rows_of_other_domains_beside_it(llama, executor):
     dense, model, plain = llama
     model.set_executor(executor)
-    expected = {
-        "code": plain(IDS).logits,
-        "law": repaired_model(dense, model.pathways["law"])(IDS).logits,
-        None: dense(IDS).logits,
-    }
-    for domain, logits in expected.items():
-        assert _difference(model(IDS, domain=domain).logits, logits) <= 5 * TOLERANCE
-        assert _difference(model(IDS[:1, :1], domain=domain).logits, logits[:1, :1]) <= 1e-3
+    expected = expected_logits(dense, model, plain)
+    assert_computes(model, expected, rows=(None, "code", "law"))
+    assert_computes_a_first_token(model, expected)
     padded = torch.cat([torch.zeros_like(IDS[:, :3]), IDS], 1)
     mask = torch.ones_like(padded)
     mask[:, :3] = 0
     logits = model(padded, attention_mask=mask, domain="code").logits[:, 3:]
-    assert _difference(logits, expected["code"]) <= 5 * TOLERANCE
-    rows = [None, "code", "law"]
-    mixed = model(IDS, domain=rows).logits
-    for row, domain in enumerate(rows):
-        assert _difference(mixed[row], expected[domain][row]) <= 5 * TOLERANCE
+    assert difference(logits, expected["code"]) <= 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("executor", ["compact", "indexed"])
@@ -153,9 +133,9 @@ def test_beside_a_pathway_that_skips():
     for executor in ("masked", "compact"):
         model.set_executor(executor)
         expected = alone(IDS, domain="code").logits
-        assert _difference(model(IDS, domain="code").logits, expected) <= 5 * TOLERANCE
+        assert difference(model(IDS, domain="code").logits, expected) <= 5 * TOLERANCE
         mixed = model(IDS, domain=["law", "code", None]).logits
-        assert _difference(mixed[1], expected[1]) <= 5 * TOLERANCE
+        assert difference(mixed[1], expected[1]) <= 5 * TOLERANCE
 
 
 def test_gradients_equal_the_reference(llama):
@@ -163,7 +143,7 @@ def test_gradients_equal_the_reference(llama):
     plain(IDS, labels=IDS, use_cache=False).loss.backward()
     model(IDS, labels=IDS, domain="code", use_cache=False).loss.backward()
     expected = plain.get_input_embeddings().weight.grad
-    assert _difference(model.get_input_embeddings().weight.grad, expected) <= TOLERANCE
+    assert difference(model.get_input_embeddings().weight.grad, expected) <= TOLERANCE
     model.zero_grad()
     plain.zero_grad()
 
@@ -177,7 +157,7 @@ def test_saved_copied_pickled_and_permuted_is_equal(llama, tmp_path):
         other.set_executor("masked")
         assert torch.equal(other(IDS, domain="code").logits, logits)
     permuted = sp.permute(model)
-    assert _difference(permuted(IDS, domain="code").logits, plain(IDS).logits) <= 5 * TOLERANCE
+    assert difference(permuted(IDS, domain="code").logits, plain(IDS).logits) <= 5 * TOLERANCE
 
 
 @torch.no_grad()
@@ -185,9 +165,9 @@ def test_compiled_equals_eager(llama):
     _, model, plain = llama
     model.set_executor("compact")
     compiled = torch.compile(lambda ids: model(ids, domain="code").logits, backend="eager")
-    assert _difference(compiled(IDS), plain(IDS).logits) <= 10 * TOLERANCE
+    assert difference(compiled(IDS), plain(IDS).logits) <= 10 * TOLERANCE
     rows = torch.compile(lambda ids: model(ids, domain=["code"] * 3).logits, backend="eager")
-    assert _difference(rows(IDS), plain(IDS).logits) <= 10 * TOLERANCE
+    assert difference(rows(IDS), plain(IDS).logits) <= 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("target", ["gate_proj", "down_proj"])
@@ -202,8 +182,8 @@ def test_an_adapter_sees_weighted_activations(llama, target):
     for layer, part in zip(other.model.model.layers, model.pathways["code"].blocks, strict=True):
         weigh_leaves(layer.mlp.up_proj, layer.mlp.down_proj, part)
     logits = adapted(IDS, domain="code").logits
-    assert _difference(logits, plain(IDS).logits) > 1e-3
-    assert _difference(logits, other(IDS).logits) <= 10 * TOLERANCE
+    assert difference(logits, plain(IDS).logits) > 1e-3
+    assert difference(logits, other(IDS).logits) <= 10 * TOLERANCE
 
 
 def test_autocast_does_not_change_what_is_chosen():

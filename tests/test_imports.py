@@ -103,7 +103,6 @@ LAZY = {
     ("cli.export", "share.exporting"),
     ("cli.export", "share.plain_card"),
     ("cli.heal", "healing.healing"),
-    ("cli.heal", "pathways.pathway"),
     ("cli.info", "ffn.block_pathway"),
     ("cli.info", "ffn.forms"),
     ("cli.info", "ffn.verdicts"),
@@ -135,6 +134,7 @@ LAZY = {
     ("cli.route_report", "measure.routing"),
     ("cli.serve", "serving.app"),
     ("cli.train_router", "healing.router_training"),
+    ("cli.training", "pathways.pathway"),
     ("cli.serve", "serving.service"),
     ("measure.plotting", "measure.plots"),
 }

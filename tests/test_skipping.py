@@ -12,14 +12,20 @@ from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn import active, leaves
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.native import product
-from tests.architectures import ARCHITECTURES, build, compensate, prompt, random_masks
+from tests.architectures import ARCHITECTURES, build, compensate, random_masks
 from tests.architectures import repaired as repaired_model
+from tests.by_token import (
+    IDS,
+    assert_computes,
+    assert_computes_a_first_token,
+    difference,
+    expected_logits,
+    make_model,
+)
 from tests.modeling.test_generate import FORMS, _generate
 from tests.skipping import reference, skipping, threshold_leaves
 from tests.survivors import survivors
 from tests.test_exactness import EXECUTORS, TOLERANCE
-
-IDS = prompt(3, 9)
 
 pytestmark = pytest.mark.usefixtures("every_form_pays")
 
@@ -31,37 +37,20 @@ def _torch_multiplies(monkeypatch):
 
 def _make(name):
     dense = build(name)
-    pathways = skipping(compensate(dense, random_masks(dense)), IDS, dense)
-    pathways = pathways.subset(["law", "code"])  # the last one skips: numbers from the end find it
-    model = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
-    model.max_resident_bytes = "1GB"
-    return dense, model
-
-
-def _difference(left, right):
-    return (left - right).abs().max().item()
+    return dense, make_model(dense, skipping(compensate(dense, random_masks(dense)), IDS, dense))
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 @torch.no_grad()
 def test_equals_thresholded_activations(name):
     dense, model = _make(name)
-    pathways = model.pathways
-    expected = {
-        "code": reference(dense, pathways["code"])(IDS, use_cache=False).logits,
-        "law": repaired_model(dense, pathways["law"])(IDS, use_cache=False).logits,
-        None: dense(IDS).logits,
-    }
-    unskipped = repaired_model(dense, pathways["code"])(IDS, use_cache=False).logits
-    assert _difference(expected["code"], unskipped) > 1e-3
-    rows = ["law", "code", None]
+    own = model.pathways["code"]
+    expected = expected_logits(dense, model, reference(dense, own))
+    whole = repaired_model(dense, own)(IDS, use_cache=False).logits
+    assert difference(expected["code"], whole) > 1e-3
     for executor in ("masked", "compact", "sliced"):
         model.set_executor(executor)
-        for domain, logits in expected.items():
-            assert _difference(model(IDS, domain=domain).logits, logits) <= 5 * TOLERANCE
-        mixed = model(IDS, domain=rows).logits
-        for row, domain in enumerate(rows):
-            assert _difference(mixed[row], expected[domain][row]) <= 5 * TOLERANCE
+        assert_computes(model, expected)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +78,7 @@ def test_what_is_thresholded_is_the_activation_function_s_output(executor):
     expected = (size * up * active) @ block.outgoing.weight[:, part.keep].T
     with model.pathway("code"):
         found = find_blocks(model)[0].parent(x)
-    assert _difference(found, expected) <= TOLERANCE
+    assert difference(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -107,18 +96,9 @@ def test_generates_as_the_reference(llama, executor, form):
 def test_dense_passes_and_rows_of_other_domains_beside_it(llama, executor):
     dense, model, plain = llama
     model.set_executor(executor)
-    expected = {
-        "code": plain(IDS).logits,
-        "law": repaired_model(dense, model.pathways["law"])(IDS).logits,
-        None: dense(IDS).logits,
-    }
-    for domain, logits in expected.items():
-        assert _difference(model(IDS, domain=domain).logits, logits) <= 5 * TOLERANCE
-        assert _difference(model(IDS[:1, :1], domain=domain).logits, logits[:1, :1]) <= 1e-3
-    rows = [None, "code", "law"]
-    mixed = model(IDS, domain=rows).logits
-    for row, domain in enumerate(rows):
-        assert _difference(mixed[row], expected[domain][row]) <= 5 * TOLERANCE
+    expected = expected_logits(dense, model, plain)
+    assert_computes(model, expected, rows=(None, "code", "law"))
+    assert_computes_a_first_token(model, expected)
 
 
 def test_gradients_equal_the_reference(llama):
@@ -126,7 +106,7 @@ def test_gradients_equal_the_reference(llama):
     plain(IDS, labels=IDS, use_cache=False).loss.backward()
     model(IDS, labels=IDS, domain="code", use_cache=False).loss.backward()
     expected = plain.get_input_embeddings().weight.grad
-    assert _difference(model.get_input_embeddings().weight.grad, expected) <= TOLERANCE
+    assert difference(model.get_input_embeddings().weight.grad, expected) <= TOLERANCE
     model.zero_grad()
     plain.zero_grad()
 
@@ -140,7 +120,7 @@ def test_saved_copied_pickled_and_permuted_is_equal(llama, tmp_path):
         other.set_executor("masked")
         assert torch.equal(other(IDS, domain="code").logits, logits)
     permuted = sp.permute(model)
-    assert _difference(permuted(IDS, domain="code").logits, plain(IDS).logits) <= 5 * TOLERANCE
+    assert difference(permuted(IDS, domain="code").logits, plain(IDS).logits) <= 5 * TOLERANCE
 
 
 @torch.no_grad()
@@ -148,7 +128,7 @@ def test_compiled_equals_eager(llama):
     _, model, plain = llama
     model.set_executor("compact")
     compiled = torch.compile(lambda ids: model(ids, domain="code").logits, backend="eager")
-    assert _difference(compiled(IDS), plain(IDS).logits) <= 10 * TOLERANCE
+    assert difference(compiled(IDS), plain(IDS).logits) <= 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("target", ["up_proj", "down_proj"])
@@ -163,8 +143,8 @@ def test_an_adapter_s_share_is_looked_at(llama, target):
     for layer, part in zip(other.model.model.layers, model.pathways["code"].blocks, strict=True):
         threshold_leaves(layer.mlp.up_proj, layer.mlp.down_proj, part)
     logits = adapted(IDS, domain="code").logits
-    assert _difference(logits, plain(IDS).logits) > 1e-3
-    assert _difference(logits, other(IDS).logits) <= 10 * TOLERANCE
+    assert difference(logits, plain(IDS).logits) > 1e-3
+    assert difference(logits, other(IDS).logits) <= 10 * TOLERANCE
 
 
 def test_flops_count_the_gate_of_what_is_skipped(llama):
@@ -207,11 +187,11 @@ def test_a_step_reads_only_what_its_token_needs(name, monkeypatch):
     found = model.generate(IDS[:1], domain="code", **how)
     assert torch.equal(found.sequences, expected.sequences)
     for mine, theirs in zip(found.logits, expected.logits, strict=True):
-        assert _difference(mine, theirs) <= 10 * TOLERANCE
+        assert difference(mine, theirs) <= 10 * TOLERANCE
     two_leaves = len(find_blocks(dense)[0].incoming) == 2
     assert bool(read) == two_leaves
     if two_leaves:
         kept = sum(block.kept for block in model.pathways["code"].blocks) / len(find_blocks(dense))
         assert 0 < sum(read) / len(read) < 0.9 * kept
     rows = model(IDS[:, :1], domain="code", use_cache=False).logits  # a token of each row
-    assert _difference(rows, plain(IDS[:, :1], use_cache=False).logits) <= 10 * TOLERANCE
+    assert difference(rows, plain(IDS[:, :1], use_cache=False).logits) <= 10 * TOLERANCE

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,15 +11,9 @@ from hf_sparse_pathways.cli.loading import load_sparse, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, calibration_texts
 from hf_sparse_pathways.cli.tables import print_table
-from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.cli.training import ADAPTERS, check_domains, write_checkpoint
 from hf_sparse_pathways.healing.settings import LEARNING_RATES, HealingSettings
-from hf_sparse_pathways.outputs import check_output, written_whole
-
-if TYPE_CHECKING:
-    from hf_sparse_pathways.healing.healing import Healed
-
-ADAPTERS = "adapters"
-"""Folder within the output that holds one adapter per domain."""
+from hf_sparse_pathways.outputs import check_output
 
 USUAL = HealingSettings()
 _RATES = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
@@ -115,36 +109,12 @@ def run(  # noqa: PLR0913
     job = ("heal", folder, dtype, output.absolute(), texts, held_out, settings)
     with unfinished_work(*job) as work:
         healed = heal(model, tokenizer, sources, settings=settings, work_folder=work)
-        _write(model, tokenizer, healed, output)
+        write_checkpoint(output, model, tokenizer, healed.pathways, healed.adapters)
     for table in healed.sections():
         print_table(table.title, table.header, table.rows)
     typer.echo(f"{healed.pathways} -> {output}")
     if healed.adapters:
         typer.echo(_describe_adapters(output, list(healed.adapters)))
-
-
-def check_domains(folder: str, texts: opt.Sources) -> None:
-    """Refuse an unknown domain before a model is loaded.
-
-    Raises:
-        UnknownNameError: One is unknown.
-    """
-    from hf_sparse_pathways.pathways.pathway import Pathways
-
-    known = Pathways.from_pretrained(folder).domains
-    for name in texts:
-        if name not in known:
-            raise UnknownNameError("domain", name, known)
-
-
-def _write(model: Any, tokenizer: Any, healed: "Healed", output: Path) -> None:
-    """Write the checkpoint, and adapters if there are any, whole or not at all."""
-    model.set_pathways(healed.pathways)
-    with written_whole(output) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for name, adapter in healed.adapters.items():
-            adapter.save_pretrained(partial / ADAPTERS / name)
 
 
 def _describe_adapters(output: Path, domains: Sequence[str]) -> str:

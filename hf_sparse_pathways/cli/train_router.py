@@ -1,18 +1,17 @@
 """``sparse-pathways train-router``: train the routers of pathways with groups of neurons."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hf_sparse_pathways.cli import options as opt
-from hf_sparse_pathways.cli.heal import check_domains
 from hf_sparse_pathways.cli.loading import load_sparse, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT, calibration_texts
 from hf_sparse_pathways.cli.tables import print_table
+from hf_sparse_pathways.cli.training import check_domains, write_checkpoint
 from hf_sparse_pathways.healing.router_settings import RouterSettings
-from hf_sparse_pathways.outputs import check_output, written_whole
+from hf_sparse_pathways.outputs import check_output
 
 USUAL = RouterSettings()
 
@@ -85,15 +84,7 @@ def run(  # noqa: PLR0913
     job = ("train-router", folder, dtype, output.absolute(), texts, held_out, settings)
     with unfinished_work(*job) as work:
         trained = train_routers(model, tokenizer, sources, settings=settings, work_folder=work)
-        _write(model, tokenizer, trained.pathways, output)
+        write_checkpoint(output, model, tokenizer, trained.pathways)
     for table in trained.sections():
         print_table(table.title, table.header, table.rows)
     typer.echo(f"{trained.pathways} -> {output}")
-
-
-def _write(model: Any, tokenizer: Any, pathways: Any, output: Path) -> None:
-    """Write the checkpoint, whole or not at all."""
-    model.set_pathways(pathways)
-    with written_whole(output) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)

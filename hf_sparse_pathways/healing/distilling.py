@@ -14,15 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
+from hf_sparse_pathways.discovery.windows import Batch, Window
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.healing.losses import Objective, count_scored
+from hf_sparse_pathways.healing.trainer_runs import collate, last_checkpoint
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig
 from hf_sparse_pathways.modeling.replacement import find_layers
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
-
-_STATE = "trainer_state.json"
-"""What ``Trainer`` writes last into a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +91,10 @@ def train_together(
             model=student,
             args=_arguments(settings, folder, student.device.type),
             train_dataset=list(windows),
-            data_collator=_collate,
+            data_collator=collate,
         )
         trainer.objective = Objective(terms={"kl": 1.0}, teacher=dense)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     student.eval()
 
 
@@ -113,13 +111,8 @@ class _Distiller(Trainer):
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Tensor:
         """Return the loss of a batch, per token."""
-        batch = Batch(inputs["input_ids"], inputs["attention_mask"].bool(), ())
+        batch = Batch(inputs["ids"], inputs["mask"], ())
         return self.objective(model, batch) / max(count_scored(batch), 1)
-
-
-def _collate(windows: list[Window]) -> dict[str, Tensor]:
-    (batch,) = make_batches(windows, len(windows))
-    return {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
 
 
 def _arguments(settings: EndToEnd, folder: Path, device: str) -> TrainingArguments:
@@ -139,13 +132,6 @@ def _arguments(settings: EndToEnd, folder: Path, device: str) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that is complete."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / _STATE).is_file()]
-    steps = {int(path.name.rpartition("-")[2]): path for path in found}
-    return str(steps[max(steps)]) if steps else None
 
 
 @contextmanager

@@ -98,6 +98,27 @@ def _bytes(pathways):
     return sum(p.nbytes for block in pathways["code"].blocks for p in block.parts().values())
 
 
+def test_refits_take_what_the_documentation_says():
+    """In 16 bits: of every cluster its own, one for all, or one of low rank of each."""
+    made = {
+        compensation: sp.select(
+            MODEL, PROFILE, sparsity=0.5, clusters=3, compensation=compensation, controls=False
+        )["code"]
+        for compensation in ("refit", "patch:2", "shared+bias")
+    }
+    for index, shape in enumerate(PROFILE.base.blocks):
+        own, thin, shared = (pathway.blocks[index] for pathway in made.values())
+        assert _refit_bytes(own.experts) == 2 * sum(e.kept for e in own.experts) * shape.d_out
+        widths = [expert.kept + shape.d_out for expert in thin.experts]
+        assert _refit_bytes(thin.experts) == 2 * 2 * sum(widths)
+        assert shared.shared.nbytes == 2 * shape.d_ff * shape.d_out
+
+
+def _refit_bytes(experts):
+    parts = [part for expert in experts for part in expert.parts().items()]
+    return sum(tensor.nbytes for name, tensor in parts if name.startswith("delta"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

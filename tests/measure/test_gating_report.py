@@ -17,8 +17,7 @@ from hf_sparse_pathways.measure.gating_report import (
 from hf_sparse_pathways.measure.model_size import ModelSize
 from tests.architectures import build
 from tests.cli.commands import run_well
-from tests.sgatlin.models import TEXTS, TOKENIZER, make_sgatlin
-from tests.texts import save_documents
+from tests.sgatlin.models import FEW, TEXTS, TOKENIZER, make_sgatlin, save_with_texts
 
 TEXT = [*TEXTS["code"], *TEXTS["law"]]
 
@@ -96,19 +95,9 @@ def test_nothing_in_a_text_is_obeyed(made):
 def test_it_is_in_the_analysis_and_in_the_page(made, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     model, found = made
-    model.save_pretrained(tmp_path / "bare")
-    TOKENIZER.save_pretrained(tmp_path / "bare")
-    texts = []
-    for name in TEXTS:
-        place = save_documents(tmp_path / name, name, count=12, words=40)
-        texts += ["--domain", f"{name}={place}"]
-    few = ("--max-tokens", "400", "--max-length", "32")
-    run_well(
-        "build", tmp_path / "bare", *texts, *few, "--experts", "0.5", "--output", tmp_path / "x"
-    )
-    said = run_well(
-        "analyze", tmp_path / "bare", *texts, *few, "--no-plots", "--output", tmp_path / "analysis"
-    )
+    bare, texts = save_with_texts(model, tmp_path)
+    run_well("build", bare, *texts, *FEW, "--experts", "0.5", "--output", tmp_path / "x")
+    said = run_well("analyze", bare, *texts, *FEW, "--no-plots", "--output", tmp_path / "analysis")
     assert "Gates swapped in model.layers.1.mlp" in said
     report = tmp_path / "analysis" / "analysis.json"
     page = tmp_path / "page.html"

@@ -7,6 +7,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from tests.architectures import prompt
+from tests.by_rows import assert_rows_with_padding
 from tests.modeling.test_generate import FORMS, _generate
 from tests.moe.architectures import build_moe
 from tests.moe.oracles import KINDS, expert_pathways, pruned
@@ -39,13 +40,7 @@ def test_every_form(case, form):
 def test_rows_of_several_domains_with_padding(case, form):
     model, references = case
     model.set_executor("compact")
-    ids, mask = IDS.clone(), torch.ones_like(IDS)
-    ids[1, :4], mask[1, :4] = 0, 0
-    rows = ["both", None, "experts"]
-    found = _generate(model, ids, attention_mask=mask, domain=rows, **FORMS[form])
-    for row, name in enumerate(rows):
-        expected = _generate(references[name], ids, attention_mask=mask, **FORMS[form])
-        assert torch.equal(found[row], expected[row])
+    assert_rows_with_padding(model, references, ["both", None, "experts"], IDS, form)
 
 
 def test_threads_choose_apart(case):

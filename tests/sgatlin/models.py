@@ -11,11 +11,14 @@ from hf_sparse_pathways.modeling.replacement import find_layers
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway
 from tests.architectures import LLAMA_LIKE
-from tests.texts import documents, tiny_tokenizer
+from tests.texts import documents, save_documents, tiny_tokenizer
 
 CHANNELS, EXPERTS, TOP_K = 2, 16, 3
 TEXTS = {name: documents(name, count=12) for name in ("code", "law")}
 TOKENIZER = tiny_tokenizer()
+
+FEW = ("--max-tokens", "400", "--max-length", "32")
+"""Options of commands that profile."""
 
 
 def make_sgatlin(router="product_dense", base=None):
@@ -32,6 +35,17 @@ def make_sgatlin(router="product_dense", base=None):
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
+
+
+def save_with_texts(model, folder):
+    """Save a model and its domains' texts; return its place, and the options that name these."""
+    model.save_pretrained(folder / "bare")
+    TOKENIZER.save_pretrained(folder / "bare")
+    texts = []
+    for name in TEXTS:
+        place = save_documents(folder / name, name, count=12, words=40)
+        texts += ["--domain", f"{name}={place}"]
+    return folder / "bare", texts
 
 
 def random_pathways(model, names=("code", "law"), seed=0):

@@ -12,6 +12,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.modeling.replacement import find_layers
 from hf_sparse_pathways.sgatlin import routers
 from tests.architectures import build, prompt
+from tests.by_rows import assert_rows_with_padding
 from tests.modeling.test_generate import FORMS, _generate
 from tests.sgatlin import oracles
 from tests.sgatlin.models import CHANNELS, EXPERTS, make_sgatlin, random_pathways, restricted
@@ -128,13 +129,7 @@ def test_every_form_of_generation(case, form):
 @pytest.mark.parametrize("form", ["greedy", "beams"])
 def test_rows_of_several_domains_with_padding(case, form):
     model, references = case
-    ids, mask = IDS.clone(), torch.ones_like(IDS)
-    ids[1, :4], mask[1, :4] = 0, 0
-    rows = ["law", None, "code"]
-    found = _generate(model, ids, attention_mask=mask, domain=rows, **FORMS[form])
-    for row, name in enumerate(rows):
-        expected = _generate(references[name], ids, attention_mask=mask, **FORMS[form])
-        assert torch.equal(found[row], expected[row])
+    assert_rows_with_padding(model, references, ["law", None, "code"], IDS, form)
 
 
 def test_threads_choose_apart(case):

@@ -13,8 +13,17 @@ from hf_sparse_pathways.measure.model_size import ModelSize
 from hf_sparse_pathways.modeling.replacement import find_layers
 from tests.architectures import build, prompt
 from tests.cli.commands import assert_error, run, run_well
-from tests.sgatlin.models import CHANNELS, EXPERTS, TEXTS, TOKENIZER, TOP_K, make_sgatlin
-from tests.texts import documents, save_documents
+from tests.sgatlin.models import (
+    CHANNELS,
+    EXPERTS,
+    FEW,
+    TEXTS,
+    TOKENIZER,
+    TOP_K,
+    make_sgatlin,
+    save_with_texts,
+)
+from tests.texts import documents
 
 IDS = prompt(2, 9)
 
@@ -151,15 +160,9 @@ def test_what_does_not_fit_is_refused(model, profile):
 
 def test_by_commands(model, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
-    model.save_pretrained(tmp_path / "bare")
-    TOKENIZER.save_pretrained(tmp_path / "bare")
-    texts = []
-    for name in TEXTS:
-        place = save_documents(tmp_path / name, name, count=12, words=40)
-        texts += ["--domain", f"{name}={place}"]
-    few = ("--max-tokens", "400", "--max-length", "32")
+    bare, texts = save_with_texts(model, tmp_path)
     folder = tmp_path / "x"
-    asked = ("build", tmp_path / "bare", *texts, *few, "--output", folder)
+    asked = ("build", bare, *texts, *FEW, "--output", folder)
     assert_error(run(*asked), "--experts")
     assert_error(run(*asked, "--experts", "0.5", "--expert-neurons", "0.5"), "single neurons")
     run_well(*asked, "--experts", "0.25")
@@ -169,12 +172,12 @@ def test_by_commands(model, tmp_path, monkeypatch):
     measured = ("evaluate", folder, *texts, "--max-tokens", "200", "--json", "--no-plots")
     rows = json.loads(run_well(*measured))["rows"]
     assert {row["role"] for row in rows} == {"dense", "pathway", "random", "pooled", "other"}
-    said = run_well("analyze", tmp_path / "bare", *texts, *few, "--no-experiments", "--no-plots")
+    said = run_well("analyze", bare, *texts, *FEW, "--no-experiments", "--no-plots")
     assert "specialised" in said
     assert run_well(
         "generate", folder, "--domain", "law", "--prompt", "def", "--max-new-tokens", "2"
     )
-    again = run_well("build", folder, *texts, *few, "--experts", "0.5", "--output", tmp_path / "y")
+    again = run_well("build", folder, *texts, *FEW, "--experts", "0.5", "--output", tmp_path / "y")
     assert again
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "y")
     assert loaded.pathways.expert_sparsity("law") == 0.5
