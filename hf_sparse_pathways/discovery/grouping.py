@@ -169,6 +169,7 @@ class GroupedProbe(Observer):
         super().__init__(block, inputs=True)
         self.spaces, self.grouped, self._in_gram = spaces, grouped, inputs
         self._groups = grouped.groups.over(grouped.keep)
+        self._weight = outgoing_weight(block.outgoing)
         width = block.d_in if inputs else 0
         self._own = GramAccumulator(width, block.d_ff, targets=2 * block.d_out)
 
@@ -178,15 +179,14 @@ class GroupedProbe(Observer):
         x = needed_input(seen.block_input)
         left = seen.activation * self._groups.to(x.device).factors(x).to(seen.activation.dtype)
         seen = seen if self._in_gram else seen.without_input()
-        weight = outgoing_weight(self.block.outgoing)
-        add_left(self._own, weight, seen, left, (space, missing, weights))
+        add_left(self._own, self._weight, seen, left, (space, missing, weights))
 
     def task(self) -> BlockTask:
         """Return the block as it is to be repaired."""
         gram = self._own.gram()
         missing, skipped = (self._own.cross.cpu() / gram.tokens).chunk(2)
         return BlockTask(
-            weight=outgoing_weight(self.block.outgoing),
+            weight=self._weight,
             gram=gram,
             missing=missing,
             skipped=skipped,
