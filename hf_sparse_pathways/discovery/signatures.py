@@ -45,7 +45,7 @@ def learn_signature(
     own: _Scores = {length: [] for length in LENGTHS}
     own_pairs: _Scores = {length: [] for length in LENGTHS}
     for kept, held_out in hold_out(windows, validation):
-        weights, pairs = weigh_tokens(kept, background), _collect(kept, background)
+        weights, pairs = weigh_tokens(kept, background), collect_known_pairs(kept, background)
         for window in held_out:
             for place, texts in cut_texts(window):
                 own[LENGTHS[place]].append(score_texts(texts, weights, ignored))
@@ -66,7 +66,7 @@ def learn_signature(
         ignored=ignored,
         prefix=background.prefix,
         suffix=background.suffix,
-        pairs=_collect(windows, background),
+        pairs=collect_known_pairs(windows, background),
         own_pairs=_quantiles(own_pairs),
         **no_margins(),
     )
@@ -84,7 +84,7 @@ def weigh_tokens(windows: Sequence[Window], background: Background) -> Tensor:
     return weights.float()
 
 
-def _collect(windows: Sequence[Window], background: Background) -> Tensor:
+def collect_known_pairs(windows: Sequence[Window], background: Background) -> Tensor:
     """Return the pairs of tokens of some windows."""
     ids = [torch.tensor(window.ids) for window in windows]
     usual, ignored = background.probabilities, background.ignored
