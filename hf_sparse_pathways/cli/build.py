@@ -128,6 +128,7 @@ def run(  # noqa: PLR0913
         int | None,
         typer.Option(help=f"Tokens per domain. [{opt.CALIBRATION_TOKENS}; quick {QUICK_TOKENS}]"),
     ] = None,
+    router_tokens: opt.RouterTokens = opt.ROUTER_TOKENS,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,
@@ -194,12 +195,13 @@ def run(  # noqa: PLR0913
         max_memory=max_memory,
         inputs=needs_inputs(compensation),
         validation_share=VALIDATION_SHARE if max_perplexity_increase else 0.0,
+        router_tokens=router_tokens,
     )
     launch = join_launch()
     if profile is not None:  # of which nothing is left to share
         leave_unless_first(launch)
     job = _Job(model, dtype, output, default_domain, profile, layout, launch)
-    split = split_texts(texts, held_out, seed, sampling.max_tokens)
+    split = split_texts(texts, held_out, seed, sampling.read_tokens)
     job.carry_out(split, sampling, limits, rule)
     print_summary(output)
 

@@ -10,7 +10,10 @@ from hf_sparse_pathways.errors import PathwaysError
 
 CALIBRATION_TOKENS = 16384
 
-PROFILING = ("max_tokens", "held_out", "max_memory")
+ROUTER_TOKENS = 262_144
+"""As of ``sp.profile``, which takes long to import."""
+
+PROFILING = ("max_tokens", "router_tokens", "held_out", "max_memory")
 """Parameters that only say how a profile is taken, and nothing beside a saved one."""
 
 Sources = Mapping[str, Path | str]
@@ -32,6 +35,10 @@ Texts = Annotated[
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in DIR.")]
 MaxTokens = Annotated[int, typer.Option(help="Calibration tokens per domain.")]
+RouterTokens = Annotated[
+    int,
+    typer.Option(min=0, help="Tokens per domain to tell it by; the model does not run over them."),
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens per window. [512, or the model's positions]")
 ]

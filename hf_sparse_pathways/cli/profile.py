@@ -32,6 +32,12 @@ class Sampling:
     max_memory: str
     inputs: bool = False
     validation_share: float = 0.0
+    router_tokens: int = 0
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens per domain that are drawn at most, of which a stream has to have as many."""
+        return max(self.max_tokens, self.router_tokens)
 
     def __post_init__(self) -> None:
         """Check what needs no model to be checked.
@@ -58,6 +64,7 @@ def run(  # noqa: PLR0913
     max_tokens: opt.MaxTokens = opt.CALIBRATION_TOKENS,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
+    router_tokens: opt.RouterTokens = opt.ROUTER_TOKENS,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,
     grams: Annotated[
@@ -90,9 +97,10 @@ def run(  # noqa: PLR0913
         precision=precision,
         max_memory=max_memory,
         inputs=inputs,
+        router_tokens=router_tokens,
     )
     launch = join_launch()
-    calibration = calibration_texts(texts, held_out, seed, max_tokens)
+    calibration = calibration_texts(texts, held_out, seed, sampling.read_tokens)
     dense, tokenizer = load_dense(model, dtype)
     with unfinished_work(model, dtype, output.absolute(), texts, sampling) as work:
         taken = take_profile(
@@ -137,6 +145,7 @@ def take_profile(  # noqa: PLR0913
         inputs=sampling.inputs,
         entanglement=entanglement,
         validation_share=sampling.validation_share,
+        router_tokens=sampling.router_tokens,
         precision=sampling.precision,
         max_memory=sampling.max_memory,
         work_folder=work,

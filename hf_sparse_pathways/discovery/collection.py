@@ -36,6 +36,7 @@ class Sample:
 
     windows: tuple[Window, ...]
     validation: tuple[Window, ...]
+    routing: tuple[Window, ...]
     provenance: dict[str, Any]
 
 
@@ -90,6 +91,7 @@ class Collection:
             grams=tuple(matrices),
             windows=sample.windows,
             validation=sample.validation,
+            routing=sample.routing,
         )
 
     def sum_up(

@@ -74,22 +74,25 @@ class Documents:
         )
         return replace(self, items=kept)
 
-    def unseen(self, provenances: Iterable[Mapping[str, Any]]) -> "tuple[Documents, int]":
+    def unseen(
+        self, provenances: Iterable[Mapping[str, Any]], *, routed: bool = False
+    ) -> "tuple[Documents, int]":
         """Return the documents that were neither calibrated nor validated on. Pure.
 
         Args:
             provenances: What profiles and pathways say of the text that they have seen.
+            routed: Whether to leave out those, too, from which only the router has learnt.
 
         Returns:
             The documents, and how many others there were.
         """
-        listed = list(provenances)
+        listed, uses = list(provenances), ("", "validation_", "router_")
         seen, cut = (
             [
                 digest
                 for text in listed
-                for kind in ("", "validation_")
-                for digest in text.get(f"{kind}{name}", ())
+                for use in (uses if routed else uses[:2])
+                for digest in text.get(f"{use}{name}", ())
             ]
             for name in ("digests", "cut_digests")
         )

@@ -114,15 +114,14 @@ def _find_leads(
             tokens=weigh_tokens(kept, background),
             pairs=collect_known_pairs(kept, background),
         )
-        for window in held_out:
-            for place, texts in cut_texts(window):
-                trials[place] += len(texts)
-                score, takes = _read(own, texts, place, background)
-                for other, rival in others.items():
-                    its_score, it_takes = _read(rival, texts, place, background)
-                    ahead = (its_score - score) * LENGTHS[place]
-                    of_others[other][place].append(ahead[it_takes])
-                    over_others[other][place].append(-ahead[takes])
+        for place, texts in cut_texts(held_out):
+            trials[place] += len(texts)
+            score, takes = _read(own, texts, place, background)
+            for other, rival in others.items():
+                its_score, it_takes = _read(rival, texts, place, background)
+                ahead = (its_score - score) * LENGTHS[place]
+                of_others[other][place].append(ahead[it_takes])
+                over_others[other][place].append(-ahead[takes])
     return _Leads(_join(of_others), _join(over_others), trials)
 
 

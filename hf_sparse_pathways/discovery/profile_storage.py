@@ -4,7 +4,7 @@ The Gram matrices are one file per domain and block, named by their content, so 
 be written over an earlier one from which it was made; what nothing refers to is deleted last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ from hf_sparse_pathways.tensor_files import check_header, without_memory
 FORMAT_VERSION = 2
 JSON_NAME = "profile.json"
 GRAMS_FOLDER = "grams"
-SPLITS = ("windows", "validation")
+SPLITS = ("windows", "validation", "routing")
+LATER_SPLITS = ("routing",)
+"""Those that older profiles have not."""
 BACKGROUND = "background"
 EXPERTS = "experts"
 """Of a domain's description: tokens per layer with routed experts, if it has statistics of them."""
@@ -92,6 +94,14 @@ def write_profile(profile: Profile, folder: Path) -> None:
         tensors |= {f"{BACKGROUND}.{n}": part for n, part in profile.background.parts().items()}
     write_pair(folder / JSON_NAME, meta, tensors)
     _delete_others(folder / GRAMS_FOLDER, profile, entries)
+
+
+def _split_names(index: int, header: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the names of the tensors that hold a domain's text."""
+    for split in SPLITS:
+        names = [f"{index}.{split}.{part}" for part in ("ids", "lengths")]
+        if split not in LATER_SPLITS or any(name in header for name in names):
+            yield from names
 
 
 def _delete_others(folder: Path, profile: Profile, entries: list[dict[str, Any]]) -> None:
@@ -158,7 +168,7 @@ def _choose(meta: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
         for layer, routed in enumerate(base.experts if entry.get(EXPERTS) else ()):
             parts = statistics_header(routed).items()
             expected |= {f"{index}.{EXPERTS}.{layer}.{part}": tensor for part, tensor in parts}
-        for name in (f"{index}.{split}.{part}" for split in SPLITS for part in ("ids", "lengths")):
+        for name in _split_names(index, header):
             length = header[name].numel()  # whatever it is
             expected[name] = without_memory(torch.int32, length)
     for name in (f"{BACKGROUND}.{part}" for part in PARTS if meta.get(BACKGROUND)):
@@ -189,7 +199,11 @@ def _restored(
         grams=_gram_files(entry["grams"], base.blocks, folder / GRAMS_FOLDER),
         experts=_experts(entry, prefix, base, tensors),
         entanglement=tuple(entanglement),
-        **{split: _unpacked(tensors, f"{prefix}.{split}") for split in SPLITS},
+        **{
+            split: _unpacked(tensors, f"{prefix}.{split}")
+            for split in SPLITS
+            if split not in LATER_SPLITS or f"{prefix}.{split}.ids" in tensors
+        },
     )
 
 

@@ -19,6 +19,7 @@ from hf_sparse_pathways.discovery.statistics import BlockStatistics
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.description import DIGESTS
 from hf_sparse_pathways.pathways.signature import Signature
 from hf_sparse_pathways.tables import ShownAsTables, Table
 
@@ -37,6 +38,8 @@ class DomainProfile:
         grams: One Gram matrix per FFN block, in memory or on disk; empty if none were taken.
         windows: The token ids of the calibration text, for methods that run the model again.
         validation: Token ids of other documents of the domain, on which methods are compared.
+        routing: Token ids of the text from which the domain is told, of documents that are not
+            validated on; if there are none, it is told from the calibration text.
         experts: One entry per layer with routed experts; none in older profiles.
         entanglement: Of every block's incoming leaves, how far from normal each row's output is
             (W1 in standard deviations), float32 ``(branches, d_ff)``; empty if it was not measured.
@@ -47,6 +50,7 @@ class DomainProfile:
     grams: tuple[GramSource, ...] = ()
     windows: tuple[Window, ...] = ()
     validation: tuple[Window, ...] = ()
+    routing: tuple[Window, ...] = ()
     experts: tuple[ExpertStatistics, ...] = ()
     entanglement: tuple[Tensor, ...] = ()
 
@@ -55,12 +59,17 @@ class DomainProfile:
         """Number of tokens, padding excluded."""
         return self.blocks[0].tokens if self.blocks else self.experts[0].tokens
 
+    @property
+    def told_from(self) -> tuple[Window, ...]:
+        """Token ids of the text from which the domain is told."""
+        return self.routing or self.windows
+
     def merged(self, other: Self) -> Self:
         """Return the statistics of both together. Pure.
 
         Gram matrices stay if both have them, and the blocks' inputs in them if both hold those.
         Entanglement does not: it does not follow from that of the parts.
-        What one was validated on and the other calibrated on is no validation text any more.
+        What one was validated on and the other has learnt from is no validation text any more.
         """
         pairs = zip(self.blocks, other.blocks, strict=True)
         return replace(
@@ -70,6 +79,7 @@ class DomainProfile:
             grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
             windows=self.windows + other.windows,
             validation=self._validation_beside(other) + other._validation_beside(self),
+            routing=self.told_from + other.told_from if self.routing or other.routing else (),
             experts=tuple(
                 mine.merged(theirs)
                 for mine, theirs in zip(self.experts, other.experts, strict=False)
@@ -78,11 +88,14 @@ class DomainProfile:
         )
 
     def _validation_beside(self, other: Self) -> tuple[Window, ...]:
-        """Return the validation windows of documents that another profile was not taken from.
+        """Return the validation windows of documents that another profile has not learnt from.
 
         Where a stored profile does not know the windows' documents, none if any is shared.
         """
-        taken = [other.provenance.get(name, ()) for name in ("digests", "cut_digests")]
+        taken = [
+            [*other.provenance.get(name, ()), *other.provenance.get(f"router_{name}", ())]
+            for name in ("digests", "cut_digests")
+        ]
         names = ("validation_digests", "validation_cut_digests")
         own = chain.from_iterable(self.provenance.get(name, ()) for name in names)
         if set(own).isdisjoint(chain(*taken)):
@@ -167,9 +180,9 @@ class Profile(ShownAsTables):
         if self.background is None:
             return {}
         windows = {
-            name: (taken.windows, taken.validation)
+            name: (taken.told_from, taken.validation)
             for name, taken in self.by_domain.items()
-            if taken.windows
+            if taken.told_from
         }
         learnt = {name: learn_signature(*own, self.background) for name, own in windows.items()}
         return find_margins(learnt, windows, self.background, target_error)
@@ -243,8 +256,7 @@ def _check_differ(domain: str, mine: DomainProfile, theirs: DomainProfile) -> No
 
 
 def _merged_provenance(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("digests", "cut_digests", "validation_digests", "validation_cut_digests")
-    both = {name: sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in names}
+    both = {name: sorted({*mine.get(name, ()), *theirs.get(name, ())}) for name in DIGESTS}
     return {
         **mine,
         "source": "; ".join(dict.fromkeys((_source(mine), _source(theirs)))),

@@ -42,6 +42,10 @@ from hf_sparse_pathways.processes import Processes
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
 
+ROUTER_TOKENS = 262_144
+"""Most tokens of a domain from which it is told: to count them takes no model. Of 65,536 a domain
+is told as well, but of fewer its neighbours' text is often taken to be its own."""
+
 FEW_TOKENS = 1024
 """Of fewer it is said that they are few."""
 
@@ -62,6 +66,7 @@ def profile(  # noqa: PLR0913
     entanglement: bool = False,
     validation_tokens: int = 8192,
     validation_share: float = 0.0,
+    router_tokens: int = ROUTER_TOKENS,
     precision: str = "model",
     max_memory: int | str = MAX_MEMORY,
     work_folder: "str | os.PathLike[str] | None" = None,
@@ -87,6 +92,9 @@ def profile(  # noqa: PLR0913
             documents that are not calibrated on.
         validation_share: Fraction of the documents that is set aside for that; if there are fewer
             than five documents, or with 0.0, only documents of which no window was drawn serve.
+        router_tokens: Most tokens per domain from which ``domain="auto"`` learns what its text
+            looks like; the model does not run over them. No more than ``max_tokens``: it learns
+            from the calibration text.
         precision: Of the model's products: ``"model"``, ``"bfloat16"``, or ``"fastest"``, which is
             bfloat16 where the processor is built for it.
         max_memory: Most bytes (or ``"4GB"``) of Gram matrices in memory at a time. Fewer mean
@@ -113,13 +121,14 @@ def profile(  # noqa: PLR0913
     max_length = resolve_length(model, max_length)
     samples = {}
     for domain, source in texts.items():
-        documents = read_documents(source, seed=seed, tokens=max_tokens)
+        documents = read_documents(source, seed=seed, tokens=max(max_tokens, router_tokens))
         samples[domain] = _draw(
             domain,
             documents,
             tokenizer,
             max_tokens=max_tokens,
             validation=(validation_share, validation_tokens),
+            router_tokens=router_tokens,
             max_length=max_length,
             seed=seed,
         )
@@ -186,10 +195,15 @@ def _draw(  # noqa: PLR0913
     *,
     max_tokens: int,
     validation: tuple[float, int],
+    router_tokens: int,
     max_length: int,
     seed: int,
 ) -> Sample:
-    """Draw calibration windows, then validation windows from the documents that are left."""
+    """Draw calibration windows, validation windows from the documents that are left, and others.
+
+    Those are of the documents that are not validated on, where the calibration windows are not all
+    of them anyway.
+    """
     share, validation_tokens = validation
     calibration = documents
     if share > 0.0 and len(documents.items) >= FEW_DOCUMENTS:
@@ -223,6 +237,16 @@ def _draw(  # noqa: PLR0913
             seed=seed,
         )
     kept_digests, kept_cut = list_digests(kept)
+    told: list[Window] = []
+    if router_tokens > max_tokens <= tokens:
+        told = draw_windows(
+            calibration.without(kept_digests, kept_cut),
+            tokenizer,
+            max_tokens=router_tokens,
+            max_length=max_length,
+            seed=seed,
+        )
+    told_digests, told_cut = list_digests(told)
     provenance = {
         "source": documents.source,
         "datasets": [dict(dataset) for dataset in documents.datasets],
@@ -234,5 +258,7 @@ def _draw(  # noqa: PLR0913
         "cut_digests": cut,
         "validation_digests": kept_digests,
         "validation_cut_digests": kept_cut,
+        "router_digests": told_digests,
+        "router_cut_digests": told_cut,
     }
-    return Sample(tuple(windows), tuple(kept), provenance)
+    return Sample(tuple(windows), tuple(kept), tuple(told), provenance)

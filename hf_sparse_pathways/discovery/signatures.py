@@ -46,11 +46,10 @@ def learn_signature(
     own_pairs: _Scores = {length: [] for length in LENGTHS}
     for kept, held_out in hold_out(windows, validation):
         weights, pairs = weigh_tokens(kept, background), collect_known_pairs(kept, background)
-        for window in held_out:
-            for place, texts in cut_texts(window):
-                own[LENGTHS[place]].append(score_texts(texts, weights, ignored))
-                counted = count_tokens(texts, weights, ignored)
-                own_pairs[LENGTHS[place]].append(share_seen(pairs, texts, counted))
+        for place, texts in cut_texts(held_out):
+            own[LENGTHS[place]].append(score_texts(texts, weights, ignored))
+            counted = count_tokens(texts, weights, ignored)
+            own_pairs[LENGTHS[place]].append(share_seen(pairs, texts, counted))
     weights = weigh_tokens(windows, background)
     written: _Scores = {length: [] for length in LENGTHS}
     samples = background.samples.long()
@@ -112,12 +111,14 @@ def hold_out(
         yield rest, held_out
 
 
-def cut_texts(window: Window) -> Iterator[tuple[int, Tensor]]:
-    """Yield places in ``LENGTHS``, and the texts of that length within a window."""
-    ids = torch.tensor(window.ids)
+def cut_texts(windows: Sequence[Window]) -> Iterator[tuple[int, Tensor]]:
+    """Yield places in ``LENGTHS``, and the texts of that length, each within a window."""
+    ids = [torch.tensor(window.ids) for window in windows]
     for place, length in enumerate(LENGTHS):
-        if len(ids) >= length:
-            yield place, ids.unfold(0, length, max(length, SHORT))
+        step = max(length, SHORT)
+        texts = [own.unfold(0, length, step) for own in ids if len(own) >= length]
+        if texts:
+            yield place, torch.cat(texts)
 
 
 def score_texts(ids: Tensor, weights: Tensor, ignored: Tensor) -> Tensor:

@@ -310,5 +310,6 @@ def shuffled_profile(  # noqa: PLR0913
         seed=seed,
         grams=False,
         validation_tokens=0,
+        router_tokens=0,
         precision=precision,
     )

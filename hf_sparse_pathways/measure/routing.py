@@ -91,7 +91,7 @@ def measure_routing(  # noqa: PLR0913
     with torch.no_grad(), evaluation_mode(model):
         for name, source in texts.items():
             documents = read_documents(source, seed=seed, tokens=max_prompts * max(lengths))
-            fresh, without = documents.unseen(seen)
+            fresh, without = documents.unseen(seen, routed=True)
             excluded += without
             if not fresh.items:
                 raise TextError(

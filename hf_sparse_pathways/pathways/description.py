@@ -20,10 +20,12 @@ from hf_sparse_pathways.limits import (
 )
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
 
-_DIGESTS = ("digests", "cut_digests", "validation_digests", "validation_cut_digests")
+DIGESTS = tuple(
+    f"{use}{name}" for use in ("", "validation_", "router_") for name in ("digests", "cut_digests")
+)
 
 _TEXT_FIELDS: dict[str, type[Any]] = {
-    **dict.fromkeys(_DIGESTS, list),
+    **dict.fromkeys(DIGESTS, list),
     "source": str,
     "tokens": int,
     "documents": int,

@@ -71,18 +71,17 @@ def _taken(case, name, other, place, margin):
     count = taken = 0
     for kept, held_out in hold_out(*windows[name]):
         weights = weigh_tokens(kept, background)
-        for window in held_out:
-            for found, texts in cut_texts(window):
-                if found != place:
-                    continue
-                own = score_texts(texts, weights, background.ignored)
-                score = score_texts(texts, rival.tokens.float(), background.ignored)
-                ahead = (score - own) * LENGTHS[place]
-                seen = share_seen(rival.pairs, texts, texts != 0)
-                for told, share, lead in zip(score, seen, ahead.tolist(), strict=True):
-                    count += 1
-                    usual = told >= least and share >= rival.least_seen[place]
-                    taken += bool(usual) and lead >= margin
+        for found, texts in cut_texts(held_out):
+            if found != place:
+                continue
+            own = score_texts(texts, weights, background.ignored)
+            score = score_texts(texts, rival.tokens.float(), background.ignored)
+            ahead = (score - own) * LENGTHS[place]
+            seen = share_seen(rival.pairs, texts, texts != 0)
+            for told, share, lead in zip(score, seen, ahead.tolist(), strict=True):
+                count += 1
+                usual = told >= least and share >= rival.least_seen[place]
+                taken += bool(usual) and lead >= margin
     return count, taken
 
 

@@ -211,6 +211,8 @@ def test_the_provenance_says_what_was_read(tmp_path):
         "cut_digests": [],
         "validation_digests": [],
         "validation_cut_digests": [],
+        "router_digests": [],
+        "router_cut_digests": [],
     }
 
 
