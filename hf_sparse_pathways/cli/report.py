@@ -10,10 +10,11 @@ from hf_sparse_pathways.errors import PathwaysError
 
 
 def run(  # noqa: PLR0913
-    folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="Folder or Hub id with pathways.")
-    ],
     html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")],
+    folder: Annotated[
+        str | None,
+        typer.Argument(metavar="FOLDER", help="Folder or Hub id with pathways."),
+    ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="report.json of `evaluate --report`.")
     ] = None,
@@ -31,7 +32,8 @@ def run(  # noqa: PLR0913
     """Write one page that needs nothing beside it: domains, neurons, quality, speed, analysis.
 
     Reports are named, not found: one that lies in a folder may be of pathways that were there
-    before. One of other pathways is refused.
+    before. One of other pathways is refused. Without FOLDER the page shows the analysis alone, as
+    of a model that has no pathways.
     """
     if html.exists() and not overwrite:
         raise PathwaysError(f"{html} exists. Pass --overwrite to replace it.")

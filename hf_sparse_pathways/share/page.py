@@ -1,4 +1,4 @@
-"""One HTML page of pathways and of what was measured of them, that needs nothing beside it.
+"""One HTML page of pathways and what was measured, or of an analysis, that needs nothing beside it.
 
 Tables are the reports' own, pictures are SVG within the page, and there is no script: a policy in
 the page lets a browser fetch nothing. Reports are given, never found: one that lies about may be of
@@ -9,14 +9,13 @@ import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_sparse_pathways.errors import MismatchError
+from hf_sparse_pathways.errors import MismatchError, PathwaysError
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.measure import analysis_report
 from hf_sparse_pathways.measure.analysis import Analysis
@@ -98,7 +97,7 @@ class Measured:
 
 
 def write_html_report(
-    source: Pathways | str | PathLike[str],
+    source: Pathways | str | PathLike[str] | None,
     path: str | PathLike[str],
     *,
     evaluation: QualityReport | None = None,
@@ -109,7 +108,8 @@ def write_html_report(
     """Write a page on pathways and what was measured of them, whole or not at all.
 
     Args:
-        source: Pathways, or a folder or Hub id with some.
+        source: Pathways, or a folder or Hub id with some. None for a page on the analysis of a
+            model without pathways.
         path: The HTML file; it is replaced.
         evaluation: What ``sp.evaluate`` returned.
         benchmark: What ``sp.benchmark`` returned.
@@ -118,30 +118,34 @@ def write_html_report(
 
     Raises:
         MismatchError: A report is of other pathways.
-        PathwaysError: Pictures are wanted, and matplotlib is missing.
+        PathwaysError: Pictures are wanted, and matplotlib is missing; or there is nothing to show.
     """
-    pathways = source if isinstance(source, Pathways) else Pathways.from_pretrained(source)
-    measured = Measured(evaluation=evaluation, benchmark=benchmark, analysis=analysis)
-    drawn = plots and bool(pathways.base.blocks)  # pictures are of FFN blocks
-    write_atomically(Path(path), render_page(pathways, measured, plots=drawn).encode())
+    if source is None:
+        if analysis is None or evaluation is not None or benchmark is not None:
+            raise PathwaysError(
+                "Without a folder with pathways a page shows an analysis, and nothing else: give "
+                "the folder, or --analysis FILE (analysis=) alone."
+            )
+        text = render_analysis(analysis, plots=plots)
+    else:
+        pathways = source if isinstance(source, Pathways) else Pathways.from_pretrained(source)
+        measured = Measured(evaluation=evaluation, benchmark=benchmark, analysis=analysis)
+        text = render_page(pathways, measured, plots=plots)
+    write_atomically(Path(path), text.encode())
 
 
 def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -> str:
     """Return the page; see ``write_html_report``."""
     measured.check_fits(pathways)
-    template = files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     base = pathways.base
     pairs = measure_kept_overlap(pathways) if base.blocks else ()
     experts, expert_pairs = describe_experts(pathways), measure_expert_overlap(pathways)
     if expert_pairs:
         experts.append(overlap_section(expert_pairs, "experts"))
-    return environment.from_string(template).render(
-        version=__version__,
+    return _render(
+        "page.html.jinja",
         base=base,
-        short=Path(base.name).name or "a model without a name",
+        short=_short(base.name),
         base_id=base.name if is_hub_id(base.name) else None,
         neurons=sum(block.d_ff for block in base.blocks),
         domains=pathways.domains,
@@ -165,30 +169,65 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
     )
 
 
+def render_analysis(analysis: Analysis, *, plots: bool = True) -> str:
+    """Return the page of an analysis alone; see ``write_html_report``."""
+    return _render(
+        "analysis_page.html.jinja",
+        short=_short(analysis.base),
+        analysis=analysis,
+        analysed=analysis_report.describe(analysis),
+        pictures=_embed_all(_pictures_of(analysis)) if plots else [],
+        drawn=plots,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    """Return a page with values put in; what they hold stays text."""
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
+
+
+def _short(name: str) -> str:
+    return Path(name).name or "a model without a name"
+
+
 def _draw(pathways: Pathways, measured: Measured) -> dict[str, list[dict[str, Any]]]:
     """Return the pictures of each part of the page."""
     plots = load_plots()
-    parts: dict[str, Mapping[str, Figure]] = {"pathways": plots.draw_all(pathways)}
+    parts: dict[str, Mapping[str, Figure]] = {}
+    if pathways.base.blocks:
+        parts["pathways"] = plots.draw_all(pathways)
     if measured.evaluation is not None:
         parts["evaluation"] = plots.draw_all(measured.evaluation)
     if measured.benchmark is not None:
         parts["benchmark"] = plots.draw_all(measured.benchmark)
     if measured.analysis is not None:
-        parts["analysis"] = plots.draw_all(measured.analysis)
-    return {
-        part: [_embed(name, figure, plots.as_svg(figure)) for name, figure in figures.items()]
-        for part, figures in parts.items()
-    }
+        parts["analysis"] = _pictures_of(measured.analysis)
+    return {part: _embed_all(figures) for part, figures in parts.items()}
 
 
-def _embed(name: str, figure: "Figure", svg: bytes) -> dict[str, Any]:
-    """Return a picture as the template takes it; widths are in pixels."""
-    return {
-        "name": name,
-        "alt": _ALTS[name],
-        "data": f"data:image/svg+xml;base64,{b64encode(svg).decode()}",
-        "width": round(figure.get_figwidth() * _PIXELS),
-    }
+def _pictures_of(analysis: Analysis) -> "Mapping[str, Figure]":
+    """Return an analysis's pictures, which are of FFN blocks."""
+    return load_plots().draw_all(analysis) if analysis.blocks else {}
+
+
+def _embed_all(figures: "Mapping[str, Figure]") -> list[dict[str, Any]]:
+    """Return pictures as the template takes them; widths are in pixels."""
+    return [
+        {
+            "name": name,
+            "alt": _ALTS[name],
+            "data": f"data:image/svg+xml;base64,{b64encode(load_plots().as_svg(figure)).decode()}",
+            "width": round(figure.get_figwidth() * _PIXELS),
+        }
+        for name, figure in figures.items()
+    ]
 
 
 def _describe_origin(pathway: Pathway) -> dict[str, str]:

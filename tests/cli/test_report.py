@@ -104,6 +104,30 @@ def test_a_page_without_measurements_says_how_they_are_made():
     assert _check_self_contained(render_page(OWN.subset([]), Measured())).named("img") == []
 
 
+def test_an_analysis_has_a_page_of_its_own(tmp_path):
+    """As of a model of sgatlin layers without domains."""
+    values = ANALYSIS.to_dict() | {"base": HOSTILE}
+    (tmp_path / "analysis.json").write_text(json.dumps(values))
+    out = tmp_path / "page.html"
+    run_well("report", "--html", out, "--analysis", tmp_path / "analysis.json")
+    text = out.read_text(encoding="utf-8")
+    page = _check_self_contained(text)
+    shown = [tuple(map(tuple, table)) for table in page.tables]
+    for section in ANALYSIS.sections():
+        assert (tuple(section.header), *map(tuple, section.rows)) in shown
+    assert len(page.named("img")) == 5
+    assert HOSTILE.rpartition("/")[2] in "".join(page.text)
+    assert "Not measured here" not in text
+
+
+def test_a_page_of_nothing_is_refused(tmp_path):
+    out = tmp_path / "page.html"
+    assert_error(run("report", "--html", out), "--analysis")
+    with pytest.raises(sp.PathwaysError, match="analysis="):
+        sp.write_html_report(None, out, analysis=ANALYSIS, benchmark=REPORT)
+    assert not out.exists()
+
+
 def test_whatever_an_artefact_says_stays_text():
     made = {"method": HOSTILE, HOSTILE: HOSTILE, "text": {"source": HOSTILE, "digests": ["abc"]}}
     by_domain = {"law": Pathway(blocks=OWN["law"].blocks, provenance=made)}
