@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _SHORT = 24
+_LONGEST_FIGURES = 32
+"""Characters of figures with an interval; what is longer is text."""
+
 _LEFT, _RIGHT = "text-align:left", "text-align:right"
 
 
@@ -32,17 +35,23 @@ class Table:
 
     def to_html(self) -> Markup:
         """Render it; what is too wide scrolls, for the keyboard too."""
+        sides = [self._side(place) for place in range(len(self.header))]
         head = Markup("").join(
-            Markup('<th scope="col" style="{}">{}</th>').format(_align(place), name)
-            for place, name in enumerate(self.header)
+            Markup('<th scope="col" style="{}">{}</th>').format(side, name)
+            for side, name in zip(sides, self.header, strict=True)
         )
-        body = Markup("\n").join(map(_row, self.rows))
+        body = Markup("\n").join(_row(row, sides) for row in self.rows)
         note = Markup("<br>{}").format(as_html(self.note)) if self.note else ""
         return Markup(
             '<figure style="margin:1em 0"><figcaption><strong>{title}</strong>{note}</figcaption>\n'
             '<div role="region" aria-label="{title}" tabindex="0" style="overflow-x:auto">\n'
             "<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div></figure>"
         ).format(title=self.title, note=note, head=head, body=body)
+
+    def _side(self, place: int) -> str:
+        """Return the side that a column stands on: names and text on the left."""
+        text = place == 0 or any(len(row[place]) > _LONGEST_FIGURES for row in self.rows)
+        return _LEFT if text else _RIGHT
 
 
 class ShownAsTables(ABC):
@@ -66,19 +75,14 @@ def as_html(text: str) -> Markup:
     )
 
 
-def _row(cells: Sequence[str]) -> Markup:
-    first, *others = cells
+def _row(cells: Sequence[str], sides: Sequence[str]) -> Markup:
     return Markup("<tr>{}{}</tr>").format(
-        Markup('<th scope="row" style="{}">{}</th>').format(_LEFT, first),
-        Markup("").join(map(_cell, others)),
+        Markup('<th scope="row" style="{}">{}</th>').format(sides[0], cells[0]),
+        Markup("").join(map(_cell, cells[1:], sides[1:])),
     )
 
 
-def _cell(text: str) -> Markup:
+def _cell(text: str, side: str) -> Markup:
     """Render a cell; what is as short as figures with an interval stays on one line."""
-    style = f"{_RIGHT};white-space:nowrap" if len(text) <= _SHORT else _RIGHT
+    style = f"{side};white-space:nowrap" if len(text) <= _SHORT else side
     return Markup('<td style="{}">{}</td>').format(style, text)
-
-
-def _align(place: int) -> str:
-    return _RIGHT if place else _LEFT

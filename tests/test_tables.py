@@ -137,6 +137,15 @@ def test_hostile_names_stay_text():
         assert HOSTILE in "".join(page.text)
 
 
+def test_figures_stand_on_the_right_and_text_on_the_left():
+    rows = [["a", "9.17e+03 (6.44e+03-1.63e+04)", "a context that is longer than figures"]]
+    html = Table(title="t", note="", header=["x", "y", "z"], rows=rows).to_html()
+    page = Page(html)
+    sides = [attrs["style"].split(";")[0] for attrs in (*page.named("th"), *page.named("td"))]
+    left, right = "text-align:left", "text-align:right"
+    assert sides == [left, right, left, left, right, left]
+
+
 def test_a_note_has_code_and_is_text_otherwise():
     html = Table(title=HOSTILE, note="see `a<b` and <b>", header=["x"], rows=[["1"]]).to_html()
     page = Page(html)
