@@ -114,7 +114,7 @@ def _find_leads(
             tokens=weigh_tokens(kept, background),
             pairs=collect_known_pairs(kept, background),
         )
-        for place, texts in cut_texts(held_out):
+        for place, texts, _ in cut_texts(held_out):
             trials[place] += len(texts)
             score, takes = _read(own, texts, place, background)
             for other, rival in others.items():

@@ -4,7 +4,8 @@ The Gram matrices are one file per domain and block, named by their content, so 
 be written over an earlier one from which it was made; what nothing refers to is deleted last.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hf_sparse_pathways.discovery.grams import (
 )
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.statistics import TENSORS, BlockStatistics, check_statistics
-from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.discovery.windows import Window, number_documents
 from hf_sparse_pathways.display import plain
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite, read_pair, write_pair
@@ -45,8 +46,10 @@ FORMAT_VERSION = 2
 JSON_NAME = "profile.json"
 GRAMS_FOLDER = "grams"
 SPLITS = ("windows", "validation", "routing")
-LATER_SPLITS = ("routing",)
-"""Those that older profiles have not."""
+WINDOWS = ("ids", "lengths", "documents")
+"""Tensors that hold windows: all token ids, how many each has, the number of each's document."""
+LATER = ("routing", "documents")
+"""What older profiles have not."""
 BACKGROUND = "background"
 EXPERTS = "experts"
 """Of a domain's description: tokens per layer with routed experts, if it has statistics of them."""
@@ -98,10 +101,10 @@ def write_profile(profile: Profile, folder: Path) -> None:
 
 def _split_names(index: int, header: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield the names of the tensors that hold a domain's text."""
-    for split in SPLITS:
-        names = [f"{index}.{split}.{part}" for part in ("ids", "lengths")]
-        if split not in LATER_SPLITS or any(name in header for name in names):
-            yield from names
+    for split, part in product(SPLITS, WINDOWS):
+        name = f"{index}.{split}.{part}"
+        if name in header or not {split, part} & {*LATER}:
+            yield name
 
 
 def _delete_others(folder: Path, profile: Profile, entries: list[dict[str, Any]]) -> None:
@@ -202,7 +205,7 @@ def _restored(
         **{
             split: _unpacked(tensors, f"{prefix}.{split}")
             for split in SPLITS
-            if split not in LATER_SPLITS or f"{prefix}.{split}.ids" in tensors
+            if split not in LATER or f"{prefix}.{split}.ids" in tensors
         },
     )
 
@@ -254,12 +257,13 @@ def _gram_files(
 
 
 def _packed(name: str, windows: tuple[Window, ...]) -> dict[str, Tensor]:
-    """Return windows as one run of token ids and their lengths, both int32."""
+    """Return windows as tensors, all int32."""
     ids = [token for window in windows for token in window.ids]
     lengths = [len(window.ids) for window in windows]
     return {
         f"{name}.ids": torch.tensor(ids, dtype=torch.int32),
         f"{name}.lengths": torch.tensor(lengths, dtype=torch.int32),
+        f"{name}.documents": torch.tensor(number_documents(windows), dtype=torch.int32),
     }
 
 
@@ -267,5 +271,13 @@ def _unpacked(tensors: dict[str, Tensor], name: str) -> tuple[Window, ...]:
     ids, lengths = tensors[f"{name}.ids"], tensors[f"{name}.lengths"]
     if bool((lengths < 1).any()) or int(lengths.sum()) != len(ids) or bool((ids < 0).any()):
         raise ArtefactError(f"{name} holds no windows of token ids.")
+    documents: Sequence[int | None] = [None] * len(lengths)
+    if f"{name}.documents" in tensors:
+        documents = tensors[f"{name}.documents"].tolist()
+        if len(documents) != len(lengths):
+            raise ArtefactError(f"{name} has not one document per window.")
     parts = torch.split(ids, lengths.tolist()) if len(lengths) else ()
-    return tuple(Window(tuple(part.tolist())) for part in parts)
+    return tuple(
+        Window(tuple(part.tolist()), number=number)
+        for part, number in zip(parts, documents, strict=True)
+    )

@@ -16,7 +16,7 @@ from hf_sparse_pathways.discovery.grams import GramSource, merge_grams
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target, find_margins
 from hf_sparse_pathways.discovery.signatures import learn_signature
 from hf_sparse_pathways.discovery.statistics import BlockStatistics
-from hf_sparse_pathways.discovery.windows import Window
+from hf_sparse_pathways.discovery.windows import Window, join_windows
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.description import DIGESTS
@@ -72,14 +72,15 @@ class DomainProfile:
         What one was validated on and the other has learnt from is no validation text any more.
         """
         pairs = zip(self.blocks, other.blocks, strict=True)
+        told_apart = bool(self.routing or other.routing)
         return replace(
             self,
             blocks=tuple(mine.merged(theirs) for mine, theirs in pairs),
             provenance=_merged_provenance(self.provenance, other.provenance),
             grams=merge_grams(self.grams, other.grams) if self.grams and other.grams else (),
-            windows=self.windows + other.windows,
-            validation=self._validation_beside(other) + other._validation_beside(self),
-            routing=self.told_from + other.told_from if self.routing or other.routing else (),
+            windows=join_windows(self.windows, other.windows),
+            validation=join_windows(self._validation_beside(other), other._validation_beside(self)),
+            routing=join_windows(self.told_from, other.told_from) if told_apart else (),
             experts=tuple(
                 mine.merged(theirs)
                 for mine, theirs in zip(self.experts, other.experts, strict=False)

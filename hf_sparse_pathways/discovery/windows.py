@@ -7,7 +7,7 @@ corpus costs no more than a small one. Each window starts as the tokenizer start
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,17 @@ LEAST_LENGTH = 2
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids of a piece of one document; None if the document is not known any more."""
+    """Token ids of a piece of one document.
+
+    Attributes:
+        ids: They.
+        document: None if it is not known any more.
+        number: Then that of the document among those of the same text, if that is known.
+    """
 
     ids: tuple[int, ...]
     document: Document | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,32 @@ def quarter(windows: Sequence[Window], limits: tuple[int, int]) -> int:
 def count_tokens(windows: Sequence[Window]) -> int:
     """Return the number of tokens in windows."""
     return sum(len(window.ids) for window in windows)
+
+
+def number_documents(windows: Sequence[Window]) -> list[int]:
+    """Return for each window the number of its document among those of all windows, from 0.
+
+    A window of which that is not known is a document of its own.
+    """
+    keys = [_document_key(window, place) for place, window in enumerate(windows)]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
+
+
+def join_windows(first: Sequence[Window], second: Sequence[Window]) -> tuple[Window, ...]:
+    """Return the windows of two texts; documents that are only numbered are taken to be others."""
+    taken = 1 + max((window.number for window in first if window.number is not None), default=-1)
+    shifted = (
+        window if window.number is None else replace(window, number=window.number + taken)
+        for window in second
+    )
+    return (*first, *shifted)
+
+
+def _document_key(window: Window, place: int) -> tuple[str, int | str]:
+    if window.document is not None:
+        return "digest", window.document.digest
+    return ("place", place) if window.number is None else ("number", window.number)
 
 
 def list_digests(windows: Sequence[Window]) -> tuple[list[str], list[str]]:

@@ -71,7 +71,7 @@ def _taken(case, name, other, place, margin):
     count = taken = 0
     for kept, held_out in hold_out(*windows[name]):
         weights = weigh_tokens(kept, background)
-        for found, texts in cut_texts(held_out):
+        for found, texts, _ in cut_texts(held_out):
             if found != place:
                 continue
             own = score_texts(texts, weights, background.ignored)

@@ -10,7 +10,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.signatures import learn_signature
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.discovery.windows import count_tokens
+from hf_sparse_pathways.discovery.windows import count_tokens, join_windows, number_documents
 from hf_sparse_pathways.files import read_json, write_pair
 from tests.architectures import tiny_llama
 from tests.texts import documents, tiny_tokenizer
@@ -76,9 +76,13 @@ def test_where_there_is_no_more_the_calibration_text_serves(options):
 def test_saved_and_loaded_it_tells_the_same(taken, tmp_path):
     taken.save_pretrained(tmp_path)
     loaded = Profile.from_pretrained(tmp_path)
-    ids = [[window.ids for window in one["code"].routing] for one in (taken, loaded)]
+    routing = [one["code"].routing for one in (taken, loaded)]
+    ids = [[window.ids for window in windows] for windows in routing]
     assert ids[0] == ids[1]
-    assert torch.equal(loaded.signature("code").tokens, taken.signature("code").tokens)
+    numbers = [number_documents(windows) for windows in routing]
+    assert numbers[0] == numbers[1] != list(range(len(ids[0])))
+    for name, part in taken.signature("code").parts().items():
+        assert torch.equal(getattr(loaded.signature("code"), name), part), name
 
 
 def test_a_profile_that_knows_of_none_is_read(taken, tmp_path):
@@ -86,11 +90,22 @@ def test_a_profile_that_knows_of_none_is_read(taken, tmp_path):
     taken.save_pretrained(tmp_path)
     path = tmp_path / JSON_NAME
     tensors = load_file(path.with_suffix(".safetensors"))
-    older = {name: part for name, part in tensors.items() if ".routing." not in name}
+    later = (".routing.", ".documents")
+    older = {n: part for n, part in tensors.items() if not any(name in n for name in later)}
     write_pair(path, read_json(path), older)
     loaded = Profile.from_pretrained(tmp_path)["code"]
     assert loaded.routing == ()
     assert [window.ids for window in loaded.told_from] == [w.ids for w in taken["code"].windows]
+    assert number_documents(loaded.windows) == list(range(len(loaded.windows)))
+
+
+def test_documents_of_merged_stored_profiles_are_others(taken, tmp_path):
+    taken.save_pretrained(tmp_path)
+    loaded = Profile.from_pretrained(tmp_path)["code"].routing
+    count = len({*number_documents(loaded)})
+    assert number_documents(join_windows(loaded, loaded))[len(loaded) :] == [
+        number + count for number in number_documents(loaded)
+    ]
 
 
 def test_merged_profiles_know_both_texts(taken):

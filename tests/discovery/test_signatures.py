@@ -4,7 +4,7 @@ import torch
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Document
-from hf_sparse_pathways.discovery.signatures import FOLDS, hold_out, learn_signature
+from hf_sparse_pathways.discovery.signatures import FOLDS, hold_out, learn_signature, take_quantiles
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.pathways.pairs import share_seen
 from hf_sparse_pathways.pathways.signature import LENGTHS
@@ -46,6 +46,33 @@ def test_pairs_that_documents_share_are_a_sign():
     windows = [Window(same.ids, Document(text=str(n), origin="made")) for n in range(40)]
     signature = learn_signature(windows, [], _background())
     assert bool((signature.own_pairs == 1.0).all())
+
+
+def test_a_long_document_that_is_unlike_the_others_decides_nothing():
+    """A fifth of all text is of one document that has nothing of the others."""
+    generator = torch.Generator().manual_seed(0)
+    same = _window(generator, "")
+    windows = [Window(same.ids, Document(text=str(n), origin="made")) for n in range(80)]
+    odd = [Window(_window(generator, "").ids, Document("odd", "made")) for _ in range(20)]
+    apart = [Window(one.ids, Document(str(n), "apart")) for n, one in enumerate(odd, start=100)]
+    place = LENGTHS.index(32)
+    usual = learn_signature([*windows, *odd], [], _background())
+    split = learn_signature([*windows, *apart], [], _background())
+    assert usual.least_seen[place] == 1.0
+    assert split.least_seen[place] < 0.2
+    assert usual.least_scores[place] > split.least_scores[place]
+
+
+def test_quantiles_are_weighted():
+    values = torch.tensor([3.0, 1.0, 2.0, 5.0])
+    levels = (0.0, 0.1, 0.5, 0.9, 1.0)
+    expected = values.quantile(torch.tensor(levels))
+    torch.testing.assert_close(take_quantiles(values, torch.ones(4), levels), expected)
+    torch.testing.assert_close(take_quantiles(values, torch.full((4,), 7.0), levels), expected)
+    weights = torch.tensor([1.0, 2.0, 1.0, 1.0])  # middles of 1, 2, 3, 5 at 0, 1.5, 2.5, 3.5
+    middle = take_quantiles(values, weights, (0.5,))
+    torch.testing.assert_close(middle, torch.tensor([2.25]))
+    assert take_quantiles(torch.tensor([4.0]), torch.ones(1), levels).tolist() == [4.0] * 5
 
 
 def test_no_document_is_held_out_from_itself():
