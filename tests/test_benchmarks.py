@@ -111,6 +111,30 @@ def test_every_step_of_an_expansion_is_measured_once(expansion, monkeypatch):
     assert COPIES not in {step.way for step in expansion.measure()}
 
 
+def test_prompts_are_routed_for_every_choice_of_known_domains(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import routing
+
+    save_dense(tmp_path / "tiny", "llama")
+    for name in ("code", "law", "medicine"):
+        save_documents(tmp_path / "texts" / name, name, count=40, words=60)
+    folders = {name: tmp_path / "texts" / name for name in ("code", "law", "medicine")}
+    given = argparse.Namespace(cache=tmp_path, model="tiny", lengths=[8, 16], prompts=5)
+    text = routing.measure(given, folders, {"more": folders["law"]})
+    rows = [line for line in text.splitlines() if line.startswith("| code")]
+    known = ["code, law", "code, medicine", "code, law, medicine"]
+    assert [row.split("|")[1].strip() for row in rows] == 2 * known
+    assert "/10;" in rows[0]
+    assert "further text sent anywhere" in text
+    tally = routing.Tally([("code", "code"), ("code", None), ("law", "code"), ("law", "law")])
+    assert [tally.right[:10], tally.wrong[:10], tally.sent[:10]] == [
+        "50.0 % (2/",
+        "25.0 % (1/",
+        "75.0 % (3/",
+    ]
+    del sys.modules["routing"]
+
+
 @pytest.fixture
 def mixture(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

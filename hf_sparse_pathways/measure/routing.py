@@ -100,7 +100,7 @@ def measure_routing(  # noqa: PLR0913
                 )
 
             def draw(length: int, most: int, fresh: Any = fresh) -> Tensor:
-                return _draw_prompts(fresh, tokenizer, length=length, most=most, seed=seed)
+                return draw_prompts(fresh, tokenizer, length=length, most=most, seed=seed)
 
             prompts = [draw(length, max_prompts) for length in lengths]
             prompts = [drawn for drawn in prompts if len(drawn)]
@@ -147,7 +147,7 @@ def _describe_margins(router: Router) -> dict[str, Any]:
     }
 
 
-def _draw_prompts(documents: Any, tokenizer: Any, *, length: int, most: int, seed: int) -> Tensor:
+def draw_prompts(documents: Any, tokenizer: Any, *, length: int, most: int, seed: int) -> Tensor:
     """Return token ids ``(prompts, length)`` from windows all over the documents."""
     windows = draw_windows(
         documents, tokenizer, max_tokens=4 * length * most, max_length=2 * length, seed=seed
