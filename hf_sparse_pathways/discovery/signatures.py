@@ -61,7 +61,7 @@ def learn_signature(
         ids = samples.roll(-start, 0).flatten()
         for length in LENGTHS:
             score = score_texts(ids[None, :length], weights, ignored)
-            written[length].append(score.expand(3, 1))  # all of one weight
+            written[length].append(torch.stack((score, torch.ones(1), torch.ones(1))))
     return Signature(
         tokens=weights.half(),
         own=_quantiles(own, 0),

@@ -4,10 +4,17 @@ import torch
 
 from hf_sparse_pathways.discovery.background import Background
 from hf_sparse_pathways.discovery.documents import Document
-from hf_sparse_pathways.discovery.signatures import FOLDS, hold_out, learn_signature, take_quantiles
+from hf_sparse_pathways.discovery.signatures import (
+    FOLDS,
+    hold_out,
+    learn_signature,
+    score_texts,
+    take_quantiles,
+    weigh_tokens,
+)
 from hf_sparse_pathways.discovery.windows import Window
 from hf_sparse_pathways.pathways.pairs import share_seen
-from hf_sparse_pathways.pathways.signature import LENGTHS
+from hf_sparse_pathways.pathways.signature import LENGTHS, LEVELS
 
 VOCABULARY = 5_000
 
@@ -61,6 +68,23 @@ def test_a_long_document_that_is_unlike_the_others_decides_nothing():
     assert usual.least_seen[place] == 1.0
     assert split.least_seen[place] < 0.2
     assert usual.least_scores[place] > split.least_scores[place]
+
+
+def test_what_the_model_writes_is_of_one_weight():
+    """Its scores are mostly negative, and none of them counts more than another."""
+    generator = torch.Generator().manual_seed(0)
+    same = _window(generator, "")
+    windows = [Window(same.ids, Document(text=str(n), origin="made")) for n in range(40)]
+    background = _background()
+    signature = learn_signature(windows, [], background)
+    weights = weigh_tokens(windows, background)
+    samples = background.samples.long()
+    texts = torch.stack([samples.roll(-start, 0).flatten()[:8] for start in range(len(samples))])
+    scores = score_texts(texts, weights, background.ignored)
+    assert bool((scores < 0).any())
+    assert bool((scores > 0).any())
+    expected = scores.quantile(torch.tensor(LEVELS))
+    torch.testing.assert_close(signature.background[0], expected)
 
 
 def test_quantiles_are_weighted():
