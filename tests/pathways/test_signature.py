@@ -82,10 +82,14 @@ def test_pairs_are_of_tokens_that_say_something():
 
 def test_thresholds_are_quantiles_and_typicality_is_their_inverse():
     signature = make_signature()
-    place = LEVELS.index(MISSED)
-    own = torch.maximum(signature.own[:, place], signature.background[:, LEVELS.index(0.99)])
-    assert signature.least_scores == own.tolist()
-    assert signature.least_seen == signature.own_pairs[:, place].tolist()
+    own, seen = (
+        [interpolate(MISSED, LEVELS, row) for row in grid.tolist()]
+        for grid in (signature.own, signature.own_pairs)
+    )
+    background = signature.background[:, LEVELS.index(0.99)].tolist()
+    assert signature.least_scores == [max(pair) for pair in zip(own, background, strict=True)]
+    assert signature.least_seen == seen
+    assert replace(signature, background=signature.background - 1e3).least_scores == own
     middle = LENGTHS[2] * float(signature.own[2, LEVELS.index(0.5)])
     said = Reading(count=LENGTHS[2], nats=middle, seen=0.0)
     assert signature.typicality(said) == pytest.approx(0.5)
