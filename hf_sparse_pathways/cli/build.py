@@ -26,6 +26,7 @@ from hf_sparse_pathways.cli.profile import (
     split_texts,
     take_profile,
 )
+from hf_sparse_pathways.discovery.documents import ROUTER_TOKENS
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.memory import MAX_MEMORY
 from hf_sparse_pathways.outputs import check_output, written_whole
@@ -128,7 +129,7 @@ def run(  # noqa: PLR0913
         int | None,
         typer.Option(help=f"Tokens per domain. [{opt.CALIBRATION_TOKENS}; quick {QUICK_TOKENS}]"),
     ] = None,
-    router_tokens: opt.RouterTokens = opt.ROUTER_TOKENS,
+    router_tokens: opt.RouterTokens = ROUTER_TOKENS,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
     held_out: opt.HeldOut = HELD_OUT,

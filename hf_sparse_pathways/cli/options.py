@@ -10,9 +10,6 @@ from hf_sparse_pathways.errors import PathwaysError
 
 CALIBRATION_TOKENS = 16384
 
-ROUTER_TOKENS = 262_144
-"""As of ``sp.profile``, which takes long to import."""
-
 PROFILING = ("max_tokens", "router_tokens", "held_out", "max_memory")
 """Parameters that only say how a profile is taken, and nothing beside a saved one."""
 

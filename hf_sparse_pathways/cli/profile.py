@@ -10,6 +10,7 @@ from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.launch import join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.discovery.documents import ROUTER_TOKENS
 from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
 from hf_sparse_pathways.outputs import check_output, written_whole
 
@@ -64,7 +65,7 @@ def run(  # noqa: PLR0913
     max_tokens: opt.MaxTokens = opt.CALIBRATION_TOKENS,
     max_length: opt.MaxLength = None,
     batch_size: opt.BatchSize = 8,
-    router_tokens: opt.RouterTokens = opt.ROUTER_TOKENS,
+    router_tokens: opt.RouterTokens = ROUTER_TOKENS,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = 0,
     grams: Annotated[

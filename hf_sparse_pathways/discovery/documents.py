@@ -16,6 +16,10 @@ from hf_sparse_pathways.errors import PathwaysError, TextError, option
 SECTION_CHARACTERS = 4_000
 FEW_DOCUMENTS = 5
 
+ROUTER_TOKENS = 262_144
+"""Most tokens of a domain from which it is told: to count them takes no model. Of 65,536 a domain
+is told as well, but of fewer its neighbours' text is often taken to be its own."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -86,14 +90,10 @@ class Documents:
         Returns:
             The documents, and how many others there were.
         """
-        listed, uses = list(provenances), ("", "validation_", "router_")
+        listed = list(provenances)
+        uses = ("", "validation_", *(["router_"] if routed else []))
         seen, cut = (
-            [
-                digest
-                for text in listed
-                for use in (uses if routed else uses[:2])
-                for digest in text.get(f"{use}{name}", ())
-            ]
+            [digest for text in listed for use in uses for digest in text.get(f"{use}{name}", ())]
             for name in ("digests", "cut_digests")
         )
         fresh = self.without(seen, cut)

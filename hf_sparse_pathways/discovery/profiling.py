@@ -14,13 +14,14 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from hf_sparse_pathways.discovery.background import take_background
 from hf_sparse_pathways.discovery.collection import Collection, Sample, cut_groups
-from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, Documents
+from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, ROUTER_TOKENS, Documents
 from hf_sparse_pathways.discovery.entanglement import measure_entanglement
 from hf_sparse_pathways.discovery.expert_profiling import collect_experts
 from hf_sparse_pathways.discovery.passes import calibration_precision
@@ -41,10 +42,6 @@ from hf_sparse_pathways.processes import Processes
 
 MIN_TOKENS = 32
 """Fewer tokens of a domain are refused: their statistics would be noise."""
-
-ROUTER_TOKENS = 262_144
-"""Most tokens of a domain from which it is told: to count them takes no model. Of 65,536 a domain
-is told as well, but of fewer its neighbours' text is often taken to be its own."""
 
 FEW_TOKENS = 1024
 """Of fewer it is said that they are few."""
@@ -208,9 +205,8 @@ def _draw(  # noqa: PLR0913
     calibration = documents
     if share > 0.0 and len(documents.items) >= FEW_DOCUMENTS:
         calibration, _ = documents.split(share, seed)
-    windows = draw_windows(
-        calibration, tokenizer, max_tokens=max_tokens, max_length=max_length, seed=seed
-    )
+    draw = partial(draw_windows, tokenizer=tokenizer, max_length=max_length, seed=seed)
+    windows = draw(calibration, max_tokens=max_tokens)
     tokens = count_tokens(windows)
     if tokens < MIN_TOKENS:
         raise TextError(
@@ -229,23 +225,11 @@ def _draw(  # noqa: PLR0913
     digests, cut = list_digests(windows)
     kept: list[Window] = []
     if validation_tokens > 0:
-        kept = draw_windows(
-            documents.without(digests, cut),
-            tokenizer,
-            max_tokens=validation_tokens,
-            max_length=max_length,
-            seed=seed,
-        )
+        kept = draw(documents.without(digests, cut), max_tokens=validation_tokens)
     kept_digests, kept_cut = list_digests(kept)
     told: list[Window] = []
     if router_tokens > max_tokens <= tokens:
-        told = draw_windows(
-            calibration.without(kept_digests, kept_cut),
-            tokenizer,
-            max_tokens=router_tokens,
-            max_length=max_length,
-            seed=seed,
-        )
+        told = draw(calibration.without(kept_digests, kept_cut), max_tokens=router_tokens)
     told_digests, told_cut = list_digests(told)
     provenance = {
         "source": documents.source,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_sparse_pathways.errors import MismatchError, PathwaysError
+from hf_sparse_pathways.errors import MismatchError, PathwaysError, option
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.measure import analysis_report
 from hf_sparse_pathways.measure.analysis import Analysis
@@ -124,7 +124,7 @@ def write_html_report(
         if analysis is None or evaluation is not None or benchmark is not None:
             raise PathwaysError(
                 "Without a folder with pathways a page shows an analysis, and nothing else: give "
-                "the folder, or --analysis FILE (analysis=) alone."
+                f"the folder, or {option('analysis')} alone."
             )
         text = render_analysis(analysis, plots=plots)
     else:
