@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-routing benchmark-memory benchmark-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-routing benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -39,6 +39,9 @@ benchmark-memory: install
 
 benchmark-speed: install
 	$(BIN)/python benchmarks/speed.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-token-speed: install
+	$(BIN)/python benchmarks/token_speed.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-int8: install
 	$(BIN)/python benchmarks/int8.py --cache "$(CACHE)" --page docs/measured.md

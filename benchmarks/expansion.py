@@ -12,26 +12,20 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from fetching import fetch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from materials import Materials
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.cli.profile import HELD_OUT
-from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.expansion import COPIES, EXPANDED, NEURONS
 from hf_sparse_pathways.discovery.passes import evaluation_mode
-from hf_sparse_pathways.discovery.profile_storage import JSON_NAME
 from hf_sparse_pathways.discovery.pruned_copies import NONZERO, CopyRecipe, make_copies
 from hf_sparse_pathways.discovery.sparsegpt import parse_pattern
-from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.files import read_json, write_atomically, write_between
-from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
+from hf_sparse_pathways.measure.arms import DENSE, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
 
 START, END = "<!-- expansion: written by `make benchmark-expansion` -->", "<!-- /expansion -->"
@@ -103,26 +97,9 @@ class Benchmark:
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
         self.work: Path = arguments.cache / "benchmarks" / "expansion" / arguments.model
-
-    @cached_property
-    def dense(self) -> Any:
-        """The dense model."""
-        folder, dtype = self.arguments.cache / self.arguments.model, self.arguments.dtype
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        return AutoTokenizer.from_pretrained(self.arguments.cache / self.arguments.model)
-
-    @cached_property
-    def texts(self) -> dict[str, tuple[Documents, Documents]]:
-        """Domain -> calibration and held-out documents."""
-        folder = self.arguments.cache / "texts"
-        return {
-            name: read_documents(folder / name, seed=0).split(HELD_OUT, 0)
-            for name in self.arguments.domains
-        }
+        self.materials = Materials(
+            arguments.cache, arguments.model, arguments.domains, self.work, arguments.dtype
+        )
 
     def steps(self) -> Iterator[Step]:
         """Yield what is to be measured."""
@@ -158,19 +135,12 @@ class Benchmark:
     def _score(self, step: Step) -> dict[str, Any]:
         """Make pathways, and measure them on each domain's held-out text."""
         pathways, runs = self._make(step)
-        sparse = sp.SparsePathwaysForCausalLM.from_dense(self.dense, pathways)
+        sparse = sp.SparsePathwaysForCausalLM.from_dense(self.materials.dense, pathways)
         if step.way in (COPIES, LABEL_COPIES):
             sparse.set_executor("masked")  # no further copies of the copies
         rows = {}
-        for domain, (_, held_out) in self.texts.items():
-            text = ScoredText.draw(
-                domain,
-                held_out,
-                self.tokenizer,
-                max_tokens=self.arguments.scored_tokens,
-                max_length=resolve_length(self.dense, None),
-                seed=0,
-            )
+        for domain in self.arguments.domains:
+            text = self.materials.scored(domain, self.arguments.scored_tokens)
             name = runs or domain
             with evaluation_mode(sparse):
                 arms = [DENSE, pathway_arm("pathway", name, pathways)]
@@ -199,11 +169,11 @@ class Benchmark:
             pattern = parse_pattern(self.arguments.pattern, step.sparsity)
             recipe = CopyRecipe(pattern=pattern, clustering=clustering)
             labelled = step.way == LABEL_COPIES
-            made = make_copies(self.dense, own if labelled else pooled, recipe)
+            made = make_copies(self.materials.dense, own if labelled else pooled, recipe)
             return made, None if labelled else EXPANDED
         labelled = step.way == LABEL_NEURONS
         made = sp.select(
-            self.dense,
+            self.materials.dense,
             own if labelled else pooled,
             sparsity=step.sparsity,
             clusters=step.clusters,
@@ -215,19 +185,9 @@ class Benchmark:
         """Return the profile that all steps share, as many tokens of each domain."""
         given = self.arguments
         kind = "grams" if grams else "windows"
-        folder = self.work / f"{kind}-{'-'.join(self.texts)}-{given.max_tokens}-{given.dtype}"
-        if not (folder / JSON_NAME).is_file():
-            calibration = {name: split[0] for name, split in self.texts.items()}
-            sp.profile(
-                self.dense,
-                self.tokenizer,
-                calibration,
-                max_tokens=given.max_tokens // len(calibration),
-                grams=grams,
-                inputs=False,
-                work_folder=self.work / "unfinished",
-            ).save_pretrained(folder)
-        return sp.Profile.from_pretrained(folder)
+        name = f"{kind}-{'-'.join(given.domains)}-{given.max_tokens}-{given.dtype}"
+        tokens = given.max_tokens // len(given.domains)
+        return self.materials.profile(name, max_tokens=tokens, grams=grams, inputs=False)
 
     def table(self, results: dict[Step, dict[str, Any]]) -> str:
         """Return the caption and the table."""

@@ -11,17 +11,14 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fetching import fetch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from materials import Materials
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.cli.profile import HELD_OUT
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.files import read_json, write_atomically, write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.pathways.storage import JSON_NAME
@@ -76,27 +73,10 @@ class Benchmark:
             dense_first=arguments.dense_first,
             learning_rate=arguments.learning_rate,
         )
-        self.base: Path = arguments.cache / arguments.model
         self.work: Path = arguments.cache / "benchmarks" / "healing" / arguments.model
-
-    @cached_property
-    def dense(self) -> Any:
-        """The dense model."""
-        return AutoModelForCausalLM.from_pretrained(self.base)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        return AutoTokenizer.from_pretrained(self.base)
-
-    @cached_property
-    def texts(self) -> dict[str, tuple[Documents, Documents]]:
-        """Domain -> training and held-out documents."""
-        folder = self.arguments.cache / "texts"
-        return {
-            name: read_documents(folder / name, seed=0).split(HELD_OUT, 0)
-            for name in self.arguments.domains
-        }
+        self.materials = Materials(
+            arguments.cache, arguments.model, arguments.domains, self.work, dtype=None
+        )
 
     def measure(self) -> list[dict[str, Any]]:
         """Return one row per sparsity and domain, healing what was not, if that is wanted."""
@@ -121,12 +101,14 @@ class Benchmark:
 
     def _heal(self, domain: str, sparsity: float) -> dict[str, Any]:
         """Heal one pathway; the dense partner's run is shared by all sparsities."""
-        model = sp.SparsePathwaysForCausalLM.from_dense(self.dense, self._pathways(sparsity))
-        training, held_out = self.texts[domain]
+        model = sp.SparsePathwaysForCausalLM.from_dense(
+            self.materials.dense, self._pathways(sparsity)
+        )
+        training, held_out = self.materials.texts[domain]
         before = self._evaluate(model, domain, held_out)
         healed = sp.heal(
             model,
-            self.tokenizer,
+            self.materials.tokenizer,
             {domain: training},
             settings=self.settings,
             work_folder=self.work / "unfinished",
@@ -145,26 +127,23 @@ class Benchmark:
 
     def _pathways(self, sparsity: float) -> sp.Pathways:
         """Return the pathways that are healed, from the cache if they are there."""
-        named = "-".join((*self.texts, f"{sparsity:g}", str(self.arguments.max_tokens)))
+        named = "-".join((*self.materials.domains, f"{sparsity:g}", str(self.arguments.max_tokens)))
         folder = self.work / f"pathways-{named}"
         if not (folder / JSON_NAME).is_file():
-            profile = sp.profile(
-                self.dense,
-                self.tokenizer,
-                {name: split[0] for name, split in self.texts.items()},
+            profile = self.materials.profile(
+                f"profile-{'-'.join(self.materials.domains)}-{self.arguments.max_tokens}",
                 max_tokens=self.arguments.max_tokens,
-                grams=True,
                 precision="fastest",
-                work_folder=self.work / "unfinished",
             )
             options: dict[str, Any] = {"precision": "fastest", "controls": False}
-            sp.select(self.dense, profile, sparsity=sparsity, **options).save_pretrained(folder)
+            made = sp.select(self.materials.dense, profile, sparsity=sparsity, **options)
+            made.save_pretrained(folder)
         return sp.Pathways.from_pretrained(folder)
 
     def _evaluate(self, model: Any, domain: str, held_out: Documents) -> dict[str, dict[str, Any]]:
         report = sp.evaluate(
             model,
-            self.tokenizer,
+            self.materials.tokenizer,
             {domain: held_out},
             controls=False,
             max_tokens=self.arguments.scored_tokens,

@@ -13,18 +13,13 @@ from typing import Any
 
 import torch
 from fetching import fetch
+from materials import Materials
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.cli.profile import HELD_OUT
-from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.discovery.passes import evaluation_mode
-from hf_sparse_pathways.discovery.profile_storage import JSON_NAME
-from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.files import read_json, write_atomically
-from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms, pathway_arm
+from hf_sparse_pathways.measure.arms import DENSE, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
 
 STATIC, CLOSED, TRAINED = "static pathway", "groups", "groups, trained"
@@ -76,23 +71,8 @@ class Benchmark:
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
         self.work: Path = arguments.cache / "benchmarks" / "mixture" / arguments.model
-
-    @cached_property
-    def dense(self) -> Any:
-        """The dense model."""
-        folder = self.arguments.cache / self.arguments.model
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        return AutoTokenizer.from_pretrained(self.arguments.cache / self.arguments.model)
-
-    @cached_property
-    def texts(self) -> tuple[Documents, Documents]:
-        """Calibration and held-out documents."""
-        folder = self.arguments.cache / "texts" / self.arguments.domain
-        return read_documents(folder, seed=0).split(HELD_OUT, 0)
+        domains = [arguments.domain]
+        self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
 
     @property
     def name(self) -> str:
@@ -123,7 +103,7 @@ class Benchmark:
             kind = GROUPINGS.get(arm)
             mixture = None if kind is None else kind(count=given.mixture, top_k=given.top_k)
             made = sp.select(
-                self.dense,
+                self.materials.dense,
                 self.profile,
                 sparsity=given.sparsity,
                 mixture=mixture,
@@ -134,11 +114,15 @@ class Benchmark:
 
     def _train(self, pathways: sp.Pathways) -> sp.Pathways:
         given = self.arguments
-        model = sp.SparsePathwaysForCausalLM.from_dense(self.dense, pathways)
+        model = sp.SparsePathwaysForCausalLM.from_dense(self.materials.dense, pathways)
         settings = sp.RouterSettings(tokens=given.training_tokens)
-        texts = {given.domain: self.texts[0]}
+        texts = {given.domain: self.materials.texts[given.domain][0]}
         trained = sp.train_routers(
-            model, self.tokenizer, texts, settings=settings, work_folder=self.work / "unfinished"
+            model,
+            self.materials.tokenizer,
+            texts,
+            settings=settings,
+            work_folder=self.work / "unfinished",
         )
         print(trained)
         return trained.pathways
@@ -147,29 +131,14 @@ class Benchmark:
     def profile(self) -> sp.Profile:
         """The profile that all arms share."""
         given = self.arguments
-        folder = self.work / f"profile-{given.domain}-{given.max_tokens}"
-        if not (folder / JSON_NAME).is_file():
-            sp.profile(
-                self.dense,
-                self.tokenizer,
-                {given.domain: self.texts[0]},
-                max_tokens=given.max_tokens,
-                work_folder=self.work / "unfinished",
-            ).save_pretrained(folder)
-        return sp.Profile.from_pretrained(folder)
+        name = f"profile-{given.domain}-{given.max_tokens}"
+        return self.materials.profile(name, max_tokens=given.max_tokens)
 
     def _score(self, pathways: sp.Pathways) -> dict[str, Any]:
         """Measure pathways on held-out text."""
         given = self.arguments
-        sparse = sp.SparsePathwaysForCausalLM.from_dense(self.dense, pathways)
-        text = ScoredText.draw(
-            given.domain,
-            self.texts[1],
-            self.tokenizer,
-            max_tokens=given.scored_tokens,
-            max_length=resolve_length(self.dense, None),
-            seed=0,
-        )
+        sparse = sp.SparsePathwaysForCausalLM.from_dense(self.materials.dense, pathways)
+        text = self.materials.scored(given.domain, given.scored_tokens)
         with evaluation_mode(sparse):
             arms = [DENSE, pathway_arm("pathway", given.domain, pathways)]
             dense, row = measure_arms(sparse, text, arms, batch_size=4, seed=0)

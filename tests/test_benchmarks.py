@@ -168,3 +168,47 @@ def test_groups_are_measured_beside_their_controls(mixture, monkeypatch):
     table = mixture.table()
     for arm in ("static pathway", "random groups", "random router", "groups, trained"):
         assert f"| {arm} |" in table
+
+
+@pytest.fixture
+def token_speed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import token_speed
+
+    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
+    save_dense(tmp_path / "tiny", "llama")
+    save_documents(tmp_path / "texts" / "code", "code", count=20, words=40)
+    monkeypatch.setitem(token_speed.ARMS, "clusters-16", {"clusters": 3})
+    monkeypatch.setitem(token_speed.ARMS, "clusters-16-skip-50", {"clusters": 3, "skip": 0.5})
+    monkeypatch.setitem(token_speed.ARMS, "groups of 32", {"mixture": 4})
+    given = argparse.Namespace(
+        cache=tmp_path,
+        model="tiny",
+        domain="code",
+        sparsity=0.5,
+        max_tokens=600,
+        arms=list(token_speed.ARMS),
+        executors=["compact", "masked"],
+        prompt=20,
+        new_tokens=4,
+        rounds=1,
+        threads=1,
+    )
+    yield token_speed.Benchmark(given)
+    del sys.modules["token_speed"]
+
+
+def test_every_way_to_choose_per_token_is_timed_beside_the_static_one(token_speed, monkeypatch):
+    text = token_speed.section("float32")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    arms = ["dense", *token_speed.arguments.arms]
+    assert [row[:2] for row in rows[2:]] == [[e, a] for e in ("compact", "masked") for a in arms]
+    for row in rows[2:]:
+        if row[1] == "dense":
+            assert row[2] == "100%"
+            assert row[3] == row[5] == "1.00 (1.00-1.00)"
+            continue
+        assert 40.0 < float(row[2].rstrip("%")) <= 55.0
+        assert (row[4] == row[6] == "1.00 (1.00-1.00)") == (row[1] == "static")
+    monkeypatch.setattr(type(token_speed.materials), "profile", None)
+    assert token_speed.section("bfloat16").count("groups of 32") == 2

@@ -1,0 +1,85 @@
+"""What benchmarks measure on: a model and texts of the cache folder, and profiles kept beside."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.cli.profile import HELD_OUT
+from hf_sparse_pathways.discovery.documents import Documents
+from hf_sparse_pathways.discovery.profile_storage import JSON_NAME
+from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.discovery.windows import resolve_length
+from hf_sparse_pathways.measure.arms import ScoredText
+
+
+@dataclass(frozen=True)
+class Materials:
+    """A model and domains' texts.
+
+    Attributes:
+        cache: Folder that both were fetched into.
+        model: The model's name.
+        domains: The texts' names.
+        work: Folder of what is made.
+        dtype: The dense model's data type; None for the checkpoint's.
+    """
+
+    cache: Path
+    model: str
+    domains: Sequence[str]
+    work: Path
+    dtype: str | None = "float32"
+
+    @cached_property
+    def dense(self) -> Any:
+        """The dense model."""
+        dtype = {} if self.dtype is None else {"dtype": self.dtype}
+        return AutoModelForCausalLM.from_pretrained(self.cache / self.model, **dtype)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return AutoTokenizer.from_pretrained(self.cache / self.model)
+
+    @cached_property
+    def texts(self) -> dict[str, tuple[Documents, Documents]]:
+        """Domain -> calibration and held-out documents."""
+        folder = self.cache / "texts"
+        return {
+            name: read_documents(folder / name, seed=0).split(HELD_OUT, 0) for name in self.domains
+        }
+
+    def profile(self, name: str, **options: Any) -> sp.Profile:
+        """Return the profile of the calibration documents, taken unless a folder has it.
+
+        Args:
+            name: The folder's, in ``work``.
+            options: As ``sp.profile`` takes them.
+        """
+        folder = self.work / name
+        if not (folder / JSON_NAME).is_file():
+            calibration = {domain: split[0] for domain, split in self.texts.items()}
+            sp.profile(
+                self.dense,
+                self.tokenizer,
+                calibration,
+                work_folder=self.work / "unfinished",
+                **options,
+            ).save_pretrained(folder)
+        return sp.Profile.from_pretrained(folder)
+
+    def scored(self, domain: str, max_tokens: int) -> ScoredText:
+        """Return windows of a domain's held-out documents."""
+        return ScoredText.draw(
+            domain,
+            self.texts[domain][1],
+            self.tokenizer,
+            max_tokens=max_tokens,
+            max_length=resolve_length(self.dense, None),
+            seed=0,
+        )

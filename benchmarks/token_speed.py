@@ -1,0 +1,173 @@
+"""Speed of pathways that choose neurons token by token, beside a static one of the same FLOPs.
+
+``make benchmark-token-speed`` runs it with one thread and nothing else on the machine. Pathways are
+selected for a real text, which prompts are taken from, too: how many neurons a token skips, and how
+tokens spread over clusters and groups, depends on both. They are kept in the cache folder.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetching import fetch
+from materials import Materials
+from torch import Tensor
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.files import write_between
+from hf_sparse_pathways.measure.figures import markdown_table
+from hf_sparse_pathways.measure.routing import draw_prompts
+from hf_sparse_pathways.measure.speed import clock
+from hf_sparse_pathways.measure.speed.results import Spread
+from hf_sparse_pathways.measure.speed.runs import decode, prefill
+from hf_sparse_pathways.measure.speed.timing import alternate
+
+START, END = (
+    "<!-- token speed: written by `make benchmark-token-speed` -->",
+    "<!-- /token speed -->",
+)
+
+DENSE, STATIC = "dense", "static"
+ARMS: dict[str, dict[str, Any]] = {
+    STATIC: {},
+    "skip-50": {"skip": 0.5},
+    "clusters-16": {"clusters": 16},
+    "clusters-16-skip-50": {"clusters": 16, "skip": 0.5},
+    "groups of 32": {"mixture": 32},
+}
+"""Arm -> what it selects with."""
+
+
+def main() -> None:
+    """Select what was not, time every arm, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--domain", default="code")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--max-tokens", type=int, default=65536, help="calibration")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--executors", nargs="+", default=["compact", "indexed"])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the timed pass")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    fetch(arguments.cache, arguments.model, [arguments.domain])
+    benchmark = Benchmark(arguments)
+    text = "\n\n".join(benchmark.section(dtype) for dtype in arguments.dtypes)
+    print(text)
+    if arguments.page is not None:
+        write_between(arguments.page, START, END, text)
+
+
+class Benchmark:
+    """The model, its text, and where its pathways lie."""
+
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
+        self.work: Path = arguments.cache / "benchmarks" / "token-speed" / arguments.model
+        domains = [arguments.domain]
+        self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
+
+    def section(self, dtype: str) -> str:
+        """Return the caption and the table of a data type."""
+        given = self.arguments
+        made = {arm: self.pathways(arm)[given.domain] for arm in given.arms}
+        pathways = sp.Pathways(base=self.pathways(STATIC).base, by_domain=made)
+        dense = replace(self.materials, dtype=dtype).dense
+        model: Any = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
+        model.max_resident_bytes *= len(made) + 2
+        rows = []
+        for executor in given.executors:
+            model.set_executor(executor)
+            if model.execution.executor == executor:
+                rows += self._rows(model, executor, pathways)
+        caption = (
+            f"**{given.model}**, {given.domain}, {dtype}, {given.threads} thread(s): median "
+            f"(quartiles) of {given.rounds} alternating rounds. Decoding {given.new_tokens} tokens "
+            f"at batch 1; passes of {given.prompt} tokens. Dense runs with the same executor, and "
+            "what is stored is the pathway alone."
+        )
+        header = ["executor", "arm", "FFN FLOPs", "decode / dense", "/ static", "pass / dense"]
+        return f"{caption}\n\n{markdown_table([*header, '/ static', 'stored'], rows)}"
+
+    def _rows(self, model: Any, executor: str, pathways: sp.Pathways) -> list[list[str]]:
+        given, ids = self.arguments, self.ids
+        domains = {DENSE: None, **{arm: arm for arm in given.arms}}
+        decoding: dict[str, Callable[[], float]] = {
+            arm: partial(decode, model, ids[:, :16], given.new_tokens, domain=domain)
+            for arm, domain in domains.items()
+        }
+        passing: dict[str, Callable[[], float]] = {
+            arm: partial(_tokens_per_second, model, ids, domain) for arm, domain in domains.items()
+        }
+        figures = [
+            alternate(runs, given.rounds, f"{executor}, {what}")
+            for what, runs in (("decode", decoding), ("pass", passing))
+        ]
+        rows = []
+        for arm, domain in domains.items():
+            ratios = [_over(own, arm, other) for own in figures for other in (DENSE, STATIC)]
+            flops = "100%" if domain is None else f"{pathways.flops(domain):.1%}"
+            size = "" if domain is None else f"{_stored_bytes(pathways[domain]) / 1e6:.0f} MB"
+            rows.append([executor, arm, flops, *ratios, size])
+        return rows
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The tokens of a prompt ``(1, tokens)``, from held-out documents."""
+        given = self.arguments
+        held_out = self.materials.texts[given.domain][1]
+        return draw_prompts(held_out, self.materials.tokenizer, length=given.prompt, most=1, seed=0)
+
+    def pathways(self, arm: str) -> sp.Pathways:
+        """Return an arm's pathways, selected unless they were."""
+        given = self.arguments
+        name = arm.replace(" ", "-")
+        folder = self.work / f"{given.domain}-{given.sparsity:g}-{given.max_tokens}-{name}"
+        if not (folder / "pathways.json").is_file():
+            print(f"selecting: {arm}", flush=True)
+            sp.select(
+                self.materials.dense,
+                self.profile,
+                sparsity=given.sparsity,
+                precision="fastest",
+                controls=False,
+                **ARMS[arm],
+            ).save_pretrained(folder)
+        return sp.Pathways.from_pretrained(folder)
+
+    @cached_property
+    def profile(self) -> sp.Profile:
+        """The profile that all arms share."""
+        given = self.arguments
+        name = f"profile-{given.domain}-{given.max_tokens}"
+        return self.materials.profile(name, max_tokens=given.max_tokens)
+
+
+def _tokens_per_second(model: Any, ids: Tensor, domain: str | None) -> float:
+    started = clock.now()
+    prefill(model, ids, domain=domain, logits_to_keep=1)
+    return ids.numel() / (clock.now() - started)
+
+
+def _over(figures: dict[str, tuple[float, ...]], arm: str, other: str) -> str:
+    """Return an arm's speed over another's, round by round."""
+    spread = Spread.of([a / b for a, b in zip(figures[arm], figures[other], strict=True)])
+    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+
+
+def _stored_bytes(pathway: sp.Pathway) -> int:
+    return sum(part.nbytes for block in pathway.blocks for part in block.parts().values())
+
+
+if __name__ == "__main__":
+    main()
