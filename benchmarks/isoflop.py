@@ -11,13 +11,18 @@ run is stored when it is done: the same command goes on from there. ``--small`` 
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from isoflop_training import KINDS, Run, Shape, Text, train
 
 from hf_sparse_pathways.discovery.text import read_documents
@@ -65,6 +70,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="bytes of a window")
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--scored", type=int, help="held-out bytes that are scored")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
     given = parser.parse_args()
     small = given.small
     plan = Plan(
@@ -80,7 +86,7 @@ def main() -> None:
         ),
         scored=given.scored or (16384 if small else 131072),
     )
-    results = measure(plan, read_text(given.text), given.output / "runs")
+    results = measure(plan, read_text(given.text), given.output / "runs", given.processes)
     table = to_markdown(plan, results)
     write_atomically(given.output / "isoflop.md", f"{table}\n".encode())
     write_picture(results, given.output)
@@ -99,31 +105,53 @@ def read_text(sources: Sequence[str]) -> Text:
     return Text(*map(bytes, parts))
 
 
-def measure(plan: Plan, text: Text, folder: Path) -> list[dict[str, Any]]:
+def measure(plan: Plan, text: Text, folder: Path, processes: int = 1) -> list[dict[str, Any]]:
     """Return the results of all runs of a plan, training those that are not stored."""
-    first, seed = plan.budgets[0], plan.seeds[0]
 
-    def result(kind: str, flops: float, seed: int, rate: float) -> dict[str, Any]:
-        run = Run(kind=kind, flops=flops, seed=seed, learning_rate=rate, shape=plan.shape)
-        path = folder / f"{run.name}-{plan.scored}.json"
-        if not path.is_file():
-            made = train(run, text, plan.scored)
-            write_atomically(path, json.dumps(made, indent=1).encode())
-            print(f"{run.name}: perplexity {math.exp(made['test']):.3f}", flush=True)
-        return read_json(path)
+    def runs(flops: float, seed: int, rates: Mapping[str, Sequence[float]]) -> list[Run]:
+        return [
+            Run(kind=kind, flops=flops, seed=seed, learning_rate=rate, shape=plan.shape)
+            for kind in plan.kinds
+            for rate in rates[kind]
+        ]
 
-    def validation_loss(kind: str, rate: float) -> float:
-        return float(result(kind, first, seed, rate)["validation"])
+    def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+        paths = [folder / f"{run.name}-{plan.scored}.json" for run in runs]
+        missing = {path: run for path, run in zip(paths, runs, strict=True) if not path.is_file()}
+        train_all(missing, text, plan.scored, processes)
+        return [read_json(path) for path in paths]
 
-    rates = {
-        kind: min(plan.learning_rates, key=partial(validation_loss, kind)) for kind in plan.kinds
+    tried = dict.fromkeys(plan.kinds, plan.learning_rates)
+    best = {
+        kind: [min(own, key=itemgetter("validation"))["learning_rate"]]
+        for kind, own in _by_kind(results(runs(plan.budgets[0], plan.seeds[0], tried)))
     }
-    return [
-        result(kind, flops, seed, rates[kind])
-        for seed in plan.seeds
-        for flops in plan.budgets
-        for kind in plan.kinds
+    wanted = [
+        run for seed in plan.seeds for flops in plan.budgets for run in runs(flops, seed, best)
     ]
+    return results(wanted)
+
+
+def train_all(missing: Mapping[Path, Run], text: Text, scored: int, processes: int) -> None:
+    """Train runs and store each at its path, several at a time, the longest first."""
+    jobs = sorted(missing.items(), key=lambda job: -job[1].flops)
+    store = partial(train_one, text=text, scored=scored)
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            store(*job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork has no threads of its own to train with
+    workers = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, **workers) as pool:
+        for done in as_completed([pool.submit(store, *job) for job in jobs]):
+            done.result()
+
+
+def train_one(path: Path, run: Run, text: Text, scored: int) -> None:
+    """Train one run and store it."""
+    made = train(run, text, scored)
+    write_atomically(path, json.dumps(made, indent=1).encode())
+    print(f"{run.name}: perplexity {math.exp(made['test']):.3f}", flush=True)
 
 
 def to_markdown(plan: Plan, results: Sequence[dict[str, Any]]) -> str:

@@ -79,6 +79,19 @@ def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
     assert (out / "isoflop.md").read_text() == table
 
 
+def test_several_runs_at_a_time_are_the_same_runs(run):
+    chosen = ["--kinds", "mlp", "swiglu", "--seeds", 0, "--learning-rates", 1e-2]
+    out = run(*chosen, "--processes", 2)
+    found = {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+    assert len(found) == 4
+    for path in (out / "runs").iterdir():
+        path.unlink()
+    run(*chosen)
+    for path in (out / "runs").iterdir():
+        again = json.loads(path.read_text())
+        assert abs(again["test"] - found[path.name]["test"]) < 1e-3
+
+
 def test_no_document_is_in_two_parts(isoflop, tmp_path):
     for index in range(40):
         (tmp_path / f"{index}.txt").write_text(f"document {index:02} " * 5)
