@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-routing benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-routing benchmark-prompt benchmark-mixture benchmark-layers benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -33,6 +33,19 @@ benchmark-expansion: install
 
 benchmark-routing: install
 	$(BIN)/python benchmarks/routing.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-prompt: install
+	$(BIN)/python benchmarks/prompt.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-mixture: install
+	$(BIN)/python benchmarks/mixture.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-layers: install
+	$(BIN)/python benchmarks/sgatlin.py --page docs/measured.md
+
+benchmark-isoflop: install
+	$(BIN)/python demo/fetch.py --cache "$(CACHE)" --texts code law medicine
+	$(BIN)/python benchmarks/isoflop.py --text $(foreach name,code law medicine,"$(CACHE)/texts/$(name)") --output "$(CACHE)/benchmarks/isoflop" --processes 2 --page docs/measured.md
 
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py

@@ -19,14 +19,14 @@ from typing import Any
 import ctranslate2
 import torch
 from llama_gguf import write_gguf
+from publishing import Section, add_page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.timing import alternate
 
-START, END = "<!-- engines: written by `make benchmark-engines` -->", "<!-- /engines -->"
+SECTION = Section("engines", "benchmark-engines")
 NAME, DOMAIN, DENSE = "smollm2-135m-instruct", "code", "dense"
 PROMPT = "def read_lines(path):"
 ARMS = {
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vllm")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the table into")
+    add_page(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = arguments.model or arguments.cache / "demo" / "model"
@@ -101,9 +101,7 @@ def main() -> None:
         for worker in workers.values():
             worker.stop()
     text = f"{caption(folders, arguments)}\n\n{table(rows)}"
-    print(text)
-    if arguments.page is not None:
-        write_between(arguments.page, START, END, text)
+    SECTION.publish(text, arguments.page)
 
 
 def export_arms(model: Path, cache: Path) -> dict[str, Path]:

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from fetching import fetch
 from materials import Materials
+from publishing import Section, add_page
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.expansion import COPIES, EXPANDED, NEURONS
 from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.discovery.pruned_copies import NONZERO, CopyRecipe, make_copies
 from hf_sparse_pathways.discovery.sparsegpt import parse_pattern
-from hf_sparse_pathways.files import read_json, write_atomically, write_between
+from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.arms import DENSE, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
 
-START, END = "<!-- expansion: written by `make benchmark-expansion` -->", "<!-- /expansion -->"
-
+SECTION = Section("expansion", "benchmark-expansion")
 LABEL_COPIES = "copy per domain"
 LABEL_NEURONS = "neurons per domain"
 POOLED_NEURONS = "neurons, pooled"
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=131_072, help="calibration, all domains")
     parser.add_argument("--scored-tokens", type=int, default=16384, help="held out, per domain")
     parser.add_argument("--dtype", default="bfloat16", help="copies take so many bytes a weight")
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the table into")
+    add_page(parser)
     parser.add_argument(
         "--measured", action="store_true", help="run nothing: write what was measured before"
     )
@@ -62,9 +62,7 @@ def main() -> None:
     if not results:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
     table = benchmark.table(results)
-    if arguments.page is not None:
-        write_between(arguments.page, START, END, table)
-    print(table)
+    SECTION.publish(table, arguments.page)
 
 
 @dataclass(frozen=True)

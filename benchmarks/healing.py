@@ -16,14 +16,15 @@ from typing import Any
 
 from fetching import fetch
 from materials import Materials
+from publishing import Section, add_page
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.files import read_json, write_atomically, write_between
+from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.pathways.storage import JSON_NAME
 
-START, END = "<!-- healing: written by `make benchmark-healing` -->", "<!-- /healing -->"
+SECTION = Section("healing", "benchmark-healing")
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="cut", help="dense, tuned or cut")
     parser.add_argument("--dense-first", type=float, default=0.5, help="fraction of the steps")
     parser.add_argument("--learning-rate", type=float, help="as heal's")
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the table into")
+    add_page(parser)
     parser.add_argument(
         "--measured", action="store_true", help="heal nothing: write what was measured before"
     )
@@ -54,9 +55,8 @@ def main() -> None:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
     table = Table.of(arguments.model, benchmark.settings, rows)
     if arguments.page is not None:
-        table = table.beside(arguments.page.read_text())
-        write_between(arguments.page, START, END, str(table))
-    print(table)
+        table = table.beside(SECTION.read(arguments.page.read_text(encoding="utf-8")))
+    SECTION.publish(str(table), arguments.page)
 
 
 class Benchmark:
@@ -183,12 +183,11 @@ class Table:
             cells=cells,
         )
 
-    def beside(self, text: str) -> "Table":
+    def beside(self, own: str) -> "Table":
         """Return the table with those rows that a text has of the same settings, and it has not.
 
         A domain takes hours, so that each may be measured on another machine.
         """
-        own = text[text.index(START) : text.index(END)]
         numbers = re.search(re.escape(self.how) + r" on at least (\d+) .* at least (\d+) ", own)
         if numbers is None:
             return self

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publishing import Section, add_page
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.stored import stored_tensor
-from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
@@ -26,7 +26,7 @@ from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload
 
-START, END = "<!-- int8: written by `make benchmark-int8` -->", "<!-- /int8 -->"
+SECTION = Section("int8", "benchmark-int8")
 DENSE = "bfloat16, dense, torch's own linear"
 NAME = "smollm2-135m-instruct"
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--scored-tokens", type=int, default=4096, help="held out, per domain")
     parser.add_argument("--shape", default="16x2048x8192", help="of a larger, random model")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    add_page(parser)
     arguments = parser.parse_args()
     folder = arguments.cache / "demo" / "model"
     if not folder.is_dir():
@@ -53,9 +53,7 @@ def main() -> None:
         speed(arguments.shape, *_random(arguments.shape), arguments.rounds),
     ]
     text = "\n\n".join(parts)
-    print(text)
-    if arguments.page is not None:
-        write_between(arguments.page, START, END, text)
+    SECTION.publish(text, arguments.page)
 
 
 def _load(folder: Path, **options: Any) -> Any:

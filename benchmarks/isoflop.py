@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 from isoflop_training import KINDS, Run, Shape, Text, train
+from publishing import Section, add_page
 
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
 from hf_sparse_pathways.measure.plotting import load_plots
+
+SECTION = Section("isoflop", "benchmark-isoflop")
 
 HELD_OUT = 0.2
 FULL, SMALL = (1e12, 3e12, 9e12), (5e10, 1.5e11, 4.5e11)
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--scored", type=int, help="held-out bytes that are scored")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
+    add_page(parser)
     given = parser.parse_args()
     small = given.small
     plan = Plan(
@@ -89,7 +93,7 @@ def main() -> None:
     table = to_markdown(plan, results)
     write_atomically(given.output / "isoflop.md", f"{table}\n".encode())
     write_picture(results, given.output)
-    print(table)
+    SECTION.publish(table, given.page)
 
 
 def read_text(sources: Sequence[str]) -> Text:

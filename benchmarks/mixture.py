@@ -1,6 +1,6 @@
 """Groups of neurons beside the static pathway of the same FLOPs, before and after training.
 
-``python benchmarks/mixture.py --cache .cache`` runs it: an hour or two on two cores. Controls have
+``make benchmark-mixture`` runs it: an hour or two on two cores. Controls have
 the same sizes, with groups or with a router that are drawn at random. Every arm is kept in the
 cache folder when it is measured, so that the run can be interrupted.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fetching import fetch
 from materials import Materials
+from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
@@ -21,6 +22,8 @@ from hf_sparse_pathways.discovery.passes import evaluation_mode
 from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.arms import DENSE, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
+
+SECTION = Section("groups", "benchmark-mixture")
 
 STATIC, CLOSED, TRAINED = "static pathway", "groups", "groups, trained"
 RANDOM_GROUPS, RANDOM_ROUTER = "random groups", "random router"
@@ -40,9 +43,10 @@ def main() -> None:
     parser.add_argument("--training-tokens", type=int, default=65536)
     parser.add_argument("--scored-tokens", type=int, default=16384, help="held out")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    add_page(parser)
     arguments = parser.parse_args()
     fetch(arguments.cache, arguments.model, [arguments.domain])
-    print(Benchmark(arguments).table())
+    SECTION.publish(Benchmark(arguments).table(), arguments.page)
 
 
 class RandomGroups(sp.Grouping):

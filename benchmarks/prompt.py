@@ -1,17 +1,21 @@
 """What picking neurons from a prompt costs, and what it gains, beside dense and a named pathway.
 
-``python benchmarks/prompt.py --model FOLDER`` generates from a random prompt at batch 1 with all
-neurons, with random keep masks of the same size, and with neurons picked from the prompt by each
-rule, in turn. Of each call it takes the time to the first token (the prompt, and picking), of the
-next step (kept rows and columns are gathered in it), and of the steps after it, over dense.
+``make benchmark-prompt`` runs it; nothing else should be running. It generates from a random prompt
+at batch 1 with all neurons, with random keep masks of the same size, and with neurons picked from
+the prompt by each rule, in turn. Of each call it takes the time to the first token (the prompt, and
+picking), of the next step (kept rows and columns are gathered in it), and of the steps after it,
+over dense.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from fetching import fetch
+from publishing import Section, add_page
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
@@ -25,35 +29,49 @@ from hf_sparse_pathways.measure.speed.runs import generate, random_ids
 from hf_sparse_pathways.measure.speed.timing import alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload
 
+SECTION = Section("prompt", "benchmark-prompt")
+
+REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 DENSE = "dense"
 COLUMNS = ("time to the first token", "next step", "later tokens/s", "whole call")
 
 
 def main() -> None:
-    """Print one table."""
+    """Time a given model, or a real one and the shape of a larger one, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="Folder or Hub id of a dense model.")
     which.add_argument("--shape", help="Of a random one: LAYERSxD_MODELxD_FF.")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="With --model or --shape.")
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=256, help="Tokens.")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    add_page(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(compare(arguments))
+    given = arguments.model or arguments.shape
+    if given is None:
+        fetch(arguments.cache, REAL)
+    cases = [(given, arguments.dtype)] if given else [(REAL, "float32"), (LARGE, "bfloat16")]
+    text = "\n\n".join(compare(arguments, *case) for case in cases)
+    SECTION.publish(text, arguments.page)
 
 
-def compare(arguments: argparse.Namespace) -> str:
+def load(arguments: argparse.Namespace, name: str, dtype: str) -> Any:
+    """Return a dense model: one of a shape, a model of the cache, or any other."""
+    if name in (arguments.shape, LARGE):
+        return random_llama(ModelShape.parse(name), getattr(torch, dtype)).eval()
+    folder = arguments.cache / name if name == REAL else name
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def compare(arguments: argparse.Namespace, name: str, dtype: str) -> str:
     """Time every arm, and return the table with its caption."""
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.shape is None:
-        dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
-    else:
-        dense = random_llama(ModelShape.parse(arguments.shape), dtype).eval()
+    dense = load(arguments, name, dtype)
     ids = random_ids(dense, Workload(kind="decode", tokens=arguments.prompt))
     model = sp.SparsePathwaysForCausalLM.from_dense(
         dense, _random_masks(dense, arguments.sparsity), executor=arguments.executor
@@ -71,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> str:
     alternate(arms, arguments.rounds, "generate")
     rows = [[label, *_row(seen[1:], times[DENSE][1:])] for label, seen in times.items()]
     caption = (
-        f"{arguments.shape or arguments.model}, {arguments.dtype}, {arguments.sparsity:.0%} of the "
+        f"**{name}**, {dtype}, {arguments.sparsity:.0%} of the "
         f"FFN neurons left out, {arguments.prompt} tokens of prompt, {arguments.new_tokens} new "
         "ones, batch 1, "
         f"{arguments.threads} thread(s), executor {model.execution.executor} (for dense, too): "

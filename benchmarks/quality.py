@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fetching import fetch
+from publishing import Section, add_page
 
-from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 
 MODELS = ("smollm2-135m-instruct", "gemma3-270m")
 DOMAINS = ("code", "law", "fiction", "math")
 MAX_TOKENS = "65536"
-START, END = "<!-- comparison: written by `make benchmark` -->", "<!-- /comparison -->"
+SECTION = Section("comparison", "benchmark")
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", default=MAX_TOKENS, help="calibration tokens per domain")
     parser.add_argument("--scored-tokens", default="16384", help="held-out tokens per domain")
     parser.add_argument("--methods", nargs="+", default=[], help="as compare's --method")
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    add_page(parser)
     parser.add_argument(
         "--measured", action="store_true", help="run nothing: write what was measured before"
     )
@@ -47,8 +47,8 @@ def main() -> None:
         measured[heading] = split_tables(report.to_markdown())
     if arguments.page is not None:
         text = arguments.page.read_text(encoding="utf-8")
-        known = split_models(text[text.index(START) + len(START) : text.index(END)])
-        write_between(arguments.page, START, END, join(known, measured))
+        known = split_models(SECTION.read(text))
+        SECTION.publish(join(known, measured), arguments.page)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fetching import fetch
+from publishing import Section, add_page
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,13 +22,12 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.options import parse_texts
 from hf_sparse_pathways.cli.profile import HELD_OUT
 from hf_sparse_pathways.discovery.text import read_documents
-from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
 from hf_sparse_pathways.measure.routing_report import format_rate
 from hf_sparse_pathways.modeling.routing import Router
 
-START, END = "<!-- routing: written by `make benchmark-routing` -->", "<!-- /routing -->"
+SECTION = Section("routing", "benchmark-routing")
 DOMAINS = ("code", "law", "fiction", "math", "medicine")
 CALIBRATED = 1024
 """Tokens that the model runs over: what it needs of them is not looked at here."""
@@ -42,14 +42,12 @@ def main() -> None:
     parser.add_argument("--unknown", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--prompts", type=int, default=100, help="per text and length")
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    add_page(parser)
     given = parser.parse_args()
     fetch(given.cache, given.model, given.domains)
     texts = {name: given.cache / "texts" / name for name in given.domains}
     text = measure(given, texts, parse_texts(given.unknown))
-    if given.page is not None:
-        write_between(given.page, START, END, text)
-    print(text)
+    SECTION.publish(text, given.page)
 
 
 def measure(given: Any, texts: Mapping[str, Path], unknown: Mapping[str, Any]) -> str:

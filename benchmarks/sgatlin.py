@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
 from hf_sparse_pathways.sgatlin.kinds import make_layer
+
+SECTION = Section("layers", "benchmark-layers")
 
 HEADER = ["tokens", "layer", "FLOPs per token", "forward", "with backward", "memory"]
 SECONDS = 0.2
@@ -63,16 +66,19 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # of one arm, in a process
+    add_page(parser)
     given = parser.parse_args()
     if given.memory:
         name, d_model, tokens = given.memory
         print(measure_memory(name, int(d_model), int(tokens)))
         return
+    tables = []
     for d_model in given.d_model:
         rows = [row for tokens in given.tokens for row in compare(d_model, tokens, given.rounds)]
         threads = torch.get_num_threads()
-        print(f"\nd_model {d_model}, float32, {threads} CPU threads; microseconds per token\n")
-        print(markdown_table(HEADER, rows))
+        caption = f"d_model {d_model}, float32, {threads} CPU thread(s); microseconds per token"
+        tables.append(f"{caption}\n\n{markdown_table(HEADER, rows)}")
+    SECTION.publish("\n\n".join(tables), given.page)
 
 
 def compare(d_model: int, tokens: int, rounds: int) -> list[list[str]]:

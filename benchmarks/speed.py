@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from fetching import fetch
+from publishing import Section, add_page
 from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
-from hf_sparse_pathways.files import read_json, write_atomically, write_between
+from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
@@ -28,7 +29,7 @@ from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import TimingSettings, alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload, plan_workloads
 
-START, END = "<!-- speed: written by `make benchmark-speed` -->", "<!-- /speed -->"
+SECTION = Section("speed", "benchmark-speed")
 REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 CASES = ((REAL, "float32"), (REAL, "bfloat16"), (LARGE, "bfloat16"))
 SHARED, SPARSITY = 0.6, 0.5
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    add_page(parser)
     parser.add_argument(
         "--measured", action="store_true", help="time nothing: write what was measured before"
     )
@@ -62,9 +63,7 @@ def main() -> None:
     if not found:
         sys.exit("Nothing was measured with these settings: leave out --measured.")
     text = to_markdown(found)
-    print(text)
-    if arguments.page is not None:
-        write_between(arguments.page, START, END, text)
+    SECTION.publish(text, arguments.page)
 
 
 def measure(arguments: Any, name: str, dtype: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from fetching import fetch
 from materials import Materials
+from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.files import write_between
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
 from hf_sparse_pathways.measure.speed import clock
@@ -26,10 +26,7 @@ from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.runs import decode, prefill
 from hf_sparse_pathways.measure.speed.timing import alternate
 
-START, END = (
-    "<!-- token speed: written by `make benchmark-token-speed` -->",
-    "<!-- /token speed -->",
-)
+SECTION = Section("token speed", "benchmark-token-speed")
 
 DENSE, STATIC = "dense", "static"
 ARMS: dict[str, dict[str, Any]] = {
@@ -57,15 +54,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--page", type=Path, help="a Markdown file to write the tables into")
+    add_page(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     fetch(arguments.cache, arguments.model, [arguments.domain])
     benchmark = Benchmark(arguments)
     text = "\n\n".join(benchmark.section(dtype) for dtype in arguments.dtypes)
-    print(text)
-    if arguments.page is not None:
-        write_between(arguments.page, START, END, text)
+    SECTION.publish(text, arguments.page)
 
 
 class Benchmark:

@@ -34,7 +34,7 @@ def _table(quality, *rows, perplexity="5.4"):
 
 def test_the_written_tables_are_read_and_written_as_they_are(quality):
     text = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
-    own = text[text.index(quality.START) + len(quality.START) : text.index(quality.END)].strip()
+    own = quality.SECTION.read(text).strip()
     assert quality.join(quality.split_models(own), {}) == own
     assert own.count("geometric mean") >= 6
 
