@@ -91,6 +91,21 @@ static inline float sum(vec v) {
     return lane[0];
 }
 
+/* The sums of four vectors, which together take less than four times as long as one. */
+static inline void sum_four(vec a, vec b, vec c, vec d, float *sums) {
+#ifdef __AVX512F__
+    __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
+    __m512 vw = _mm512_add_ps(_mm512_unpacklo_ps(v, w), _mm512_unpackhi_ps(v, w));
+    __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(vw, xy, 0x44), _mm512_shuffle_ps(vw, xy, 0xee));
+    __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
+#endif
+}
+
 struct job {
     const void *weight;
     ptrdiff_t stride; /* between rows, in elements */
@@ -124,14 +139,15 @@ struct job {
             }                                                                                      \
         }                                                                                          \
         UNROLL                                                                                     \
-        for (int r = 0; r < count; r++)                                                            \
-            UNROLL                                                                                 \
-            for (int m = 0; m < M; m++) {                                                          \
-                float value = sum(total[r][m]);                                                    \
+        for (int m = 0; m < M; m++) {                                                              \
+            float sums[4];                                                                         \
+            sum_four(total[0][m], total[1][m], total[2][m], total[3][m], sums);                    \
+            for (int r = 0; r < count; r++) {                                                      \
                 for (long j = i; j < job->k; j++)                                                  \
-                    value += one_##NAME(row[r] + j) * x[m * job->k + j];                           \
-                job->y[(input + m) * job->n + first + r] = value;                                  \
+                    sums[r] += one_##NAME(row[r] + j) * x[m * job->k + j];                         \
+                job->y[(input + m) * job->n + first + r] = sums[r];                                \
             }                                                                                      \
+        }                                                                                          \
     }
 
 DEFINE_TILE(float, float32)
@@ -165,10 +181,11 @@ static inline __attribute__((always_inline)) void tile_dot(
         }
     }
     UNROLL
-    for (int r = 0; r < count; r++)
-        UNROLL
-        for (int m = 0; m < M; m++)
-            job->y[(input + m) * job->n + first + r] = sum((vec)total[r][m]);
+    for (int m = 0; m < M; m++) {
+        float sums[4];
+        sum_four((vec)total[0][m], (vec)total[1][m], (vec)total[2][m], (vec)total[3][m], sums);
+        for (int r = 0; r < count; r++) job->y[(input + m) * job->n + first + r] = sums[r];
+    }
 }
 #endif
 

@@ -19,7 +19,8 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 MOST_INPUTS = 32
-"""Up to so many inputs the kernel is faster than gathering rows and multiplying by them."""
+"""Up to so many inputs the kernel is faster than torch; up to twice as many if torch would have to
+gather rows first."""
 
 _TILE_BYTES = 1 << 20
 """Rows that are gathered at a time: about what a core's own cache holds."""
@@ -48,7 +49,8 @@ def linear_rows(
         output: Tensor = _traced(x, weight, rows, scale, bias)
         return output
     inputs = _in_rows(x)
-    if inputs.shape[1] == weight.shape[1] and _can_read(inputs, weight):
+    most = MOST_INPUTS if rows is None else 2 * MOST_INPUTS
+    if inputs.shape[1] == weight.shape[1] and _can_read(inputs, weight, most):
         outputs = len(weight) if rows is None else len(rows)
         output = _by_kernel(find_kernel().linear, outputs, inputs, weight, (rows, scale, bias))
     else:
@@ -76,7 +78,7 @@ def sum_rows(
         ``(..., d_out)``; for few inputs, and if there is a kernel, a sum in float32 rounded once.
     """
     inputs = _in_rows(x)
-    if not torch.compiler.is_compiling() and _can_read(inputs, weight):
+    if not torch.compiler.is_compiling() and _can_read(inputs, weight, MOST_INPUTS):
         rest = (rows, scale, bias)
         output = _by_kernel(find_kernel().sum_rows, weight.shape[1], inputs, weight, rest)
     else:
@@ -92,10 +94,10 @@ def _in_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-def _can_read(x: Tensor, weight: Tensor) -> bool:
+def _can_read(x: Tensor, weight: Tensor, most: int) -> bool:
     """Whether the kernel is there, knows the dtypes, may read all, and inputs are few enough."""
     return (
-        len(x) <= MOST_INPUTS
+        len(x) <= most
         and not torch.is_autocast_enabled("cpu")
         and type(weight) in (Tensor, nn.Parameter)
         and x.layout is weight.layout is torch.strided
