@@ -38,6 +38,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arm -> what it selects with."""
 
+PROMPT = 16
+"""Tokens before those that are decoded."""
+
 
 def main() -> None:
     """Select what was not, time every arm, and write the tables."""
@@ -50,7 +53,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--executors", nargs="+", default=["compact", "indexed"])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of the timed pass")
+    parser.add_argument("--passes", nargs="+", type=int, default=[256, 1024], help="tokens each")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
@@ -88,26 +91,27 @@ class Benchmark:
         caption = (
             f"**{given.model}**, {given.domain}, {dtype}, {given.threads} thread(s): median "
             f"(quartiles) of {given.rounds} alternating rounds. Decoding {given.new_tokens} tokens "
-            f"at batch 1; passes of {given.prompt} tokens. Dense runs with the same executor, and "
-            "what is stored is the pathway alone."
+            f"at batch 1, and passes of {', '.join(map(str, given.passes))} tokens, as speeds over "
+            "those of dense with the same executor. What is stored is the pathway alone."
         )
-        header = ["executor", "arm", "FFN FLOPs", "decode / dense", "/ static", "pass / dense"]
-        return f"{caption}\n\n{markdown_table([*header, '/ static', 'stored'], rows)}"
+        header = ["executor", "arm", "FFN FLOPs", "decode / dense", "/ static"]
+        header += [cell for n in given.passes for cell in (f"{n} tokens / dense", "/ static")]
+        return f"{caption}\n\n{markdown_table([*header, 'stored'], rows)}"
 
     def _rows(self, model: Any, executor: str, pathways: sp.Pathways) -> list[list[str]]:
         given, ids = self.arguments, self.ids
         domains = {DENSE: None, **{arm: arm for arm in given.arms}}
         decoding: dict[str, Callable[[], float]] = {
-            arm: partial(decode, model, ids[:, :16], given.new_tokens, domain=domain)
+            arm: partial(decode, model, ids[:, :PROMPT], given.new_tokens, domain=domain)
             for arm, domain in domains.items()
         }
-        passing: dict[str, Callable[[], float]] = {
-            arm: partial(_tokens_per_second, model, ids, domain) for arm, domain in domains.items()
-        }
-        figures = [
-            alternate(runs, given.rounds, f"{executor}, {what}")
-            for what, runs in (("decode", decoding), ("pass", passing))
-        ]
+        figures = [alternate(decoding, given.rounds, f"{executor}, decode")]
+        for tokens in given.passes:
+            passing: dict[str, Callable[[], float]] = {
+                arm: partial(_tokens_per_second, model, ids[:, :tokens], domain)
+                for arm, domain in domains.items()
+            }
+            figures.append(alternate(passing, given.rounds, f"{executor}, {tokens} tokens"))
         rows = []
         for arm, domain in domains.items():
             ratios = [_over(own, arm, other) for own in figures for other in (DENSE, STATIC)]
@@ -120,8 +124,8 @@ class Benchmark:
     def ids(self) -> Tensor:
         """The tokens of a prompt ``(1, tokens)``, from held-out documents."""
         given = self.arguments
-        held_out = self.materials.texts[given.domain][1]
-        return draw_prompts(held_out, self.materials.tokenizer, length=given.prompt, most=1, seed=0)
+        held_out, longest = self.materials.texts[given.domain][1], max(PROMPT, *given.passes)
+        return draw_prompts(held_out, self.materials.tokenizer, length=longest, most=1, seed=0)
 
     def pathways(self, arm: str) -> sp.Pathways:
         """Return an arm's pathways, selected unless they were."""
