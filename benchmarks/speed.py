@@ -72,7 +72,7 @@ def measure(arguments: Any, name: str, dtype: str) -> dict[str, Any]:
     mixed = time_mixed(_sparse(dense, MIXED), arguments.rounds) if name == REAL else {}
     model = sp.permute(_sparse(dense, TIMED))
     del dense
-    runs = [len(attached.state.runs[0] or ()) for attached in model._attachment.blocks]
+    runs = [len(attached.state.members.runs[0] or ()) for attached in model._attachment.blocks]
     report = sp.benchmark(
         model,
         TIMED[:1],

@@ -113,7 +113,7 @@ def test_a_step_reads_only_what_its_token_has(llama, executor, monkeypatch):
         group_products,
         "kept_weights",
         lambda leaf, member, form: (
-            asked.append(leaf.state.widths[member]),
+            asked.append(leaf.state.members.widths[member]),
             wrapped(leaf, member, form),
         )[1],
     )

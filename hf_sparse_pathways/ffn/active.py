@@ -48,7 +48,7 @@ def active_incoming(leaf: "PathwayLeaf", x: Tensor, pathway: int, active: Tensor
     if not isinstance(kept.product, Rows):
         return kept(x)
     values = kept.product.at(active)(x, None if kept.bias is None else kept.bias[active])
-    output = values.new_zeros(*values.shape[:-1], leaf.state.widths[pathway])
+    output = values.new_zeros(*values.shape[:-1], leaf.state.members.widths[pathway])
     return output.index_copy_(-1, active, values)
 
 

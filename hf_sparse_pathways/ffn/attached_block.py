@@ -155,7 +155,7 @@ class _MaskInput:
         if member is None:
             return None
         activation = args[0]
-        if state.routed:
+        if state.members.routed:
             routed, found = needed_route(choice.routes.get(id(self.state)))
             activation, member = state.weigh(activation, member, routed), found
         activation = state.skip(activation, choice.ups.get(id(self.state)), member)

@@ -90,12 +90,10 @@ class Attachment:
             attached.state.set_pathways(tuple(blocks[index] for blocks in pathways))
         for index, routed in enumerate(self.copies.experts):
             routed.set_pathways(tuple(own[index] if own else None for own in experts))
-        clustered = (index for attached in self.blocks for index in attached.state.clustered)
-        self.copies.clustered = frozenset(clustered)
-        skipping = (index for attached in self.blocks for index in attached.state.skipping)
-        self.copies.skipping = frozenset(skipping)
-        grouped = (index for attached in self.blocks for index in attached.state.grouped)
-        self.copies.grouped = frozenset(grouped)
+        members = [attached.state.members for attached in self.blocks]
+        self.copies.clustered = frozenset(index for own in members for index in own.clustered)
+        self.copies.skipping = frozenset(index for own in members for index in own.skipping)
+        self.copies.grouped = frozenset(index for own in members for index in own.grouped)
         self.reset()
 
     # -- executors --------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Shared:
 
 
 Own = Key | Columns | Shared
-"""Key of one copy of a leaf; of an expert's it is its number in ``BlockState.members``."""
+"""Key of one copy of a leaf; of an expert's it is its number in ``Members``."""
 
 _INDEX_BYTES = 8
 
@@ -113,7 +113,7 @@ def kept_weights(leaf: "PathwayLeaf", key: Own, form: Form) -> KeptWeights:
 
 def _shared_sums(leaf: "PathwayLeaf", member: int, form: Form, stamp: tuple[object, ...]) -> Sums:
     """Return the matrix of which an expert reads rows; called while copies are made."""
-    pathway = leaf.state.shared(member)
+    pathway = leaf.state.members.shared(member)
     assert pathway is not None  # or nothing is shared
     copy = leaf.copies.get(Shared(pathway))
     if copy is None or not copy.fits(stamp, form):
@@ -127,7 +127,7 @@ def copy_keys(leaf: "PathwayLeaf", key: Key, form: Form) -> Iterator[Own]:
     if key == WHOLE:
         yield key
     elif not isinstance(key, tuple):
-        members = leaf.state.members_of(key)
+        members = leaf.state.members.of_pathway(key)
         if _reads_shared(leaf, members[0], form):
             yield Shared(key)
         yield from members
@@ -141,7 +141,7 @@ def drop_copies(leaf: "PathwayLeaf", key: Key) -> None:
     """Drop all copies that a leaf has for a resident key."""
     theirs: set[object] = {key}
     if isinstance(key, int) and key != WHOLE:
-        theirs = {Shared(key), *leaf.state.members_of(key)}
+        theirs = {Shared(key), *leaf.state.members.of_pathway(key)}
     for own in list(leaf.copies):
         if (own.mixture if isinstance(own, Columns) else own) in theirs:
             leaf.copies.pop(own, None)
@@ -195,7 +195,7 @@ def _stamp(weight: Tensor) -> tuple[object, ...]:
 
 def _reads_shared(leaf: "PathwayLeaf", member: int, form: Form) -> bool:
     """Whether an expert's columns are rows of one matrix of all experts."""
-    return form is NATIVE and leaf.neuron_dim == 1 and leaf.state.shared(member) is not None
+    return form is NATIVE and leaf.neuron_dim == 1 and leaf.state.members.shared(member) is not None
 
 
 def _is_in_place(leaf: "PathwayLeaf", index: Tensor | None, own: BlockPathway | None) -> bool:

@@ -128,9 +128,9 @@ class Compact:
 
     def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
         """Return the member that computes all tokens, or what each token has."""
-        if pathway in state.grouped:
+        if pathway in state.members.grouped:
             return select_groups(state, pathway, x)
-        return route(state, pathway, x) if pathway in state.clustered else pathway
+        return route(state, pathway, x) if pathway in state.members.clustered else pathway
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
         """Compute the kept neurons alone."""

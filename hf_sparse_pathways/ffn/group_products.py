@@ -26,7 +26,7 @@ class Pairs:
     """The tokens that have one group.
 
     Attributes:
-        member: The group, by its number in ``BlockState.members``.
+        member: The group, by its number in ``Members``.
         tokens: The tokens, int64.
         slots: Which of each one's groups it is, int64.
     """
@@ -41,7 +41,7 @@ class Selection:
     """Which groups compute the tokens of a block's input.
 
     Attributes:
-        always: What every token has, by its number in ``BlockState.members``.
+        always: What every token has, by its number in ``Members``.
         pairs: One entry per group that has tokens.
         weights: Of each token's groups, float32 ``(tokens, k)``.
     """
@@ -60,7 +60,7 @@ def select_groups(state: "BlockState", pathway: int, x: Tensor) -> Selection:
         x: The input.
     """
     groups, weights = state.groups(pathway, x.device)(x.flatten(0, -2))
-    first, chosen = state.grouped[pathway], groups.shape[1]
+    first, chosen = state.members.grouped[pathway], groups.shape[1]
     order, present = groups.flatten().argsort(stable=True), groups.flatten().bincount().tolist()
     pairs, start = [], 0
     for number, count in enumerate(present):
@@ -75,7 +75,7 @@ def selected_incoming(leaf: "PathwayLeaf", x: Tensor, selection: Selection, form
     """Return what each token has of the neurons, its groups in their order."""
     tokens, parts = x.flatten(0, -2), leaf.rows_per_neuron
     always = kept_weights(leaf, selection.always, form)(tokens)
-    width, size = leaf.state.widths[selection.always : selection.always + 2]
+    width, size = leaf.state.members.widths[selection.always : selection.always + 2]
     always = always.view(len(tokens), parts, width)
     chosen = selection.weights.shape[1]
     groups = always.new_empty(len(tokens), parts, chosen, size)
@@ -91,7 +91,7 @@ def selected_outgoing(
 ) -> Tensor:
     """Sum over what each token has, its groups weighted."""
     tokens = x.flatten(0, -2)
-    width, size = leaf.state.widths[selection.always : selection.always + 2]
+    width, size = leaf.state.members.widths[selection.always : selection.always + 2]
     inputs = None if block_input is None else block_input.flatten(0, -2)
     always = kept_weights(leaf, selection.always, form)
     output = always.with_bypass(tokens[:, :width], inputs)

@@ -101,15 +101,15 @@ class IncomingLeaf(PathwayLeaf):
         executor, pathway, choice = self._plan()
         if executor is None or choice is None:
             output = self.dense(x)
-            if self.state.skips and choice is not None and choice.sees is not None:
+            if self.state.members.skips and choice is not None and choice.sees is not None:
                 self._note_gate(choice, output)
             return output
         leaf = self if choice.picked is None else choice.picked.leaf(self)
-        if self.state.bypassed:
+        if self.state.members.bypassed:
             choice.inputs[id(self.state)] = x
-        if leaf.state.routed:
+        if leaf.state.members.routed:
             pathway = self._route(choice, executor, pathway, leaf.state, x)
-        if leaf.state.skips:
+        if leaf.state.members.skips:
             return self._gated(choice, executor, pathway, leaf, x)
         return executor.incoming(leaf, x, pathway)
 
@@ -163,13 +163,14 @@ class OutgoingLeaf(PathwayLeaf):
         if executor is None or choice is None:
             return self.dense(x)
         leaf = self if choice.picked is None else choice.picked.leaf(self)
-        block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        if leaf.state.routed:
+        bypassed = self.state.members.bypassed
+        block_input = choice.inputs.pop(id(self.state), None) if bypassed else None
+        if leaf.state.members.routed:
             routed, member = needed_route(choice.routes.pop(id(self.state), None))
             if executor is MASKED and not self.state.masked_outside:
                 x = leaf.state.weigh(x, pathway, routed)
             pathway = member
-        if not leaf.state.skips:
+        if not leaf.state.members.skips:
             return executor.outgoing(leaf, x, pathway, block_input)
         return self._sum_active(choice, executor, pathway, leaf, x, block_input)
 
@@ -194,13 +195,14 @@ class OutgoingLeaf(PathwayLeaf):
     def _mask_later(self, choice: Choice, picking: Picking, x: Tensor) -> Tensor:
         """Compute a prompt's tokens densely, and those after it with what was picked from it."""
         leaf, members = picking.leaf(self), picking.later(x)
-        block_input = choice.inputs.pop(id(self.state), None) if self.state.bypassed else None
-        if leaf.state.routed:
+        bypassed = self.state.members.bypassed
+        block_input = choice.inputs.pop(id(self.state), None) if bypassed else None
+        if leaf.state.members.routed:
             routed, _ = needed_route(choice.routes.pop(id(self.state), None))
             if not self.state.masked_outside:
                 x = leaf.state.weigh(x, members, routed)
             members = leaf.state.choose_members(members, routed)
-        if leaf.state.skips:
+        if leaf.state.members.skips:
             _, up = self._see_gate(choice, x)
             x = MASKED.skip(leaf.state, x, up, members)
         return MASKED.outgoing(leaf, x, members, block_input)
@@ -209,7 +211,8 @@ class OutgoingLeaf(PathwayLeaf):
         """Return which kept neurons are computed, if not all, and what gates are multiplied by."""
         place = id(self.state)
         gate, up = choice.gates.pop(place, None), choice.ups.pop(place, None)
-        unseen = not (self.state.told or self.state.grouped or torch.compiler.is_compiling())
+        told = self.state.told or self.state.members.grouped
+        unseen = not (told or torch.compiler.is_compiling())
         if unseen and gate is not None and up is not None and x.numel():
             self.state.example = Example.of(gate, up, x)
         return choice.active.pop(place, None), up

@@ -110,7 +110,7 @@ class Picking:
     def block(self, index: int) -> tuple[BlockPathway, ...]:
         """Return what was picked of a block, for each row in ``Prompts.picking``."""
         state = self._states[id(self._blocks[index].state)]
-        return state.members[: len(self.prompts.picking)]
+        return state.members.all[: len(self.prompts.picking)]
 
     # -- while prompts pass -----------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Picking:
             copies = pathway if isinstance(pathway, int) else Mixture.of(pathway)
             used = (copies,) if isinstance(copies, int) else copies.key
             states = self._states.values()
-            by_token = {index for own in states for index in own.by_token}
+            by_token = {index for own in states for index in own.members.by_token}
             self._copies[repeat] = copies if by_token.isdisjoint(used) else None
         return self._copies[repeat]
 

@@ -24,7 +24,7 @@ class Group:
     """The tokens of one expert.
 
     Attributes:
-        member: The expert, by its number in ``BlockState.members``.
+        member: The expert, by its number in ``Members``.
         run: Where its tokens stand when they are sorted.
         width: How many neurons it keeps.
     """
@@ -63,14 +63,14 @@ def route(state: "BlockState", pathway: int, x: Tensor) -> int | Routing:
         pathway: A pathway with clusters.
         x: The input.
     """
-    first, experts = state.clustered[pathway], state.router(pathway, x.device)(x)
+    first, experts = state.members.clustered[pathway], state.router(pathway, x.device)(x)
     if experts.numel() == 1:  # a step of decoding, of which nothing shall be lost
         return first + int(experts)
     experts = experts.flatten()
     counts, groups, start = experts.bincount().tolist(), [], 0
     for number, count in enumerate(counts):
         if count:
-            width = state.widths[first + number]
+            width = state.members.widths[first + number]
             groups.append(Group(first + number, slice(start, start + count), width))
             start += count
     if len(groups) == 1:

@@ -90,7 +90,7 @@ def _runs(leaf: "PathwayLeaf", pathway: int | Routing | Selection) -> tuple[Run,
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]
     if any(isinstance(change, Tensor) for change in changes) or is_int8(leaf.weight):
         return None
-    return leaf.state.runs[pathway]
+    return leaf.state.members.runs[pathway]
 
 
 def _rows(runs: tuple[Run, ...], leaf: "PathwayLeaf") -> list[Run]:

@@ -1,12 +1,5 @@
-"""What the leaves of one FFN block share: its pathways, as masks and additions on each device.
+"""What the leaves of one FFN block share: its pathways, as masks and additions on each device."""
 
-Besides one number per pathway there is one per expert of a pathway whose tokens are clustered, so
-that a batch of tokens with different experts is masked as one of rows with different pathways;
-and of a pathway with groups of neurons one for what all tokens have, then one per group. These
-numbers are called members; that of a pathway without clusters is its own.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +9,11 @@ from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.additions import Addition, IncomingAddition, add_to_rows, spread
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import ModelKey
-from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, TokenRouter, experts_of
+from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, TokenRouter
+from hf_sparse_pathways.ffn.members import Members, kept_neurons
 from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
 from hf_sparse_pathways.ffn.residents import Residents
-from hf_sparse_pathways.ffn.runs import Run, few_runs
 from hf_sparse_pathways.ffn.sharding import BlockShard
 from hf_sparse_pathways.ffn.skipping import (
     Example,
@@ -52,15 +45,7 @@ class BlockState:
     Attributes:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
-        pathways: What each pathway keeps of the block.
-        members: The same by member: each pathway (or its first expert), then all experts and
-            groups.
-        clustered: The pathways that have experts, with their first member.
-        grouped: The pathways that have groups of neurons, with their first member.
-        widths: How many neurons each member keeps.
-        runs: Each pathway's runs of kept neurons, None where they are too many to slice.
-        bypassed: Whether any pathway has a bypass, so that the block's input is needed.
-        skips: Whether any skips neurons token by token, so that gates are looked at.
+        members: All that may compute a token; a pathway has the number that it has among them.
         example: A token's way through the block, where some are skipped and a pass has shown one,
             until it has told the activation function.
         told: Whether it has, or cannot.
@@ -74,16 +59,7 @@ class BlockState:
     def __init__(self, key: ModelKey, d_ff: int, residents: Residents | None = None) -> None:
         self.key = key
         self.d_ff = d_ff
-        self.pathways: tuple[Kept, ...] = ()
-        self.members: tuple[BlockPathway, ...] = ()
-        self.clustered: dict[int, int] = {}
-        self.grouped: dict[int, int] = {}
-        self._ranges: dict[int, range] = {}
-        self._whole: tuple[int, ...] = ()  # what tokens may be masked by: no group alone
-        self.widths: tuple[int, ...] = ()
-        self.runs: tuple[tuple[Run, ...] | None, ...] = ()
-        self.bypassed = False
-        self.skips = False
+        self.members = Members(())
         self.example: Example | None = None
         self.told = False
         self.function: Function | None = None
@@ -92,7 +68,6 @@ class BlockState:
         self.residents = residents
         self.shard: BlockShard | None = None
         self._own: tuple[BlockPathway, ...] = ()
-        self._kept: tuple[Tensor, ...] = ()
         self._own_kept: tuple[Tensor, ...] = ()
         self._tables: dict[torch.device, Tensor] = {}
         self._thresholds: dict[torch.device, Tensor] = {}
@@ -107,76 +82,26 @@ class BlockState:
         unknown = {"example": None, "told": False, "function": None}
         return {**self.__dict__, **{name: {} for name in _CACHES}, **unknown}
 
+    @property
+    def pathways(self) -> tuple[Kept, ...]:
+        """What each pathway keeps of the block."""
+        return self.members.pathways
+
     def set_pathways(self, pathways: tuple[Kept, ...]) -> None:
         """Replace the pathways, in place."""
-        members = [experts_of(pathway)[0] for pathway in pathways]
-        clustered: dict[int, int] = {}
-        grouped: dict[int, int] = {}
-        ranges: dict[int, range] = {}
-        for index, pathway in enumerate(pathways):
-            first = len(members)
-            if isinstance(pathway, ClusteredBlock):
-                clustered[index] = first
-                members.extend(experts_of(pathway))
-            elif pathway.groups is not None:
-                grouped[index] = first
-                members.extend(pathway.divided())
-            ranges[index] = range(first, len(members)) or range(index, index + 1)
-        self.pathways, self.members, self._ranges = pathways, tuple(members), ranges
-        self.clustered, self.grouped = clustered, grouped
-        parts = {member for index in grouped for member in ranges[index]}
-        self._whole = tuple(member for member in range(len(members)) if member not in parts)
-        self.widths = tuple(member.kept for member in members)
-        self._kept = _kept_of(members)
-        self.runs = tuple(
-            None if index in clustered or index in grouped else few_runs(pathway.keep)
-            for index, pathway in enumerate(pathways)
-        )
-        self.bypassed = any(member.bypass is not None for member in members)
-        self.skips = any(member.skipping is not None for member in members)
+        self.members = Members(pathways)
         self.set_shard(self.shard)
         self._routers, self._unions = {}, {}
-
-    @property
-    def routed(self) -> bool:
-        """Whether any pathway looks at the block's input to choose what computes a token."""
-        return bool(self.clustered or self.grouped)
-
-    @property
-    def skipping(self) -> set[int]:
-        """The pathways that skip neurons token by token."""
-        return {
-            index
-            for index in range(len(self.pathways))
-            if any(self.members[member].skipping for member in self.members_of(index))
-        }
-
-    @property
-    def by_token(self) -> set[int]:
-        """The pathways that compute different neurons for different tokens."""
-        return {*self.clustered, *self.grouped, *self.skipping}
 
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
         self.shard = shard
-        self._own, self._own_kept = self.members, self._kept
+        self._own, self._own_kept = self.members.all, self.members.kept
         if shard is not None:
             self._own = tuple(map(shard.cut, self.members))
-            self._own_kept = _kept_of(self._own)
+            self._own_kept = tuple(map(kept_neurons, self._own))
         self._tables, self._thresholds, self._additions, self._incoming = {}, {}, {}, {}
         self._groups = {}
-
-    def members_of(self, pathway: int) -> range:
-        """Return the members that have copies of a pathway: itself, its experts, or its groups."""
-        usual = range(pathway, pathway + 1)  # also of what had copies and is no more
-        return self._ranges.get(pathway, usual)
-
-    def shared(self, member: int) -> int | None:
-        """Return the pathway whose experts have one refit, if a member is one of them."""
-        owners = (pathway for pathway in self.clustered if member in self.members_of(pathway))
-        owner = next(owners, None)
-        own = None if owner is None else self.pathways[owner]
-        return owner if isinstance(own, ClusteredBlock) and own.shared is not None else None
 
     def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
         """Return which members compute a block's input: one for all, one per row, or per token.
@@ -186,11 +111,11 @@ class BlockState:
             x: The block's input ``(..., d_in)``.
         """
         if isinstance(pathway, int):
-            if pathway not in self.clustered:
+            if pathway not in self.members.clustered:
                 return pathway
-            return self.clustered[pathway] + self.router(pathway, x.device)(x)
+            return self.members.clustered[pathway] + self.router(pathway, x.device)(x)
         members = pathway.to(x.device)
-        for index, first in self.clustered.items():
+        for index, first in self.members.clustered.items():
             own = members == index
             if torch.compiler.is_compiling() or bool(own.any()):
                 if members.shape != x.shape[:-1]:
@@ -232,8 +157,9 @@ class BlockState:
             x: The block's input ``(..., d_in)``.
         """
         if isinstance(pathway, int):
-            return self._weigh(activation, pathway, x) if pathway in self.grouped else activation
-        for index in self.grouped:
+            grouped = pathway in self.members.grouped
+            return self._weigh(activation, pathway, x) if grouped else activation
+        for index in self.members.grouped:
             rows = pathway.to(x.device) == index
             if torch.compiler.is_compiling() or bool(rows.any()):
                 own = rows.unsqueeze(-1)
@@ -284,7 +210,7 @@ class BlockState:
         if member.dim() > 1:  # one per token
             member, output, activation = member.flatten(), _flat(output), _flat(activation)
             block_input = None if block_input is None else _flat(block_input)
-        for index in self._whole:
+        for index in self.members.whole:
             if (
                 self._own[index].compensated
                 and (rows := _rows_of(index, member, output)) is not None
@@ -329,7 +255,7 @@ class BlockState:
         found = self._incoming.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                rows = self.rows_of(self._kept[member], rows_per_neuron).to(like.device)
+                rows = self.rows_of(self.members.kept[member], rows_per_neuron).to(like.device)
                 found = IncomingAddition(rows, delta.to(like), self.d_ff * rows_per_neuron)
                 if self.shard is not None:
                     found = found.cut(self.shard.rows[position])
@@ -402,7 +328,7 @@ class BlockState:
             up: The other factor of a gated block's activation.
             member: As in ``mask``.
         """
-        if not self.skips:
+        if not self.members.skips:
             return activation
         table = self._thresholds.get(activation.device)
         if table is None:
@@ -429,11 +355,6 @@ class BlockState:
             if not torch.compiler.is_compiling():
                 self._tables[device] = table
         return table
-
-
-def _kept_of(members: Sequence[BlockPathway]) -> tuple[Tensor, ...]:
-    """Return each member's kept neurons, int64, ascending."""
-    return tuple(member.keep.nonzero().flatten() for member in members)
 
 
 def _rows_of(index: int, member: Tensor, output: Tensor) -> Tensor | None:

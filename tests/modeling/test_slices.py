@@ -129,7 +129,7 @@ def test_only_kept_neurons_are_computed_on_the_weights_themselves(monkeypatch):
 def test_several_runs(name):
     domains = ("a", "b", "c", "d")
     dense, masks, model = _permuted(name, domains)
-    counts = [len(runs) for block in model._attachment.blocks for runs in block.state.runs]
+    counts = [len(runs) for block in model._attachment.blocks for runs in block.state.members.runs]
     assert max(counts) > 1
     for domain in domains:
         _close(model(IDS, domain=domain).logits, zeroed(dense, masks[domain])(IDS).logits)
