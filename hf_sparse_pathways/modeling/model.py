@@ -7,12 +7,11 @@ registered with the auto classes. Building one swaps the leaves of its FFN block
 the base's own code runs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.initialization import guard_torch_init_functions
@@ -31,6 +30,7 @@ from hf_sparse_pathways.ffn.forms import NATIVE
 from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.modeling.adapting import Adapting
 from hf_sparse_pathways.modeling.configuration import SparsePathwaysConfig, config_class_for
+from hf_sparse_pathways.modeling.deciding import Deciding
 from hf_sparse_pathways.modeling.domains import Unset, fit_rows, resolve_domain
 from hf_sparse_pathways.modeling.executing import Executing
 from hf_sparse_pathways.modeling.grouping import group_rows
@@ -49,13 +49,7 @@ from hf_sparse_pathways.modeling.replacement import (
     refuse,
     replace_blocks,
 )
-from hf_sparse_pathways.modeling.routing import (
-    Decision,
-    Router,
-    agreed,
-    asks_router,
-    route_call,
-)
+from hf_sparse_pathways.modeling.routing import agreed, asks_router
 from hf_sparse_pathways.modeling.saving import Saving
 from hf_sparse_pathways.modeling.structure import check_whole
 from hf_sparse_pathways.pathways.base import BaseModel
@@ -71,7 +65,7 @@ Named = str | Sequence[str | None] | Tensor | None
 Domain = Named | Picked
 
 
-class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
+class SparsePathwaysModel(Executing, Adapting, Prompting, Deciding, Saving, _Base):
     """What every model with pathways can do, whatever its head."""
 
     config: Any
@@ -79,7 +73,6 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
     _pathways: Pathways | None
     _shape: BaseModel
     _partial: Partial | None = None
-    _router: tuple[Pathways, Router] | None = None
 
     def __init__(self, config: SparsePathwaysConfig, *args: Any, **kwargs: Any) -> None:
         """Build the base model and swap its FFN leaves; pathways are given afterwards.
@@ -240,65 +233,6 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Saving, _Base):
         with self._holding(chosen, expand=False, picked=picked) as choice:
             choice.asked = domain if asks else None
             yield self
-
-    # -- routing ----------------------------------------------------------------------------
-
-    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str | None]:
-        """Return the domain that each prompt is of; None where it is of none, or hard to say.
-
-        Args:
-            input_ids: int64 ``(rows, tokens)``, padded on either side.
-            attention_mask: Which of them are no padding.
-
-        Raises:
-            PathwaysError: The pathways do not know their domains' text.
-        """
-        return [found.domain for found in self.decide(input_ids, attention_mask)]
-
-    def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
-        """Return what ``route`` does with the evidence for it; see ``modeling.routing``."""
-        return self._router_for(AUTO).decide(input_ids, attention_mask)
-
-    @property
-    def has_router(self) -> bool:
-        """Whether ``"auto"`` may stand for a domain."""
-        return self._pathways is not None and bool(self._pathways.routed)
-
-    @property
-    def text_router(self) -> Router:
-        """What knows the domains' text: the router of the pathways in use. It may know none."""
-        pathways = self.pathways
-        if self._router is None or self._router[0] is not pathways:
-            self._router = pathways, Router.of(pathways)
-        return self._router[1]
-
-    def _router_for(self, domain: Any) -> Router:
-        """Return the router, for a call that names ``domain``."""
-        if self._partial is not None:
-            self._partial.check(domain)
-        router = self.text_router
-        router.check()
-        if not isinstance(domain, str):
-            self._resolve([None if name == AUTO else name for name in without_prompts(domain)])
-        return router
-
-    def _route_call(
-        self, domain: Domain | Unset, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> list[str | None] | None:
-        """Return what a call computes per row, if it asks for that to be decided; else None."""
-        domain = self._asked(domain)
-        if not asks_router(domain):
-            return None
-        router = self._router_for(domain)
-        compiling = torch.compiler.is_compiling()
-        return route_call(router, domain, args, kwargs, compiling=compiling)
-
-    def _asked(self, domain: Domain | Unset) -> Any:
-        """Return what a call asks for, or else the scope or the model does."""
-        if not isinstance(domain, Unset):
-            return domain
-        ambient = find_choice(self._attachment.key)
-        return self.config.default_domain if ambient is None else ambient.asked
 
     @contextmanager
     def _holding(
