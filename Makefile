@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-routing benchmark-prompt benchmark-mixture benchmark-layers benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-prompt benchmark-mixture benchmark-layers benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ benchmark-healing: install
 
 benchmark-expansion: install
 	$(BIN)/python benchmarks/expansion.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-entanglement: install
+	$(BIN)/python benchmarks/entanglement.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-routing: install
 	$(BIN)/python benchmarks/routing.py --cache "$(CACHE)" --page docs/measured.md

@@ -1,6 +1,7 @@
 """Tables that are measured in parts: rows of other machines stay, and the verdict is of all."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -20,12 +21,34 @@ FLAP = "| flap | 70.0% | 1.1 (1-1.2) | 1.3 (1.2-1.4) | 1.196 |"
 
 
 @pytest.fixture
-def quality(monkeypatch):
+def load(monkeypatch):
+    """Return what imports a benchmark."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import quality
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == ROOT / "benchmarks":
+            del sys.modules[name]
 
-    yield quality
-    del sys.modules["quality"]
+
+@pytest.fixture
+def cache(tmp_path):
+    """Return a cache folder with a tiny model and texts."""
+    save_dense(tmp_path / "tiny", "llama")
+    for name in ("code", "law", "medicine"):
+        save_documents(tmp_path / "texts" / name, name, count=40, words=60)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Take profiles without the model's own text, which routers alone need."""
+    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
+
+
+@pytest.fixture
+def quality(load):
+    return load("quality")
 
 
 def _table(quality, *rows, perplexity="5.4"):
@@ -60,16 +83,10 @@ def test_other_text_is_another_table(quality):
 
 
 @pytest.fixture
-def expansion(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import expansion
-
-    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
-    save_dense(tmp_path / "tiny", "llama")
-    for name in ("code", "law"):
-        save_documents(tmp_path / "texts" / name, name, count=20, words=40)
+def expansion(load, cache, quick):
+    expansion = load("expansion")
     given = argparse.Namespace(
-        cache=tmp_path,
+        cache=cache,
         model="tiny",
         domains=["code", "law"],
         sparsity=[0.5],
@@ -82,8 +99,7 @@ def expansion(monkeypatch, tmp_path):
         dtype="float32",
         measured=False,
     )
-    yield expansion.Benchmark(given)
-    del sys.modules["expansion"]
+    return expansion.Benchmark(given)
 
 
 def test_every_step_of_an_expansion_is_measured_once(expansion, monkeypatch):
@@ -111,15 +127,10 @@ def test_every_step_of_an_expansion_is_measured_once(expansion, monkeypatch):
     assert COPIES not in {step.way for step in expansion.measure()}
 
 
-def test_prompts_are_routed_for_every_choice_of_known_domains(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import routing
-
-    save_dense(tmp_path / "tiny", "llama")
-    for name in ("code", "law", "medicine"):
-        save_documents(tmp_path / "texts" / name, name, count=40, words=60)
-    folders = {name: tmp_path / "texts" / name for name in ("code", "law", "medicine")}
-    given = argparse.Namespace(cache=tmp_path, model="tiny", lengths=[8, 16], prompts=5)
+def test_prompts_are_routed_for_every_choice_of_known_domains(load, cache):
+    routing = load("routing")
+    folders = {name: cache / "texts" / name for name in ("code", "law", "medicine")}
+    given = argparse.Namespace(cache=cache, model="tiny", lengths=[8, 16], prompts=5)
     text = routing.measure(given, folders, {"more": folders["law"]})
     rows = [line for line in text.splitlines() if line.startswith("| code")]
     known = ["code, law", "code, medicine", "code, law, medicine"]
@@ -132,19 +143,13 @@ def test_prompts_are_routed_for_every_choice_of_known_domains(monkeypatch, tmp_p
         "25.0 % (1/",
         "75.0 % (3/",
     ]
-    del sys.modules["routing"]
 
 
 @pytest.fixture
-def mixture(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import mixture
-
-    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
-    save_dense(tmp_path / "tiny", "llama")
-    save_documents(tmp_path / "texts" / "code", "code", count=20, words=40)
+def mixture(load, cache, quick):
+    mixture = load("mixture")
     given = argparse.Namespace(
-        cache=tmp_path,
+        cache=cache,
         model="tiny",
         domain="code",
         sparsity=0.5,
@@ -155,8 +160,7 @@ def mixture(monkeypatch, tmp_path):
         scored_tokens=60,
         arms=list(mixture.ARMS),
     )
-    yield mixture.Benchmark(given)
-    del sys.modules["mixture"]
+    return mixture.Benchmark(given)
 
 
 def test_groups_are_measured_beside_their_controls(mixture, monkeypatch):
@@ -171,18 +175,13 @@ def test_groups_are_measured_beside_their_controls(mixture, monkeypatch):
 
 
 @pytest.fixture
-def token_speed(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import token_speed
-
-    monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
-    save_dense(tmp_path / "tiny", "llama")
-    save_documents(tmp_path / "texts" / "code", "code", count=20, words=40)
+def token_speed(load, cache, quick, monkeypatch):
+    token_speed = load("token_speed")
     monkeypatch.setitem(token_speed.ARMS, "clusters-16", {"clusters": 3})
     monkeypatch.setitem(token_speed.ARMS, "clusters-16-skip-50", {"clusters": 3, "skip": 0.5})
     monkeypatch.setitem(token_speed.ARMS, "groups of 32", {"mixture": 4})
     given = argparse.Namespace(
-        cache=tmp_path,
+        cache=cache,
         model="tiny",
         domain="code",
         sparsity=0.5,
@@ -194,8 +193,7 @@ def token_speed(monkeypatch, tmp_path):
         rounds=1,
         threads=1,
     )
-    yield token_speed.Benchmark(given)
-    del sys.modules["token_speed"]
+    return token_speed.Benchmark(given)
 
 
 def test_every_way_to_choose_per_token_is_timed_beside_the_static_one(token_speed, monkeypatch):
@@ -212,3 +210,13 @@ def test_every_way_to_choose_per_token_is_timed_beside_the_static_one(token_spee
         assert (row[4] == row[6] == row[8] == "1.00 (1.00-1.00)") == (row[1] == "static")
     monkeypatch.setattr(type(token_speed.materials), "profile", None)
     assert token_speed.section("bfloat16").count("groups of 32") == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_entangled_rows_are_measured_on_held_out_text(load, cache):
+    entanglement, materials = load("entanglement"), load("materials")
+    own = materials.Materials(cache, "tiny", ["code", "law"], cache / "work")
+    text = entanglement.measure(own, 600, 100)
+    assert text.count("| code |") == text.count("| law |") == 7, "four relations, three harms"
+    assert "most entangled" in text
+    assert "sparsegpt" in text

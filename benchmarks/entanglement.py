@@ -1,0 +1,61 @@
+"""Whether a neuron's entanglement tells what sparsifying it costs, as Sparse Expansion says.
+
+``make benchmark-entanglement`` runs it on a real model. ``sparse-pathways analyze --entanglement``
+does the same for a model and texts of yours, and draws it.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from fetching import fetch
+from materials import Materials
+from publishing import Section, add_page
+
+from hf_sparse_pathways.measure.entangled_rows import relate_entanglement
+from hf_sparse_pathways.measure.entanglement import summarise_entanglement
+from hf_sparse_pathways.measure.entanglement_report import entanglement_sections
+from hf_sparse_pathways.measure.figures import markdown_table
+
+SECTION = Section("entanglement", "benchmark-entanglement")
+
+
+def main() -> None:
+    """Measure, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--domains", nargs="+", default=["code", "fiction"])
+    parser.add_argument("--max-tokens", type=int, default=16384, help="calibration, per domain")
+    parser.add_argument("--scored-tokens", type=int, default=16384, help="held out, per domain")
+    add_page(parser)
+    given = parser.parse_args()
+    fetch(given.cache, given.model, given.domains)
+    work = given.cache / "benchmarks" / "entanglement" / given.model
+    materials = Materials(given.cache, given.model, given.domains, work)
+    SECTION.publish(measure(materials, given.max_tokens, given.scored_tokens), given.page)
+
+
+def measure(materials: Materials, max_tokens: int, scored_tokens: int) -> str:
+    """Return the tables of what sparsified rows cost."""
+    name = f"profile-{'-'.join(materials.domains)}-{max_tokens}"
+    profile = materials.profile(name, max_tokens=max_tokens, grams=False, entanglement=True)
+    known = summarise_entanglement(profile)
+    assert known is not None  # it was asked for
+    relations, harms = relate_entanglement(
+        materials.dense,
+        materials.tokenizer,
+        profile,
+        {domain: held_out for domain, (_, held_out) in materials.texts.items()},
+        max_tokens=scored_tokens,
+    )
+    measured = replace(known, relations=relations, harms=harms)
+    tables = [one for one in entanglement_sections(measured) if "held-out" in one.title]
+    parts = [f"**{materials.model}**, calibrated on {max_tokens} tokens per domain."]
+    for one in tables:
+        parts += [f"{one.title}. {one.note}", markdown_table(one.header, one.rows)]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
