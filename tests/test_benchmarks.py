@@ -1,4 +1,4 @@
-"""Tables that are measured in parts: rows of other machines stay, and the verdict is of all."""
+"""Benchmarks: what is measured once, and tables that are measured in parts."""
 
 import argparse
 import importlib
@@ -41,7 +41,7 @@ def cache(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def _quick(monkeypatch):
     """Take profiles without the model's own text, which routers alone need."""
     monkeypatch.setattr(profiling, "take_background", lambda *_, **__: None)
 
@@ -83,7 +83,7 @@ def test_other_text_is_another_table(quality):
 
 
 @pytest.fixture
-def expansion(load, cache, quick):
+def expansion(load, cache, _quick):
     expansion = load("expansion")
     given = argparse.Namespace(
         cache=cache,
@@ -146,7 +146,7 @@ def test_prompts_are_routed_for_every_choice_of_known_domains(load, cache):
 
 
 @pytest.fixture
-def mixture(load, cache, quick):
+def mixture(load, cache, _quick):
     mixture = load("mixture")
     given = argparse.Namespace(
         cache=cache,
@@ -175,7 +175,7 @@ def test_groups_are_measured_beside_their_controls(mixture, monkeypatch):
 
 
 @pytest.fixture
-def token_speed(load, cache, quick, monkeypatch):
+def token_speed(load, cache, _quick, monkeypatch):
     token_speed = load("token_speed")
     monkeypatch.setitem(token_speed.ARMS, "clusters-16", {"clusters": 3})
     monkeypatch.setitem(token_speed.ARMS, "clusters-16-skip-50", {"clusters": 3, "skip": 0.5})
@@ -212,7 +212,7 @@ def test_every_way_to_choose_per_token_is_timed_beside_the_static_one(token_spee
     assert token_speed.section("bfloat16").count("groups of 32") == 2
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("_quick")
 def test_entangled_rows_are_measured_on_held_out_text(load, cache):
     entanglement, materials = load("entanglement"), load("materials")
     own = materials.Materials(cache, "tiny", ["code", "law"], cache / "work")
