@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-prompt benchmark-mixture benchmark-layers benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-prompt benchmark-mixture benchmark-sgatlin benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -43,7 +43,7 @@ benchmark-prompt: install
 benchmark-mixture: install
 	$(BIN)/python benchmarks/mixture.py --cache "$(CACHE)" --page docs/measured.md
 
-benchmark-layers: install
+benchmark-sgatlin: install
 	$(BIN)/python benchmarks/sgatlin.py --page docs/measured.md
 
 benchmark-isoflop: install

@@ -14,7 +14,7 @@ from publishing import Section, add_page
 
 from hf_sparse_pathways.measure.entangled_rows import relate_entanglement
 from hf_sparse_pathways.measure.entanglement import summarise_entanglement
-from hf_sparse_pathways.measure.entanglement_report import entanglement_sections
+from hf_sparse_pathways.measure.entanglement_report import measured_sections
 from hf_sparse_pathways.measure.figures import markdown_table
 
 SECTION = Section("entanglement", "benchmark-entanglement")
@@ -38,8 +38,7 @@ def main() -> None:
 
 def measure(materials: Materials, max_tokens: int, scored_tokens: int) -> str:
     """Return the tables of what sparsified rows cost."""
-    name = f"profile-{'-'.join(materials.domains)}-{max_tokens}"
-    profile = materials.profile(name, max_tokens=max_tokens, grams=False, entanglement=True)
+    profile = materials.profile(max_tokens=max_tokens, grams=False, entanglement=True)
     known = summarise_entanglement(profile)
     assert known is not None  # it was asked for
     relations, harms = relate_entanglement(
@@ -50,9 +49,8 @@ def measure(materials: Materials, max_tokens: int, scored_tokens: int) -> str:
         max_tokens=scored_tokens,
     )
     measured = replace(known, relations=relations, harms=harms)
-    tables = [one for one in entanglement_sections(measured) if "held-out" in one.title]
     parts = [f"**{materials.model}**, calibrated on {max_tokens} tokens per domain."]
-    for one in tables:
+    for one in measured_sections(measured):
         parts += [f"{one.title}. {one.note}", markdown_table(one.header, one.rows)]
     return "\n\n".join(parts)
 

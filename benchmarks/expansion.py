@@ -182,10 +182,8 @@ class Benchmark:
     def profile(self, *, grams: bool) -> sp.Profile:
         """Return the profile that all steps share, as many tokens of each domain."""
         given = self.arguments
-        kind = "grams" if grams else "windows"
-        name = f"{kind}-{'-'.join(given.domains)}-{given.max_tokens}-{given.dtype}"
         tokens = given.max_tokens // len(given.domains)
-        return self.materials.profile(name, max_tokens=tokens, grams=grams, inputs=False)
+        return self.materials.profile(max_tokens=tokens, grams=grams, inputs=False)
 
     def table(self, results: dict[Step, dict[str, Any]]) -> str:
         """Return the caption and the table."""

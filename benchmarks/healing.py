@@ -22,7 +22,6 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.documents import Documents
 from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.figures import markdown_table
-from hf_sparse_pathways.pathways.storage import JSON_NAME
 
 SECTION = Section("healing", "benchmark-healing")
 
@@ -127,18 +126,15 @@ class Benchmark:
 
     def _pathways(self, sparsity: float) -> sp.Pathways:
         """Return the pathways that are healed, from the cache if they are there."""
-        named = "-".join((*self.materials.domains, f"{sparsity:g}", str(self.arguments.max_tokens)))
-        folder = self.work / f"pathways-{named}"
-        if not (folder / JSON_NAME).is_file():
-            profile = self.materials.profile(
-                f"profile-{'-'.join(self.materials.domains)}-{self.arguments.max_tokens}",
-                max_tokens=self.arguments.max_tokens,
-                precision="fastest",
-            )
+        given = self.arguments
+
+        def make() -> sp.Pathways:
+            profile = self.materials.profile(max_tokens=given.max_tokens, precision="fastest")
             options: dict[str, Any] = {"precision": "fastest", "controls": False}
-            made = sp.select(self.materials.dense, profile, sparsity=sparsity, **options)
-            made.save_pretrained(folder)
-        return sp.Pathways.from_pretrained(folder)
+            return sp.select(self.materials.dense, profile, sparsity=sparsity, **options)
+
+        named = (*self.materials.domains, f"{sparsity:g}", str(given.max_tokens))
+        return self.materials.pathways(f"pathways-{'-'.join(named)}", make)
 
     def _evaluate(self, model: Any, domain: str, held_out: Documents) -> dict[str, dict[str, Any]]:
         report = sp.evaluate(

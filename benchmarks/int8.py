@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from materials import load_shape
 from publishing import Section, add_page
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -20,7 +21,6 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.stored import stored_tensor
 from hf_sparse_pathways.measure.figures import markdown_table
-from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import alternate
@@ -62,7 +62,7 @@ def _load(folder: Path, **options: Any) -> Any:
 
 def _random(shape: str) -> tuple[Any, Any]:
     """Return a random model with a random pathway of half of the neurons, and it in int8."""
-    own, quantised = (random_llama(ModelShape.parse(shape), torch.bfloat16) for _ in range(2))
+    own, quantised = (load_shape(shape, "bfloat16") for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     masks = [
         torch.randperm(block.d_ff, generator=generator) < block.d_ff // 2
@@ -125,7 +125,7 @@ def speed(name: str, own: Any, quantised: Any, rounds: int) -> str:
         rows.append(
             [
                 label,
-                f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})",
+                str(ratio),
                 f"{sum(tensor.nbytes for tensor in weights.values()) / 1e6:.0f} MB",
                 f"{sum(model.resident.values()) / 1e6:.1f} MB",
             ]

@@ -72,9 +72,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="bytes of a window")
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--scored", type=int, help="held-out bytes that are scored")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, a core each")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="runs at a time",
+    )
     add_page(parser)
     given = parser.parse_args()
+    if given.processes < 1:
+        parser.error(f"--processes {given.processes} does not fit: at least 1")
     small = given.small
     plan = Plan(
         kinds=given.kinds,
@@ -92,8 +99,8 @@ def main() -> None:
     results = measure(plan, read_text(given.text), given.output / "runs", given.processes)
     table = to_markdown(plan, results)
     write_atomically(given.output / "isoflop.md", f"{table}\n".encode())
-    write_picture(results, given.output)
     SECTION.publish(table, given.page)
+    write_picture(results, given.output)
 
 
 def read_text(sources: Sequence[str]) -> Text:
@@ -139,15 +146,21 @@ def train_all(missing: Mapping[Path, Run], text: Text, scored: int, processes: i
     """Train runs and store each at its path, several at a time, the longest first."""
     jobs = sorted(missing.items(), key=lambda job: -job[1].flops)
     store = partial(train_one, text=text, scored=scored)
-    if processes == 1 or len(jobs) < 2:
+    if processes == 1:
         for job in jobs:
             store(*job)
         return
     context = multiprocessing.get_context("spawn")  # a fork has no threads of its own to train with
     workers = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, **workers) as pool:
-        for done in as_completed([pool.submit(store, *job) for job in jobs]):
-            done.result()
+    with ProcessPoolExecutor(processes, mp_context=context, **workers) as pool:
+        try:
+            for done in as_completed([pool.submit(store, *job) for job in jobs]):
+                done.result()
+        except BaseException:  # or the pool would train all that is left before it ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 def train_one(path: Path, run: Run, text: Text, scored: int) -> None:

@@ -117,7 +117,7 @@ def speed(dense: str, sparse: str, dtype: str) -> str:
     lines = [f"{dtype}: tokens/s over dense, median of {ROUNDS} rounds and quartiles"]
     for label, figures in speeds.items():
         ratio = Spread.of([a / b for a, b in zip(figures, speeds["dense"], strict=True)])
-        lines.append(f"  {label:28}{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
+        lines.append(f"  {label:28}{ratio}")
     return "\n".join(lines)
 
 

@@ -1,20 +1,31 @@
-"""What benchmarks measure on: a model and texts of the cache folder, and profiles kept beside."""
+"""What benchmarks measure on: a model and texts of the cache folder, and what is kept beside."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.cli.profile import HELD_OUT
+from hf_sparse_pathways.discovery import profile_storage
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.discovery.profile_storage import JSON_NAME
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.windows import resolve_length
 from hf_sparse_pathways.measure.arms import ScoredText
+from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
+from hf_sparse_pathways.pathways import storage
+
+REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
+"""The models whose speed is measured: one of the cache, and the shape of a random one."""
+
+
+def load_shape(shape: str, dtype: str) -> Any:
+    """Return a random model of a shape."""
+    return random_llama(ModelShape.parse(shape), getattr(torch, dtype)).eval()
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Materials:
     def dense(self) -> Any:
         """The dense model."""
         dtype = {} if self.dtype is None else {"dtype": self.dtype}
-        return AutoModelForCausalLM.from_pretrained(self.cache / self.model, **dtype)
+        return AutoModelForCausalLM.from_pretrained(self.cache / self.model, **dtype).eval()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -54,15 +65,16 @@ class Materials:
             name: read_documents(folder / name, seed=0).split(HELD_OUT, 0) for name in self.domains
         }
 
-    def profile(self, name: str, **options: Any) -> sp.Profile:
-        """Return the profile of the calibration documents, taken unless a folder has it.
+    def profile(self, **options: Any) -> sp.Profile:
+        """Return the profile of the calibration documents, taken unless a benchmark has taken it.
 
         Args:
-            name: The folder's, in ``work``.
-            options: As ``sp.profile`` takes them.
+            options: Numbers and words, as ``sp.profile`` takes them.
         """
-        folder = self.work / name
-        if not (folder / JSON_NAME).is_file():
+        listed = (f"{name}={value}" for name, value in sorted(options.items()))
+        name = "-".join((*self.domains, self.dtype or "auto", *listed))
+        folder = self.cache / "benchmarks" / "profiles" / self.model / name
+        if not (folder / profile_storage.JSON_NAME).is_file():
             calibration = {domain: split[0] for domain, split in self.texts.items()}
             sp.profile(
                 self.dense,
@@ -72,6 +84,19 @@ class Materials:
                 **options,
             ).save_pretrained(folder)
         return sp.Profile.from_pretrained(folder)
+
+    def pathways(self, name: str, make: Callable[[], sp.Pathways]) -> sp.Pathways:
+        """Return pathways, made unless they were.
+
+        Args:
+            name: Of their folder in ``work``, which tells all settings from others.
+            make: Makes them.
+        """
+        folder = self.work / name
+        if not (folder / storage.JSON_NAME).is_file():
+            print(f"making {name}", flush=True)
+            make().save_pretrained(folder)
+        return sp.Pathways.from_pretrained(folder)
 
     def scored(self, domain: str, max_tokens: int) -> ScoredText:
         """Return windows of a domain's held-out documents."""

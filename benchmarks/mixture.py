@@ -1,13 +1,13 @@
 """Groups of neurons beside the static pathway of the same FLOPs, before and after training.
 
-``make benchmark-mixture`` runs it: an hour or two on two cores. Controls have
-the same sizes, with groups or with a router that are drawn at random. Every arm is kept in the
-cache folder when it is measured, so that the run can be interrupted.
+``make benchmark-mixture`` runs it: an hour or two on two cores. Controls have the same sizes, with
+groups or with a router that are drawn at random. Every arm is kept in the cache folder when it is
+measured, so that the run can be interrupted.
 """
 
 import argparse
 import json
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.arms import DENSE, measure_arms, pathway_arm
 from hf_sparse_pathways.measure.figures import markdown_table
 
-SECTION = Section("groups", "benchmark-mixture")
+SECTION = Section("mixture", "benchmark-mixture")
 
 STATIC, CLOSED, TRAINED = "static pathway", "groups", "groups, trained"
 RANDOM_GROUPS, RANDOM_ROUTER = "random groups", "random router"
@@ -31,7 +31,7 @@ ARMS = (STATIC, CLOSED, RANDOM_GROUPS, RANDOM_ROUTER, TRAINED)
 
 
 def main() -> None:
-    """Measure every arm that is not measured, and print the table."""
+    """Measure every arm that is not measured, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -78,43 +78,41 @@ class Benchmark:
         domains = [arguments.domain]
         self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
 
-    @property
-    def name(self) -> str:
-        """What tells the settings from others."""
+    def name(self, arm: str) -> str:
+        """Return what tells an arm and its settings from others."""
         given = self.arguments
-        groups = f"{given.mixture}-{given.top_k}"
-        return f"{given.domain}-{given.sparsity:g}-{groups}-{given.max_tokens}"
+        settings = f"{given.domain}-{given.sparsity:g}-{given.mixture}-{given.top_k}"
+        trained = f"-{given.training_tokens}" if arm == TRAINED else ""
+        return f"{settings}-{given.max_tokens}{trained}-{arm.replace(',', '').replace(' ', '-')}"
 
     def measure(self) -> dict[str, dict[str, Any]]:
         """Return each arm's figures, measuring those that were not."""
         results = {}
         for arm in self.arguments.arms:
-            path = self.work / f"{self.name}-{arm.replace(', ', '-').replace(' ', '-')}.json"
+            path = self.work / f"{self.name(arm)}-{self.arguments.scored_tokens}.json"
             if not path.is_file():
-                print(arm, flush=True)
-                write_atomically(path, json.dumps(self._score(self.pathways(arm))).encode())
+                found = self._score(self.pathways(arm))
+                write_atomically(path, json.dumps(found).encode())
             results[arm] = read_json(path)
         return results
 
     def pathways(self, arm: str) -> sp.Pathways:
         """Return an arm's pathways, made unless they were."""
-        given, folder = self.arguments, self.work / f"{self.name}-{arm}"
-        if (folder / "pathways.json").is_file():
-            return sp.Pathways.from_pretrained(folder)
+        return self.materials.pathways(self.name(arm), partial(self._make, arm))
+
+    def _make(self, arm: str) -> sp.Pathways:
+        given = self.arguments
         if arm == TRAINED:
-            made = self._train(self.pathways(CLOSED))
-        else:
-            kind = GROUPINGS.get(arm)
-            mixture = None if kind is None else kind(count=given.mixture, top_k=given.top_k)
-            made = sp.select(
-                self.materials.dense,
-                self.profile,
-                sparsity=given.sparsity,
-                mixture=mixture,
-                precision="fastest",
-            )
-        made.save_pretrained(folder)
-        return made
+            return self._train(self.pathways(CLOSED))
+        kind = GROUPINGS.get(arm)
+        return sp.select(
+            self.materials.dense,
+            self.materials.profile(max_tokens=given.max_tokens),
+            sparsity=given.sparsity,
+            mixture=None if kind is None else kind(count=given.mixture, top_k=given.top_k),
+            precision="fastest",
+            controls=False,
+        )
 
     def _train(self, pathways: sp.Pathways) -> sp.Pathways:
         given = self.arguments
@@ -130,13 +128,6 @@ class Benchmark:
         )
         print(trained)
         return trained.pathways
-
-    @cached_property
-    def profile(self) -> sp.Profile:
-        """The profile that all arms share."""
-        given = self.arguments
-        name = f"profile-{given.domain}-{given.max_tokens}"
-        return self.materials.profile(name, max_tokens=given.max_tokens)
 
     def _score(self, pathways: sp.Pathways) -> dict[str, Any]:
         """Measure pathways on held-out text."""

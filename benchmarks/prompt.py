@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fetching import fetch
+from materials import LARGE, REAL, load_shape
 from publishing import Section, add_page
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.prompt_rules import RULES
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed import clock
-from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.runs import generate, random_ids
 from hf_sparse_pathways.measure.speed.timing import alternate
@@ -31,7 +31,6 @@ from hf_sparse_pathways.measure.speed.workloads import Workload
 
 SECTION = Section("prompt", "benchmark-prompt")
 
-REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 DENSE = "dense"
 COLUMNS = ("time to the first token", "next step", "later tokens/s", "whole call")
 
@@ -43,7 +42,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="Folder or Hub id of a dense model.")
     which.add_argument("--shape", help="Of a random one: LAYERSxD_MODELxD_FF.")
-    parser.add_argument("--dtype", default="float32", help="With --model or --shape.")
+    parser.add_argument("--dtype", help="Of --model or --shape. [float32]")
     parser.add_argument("--executor", default="auto")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=256, help="Tokens.")
@@ -53,25 +52,31 @@ def main() -> None:
     add_page(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    given = arguments.model or arguments.shape
-    if given is None:
+    dtype = arguments.dtype or "float32"
+    models: dict[tuple[str, str], Callable[[], Any]]
+    if arguments.model is not None:
+        models = {(arguments.model, dtype): partial(load, arguments.model, dtype)}
+    elif arguments.shape is not None:
+        models = {(arguments.shape, dtype): partial(load_shape, arguments.shape, dtype)}
+    elif arguments.dtype is not None:
+        parser.error("--dtype is of a --model or --shape")
+    else:
         fetch(arguments.cache, REAL)
-    cases = [(given, arguments.dtype)] if given else [(REAL, "float32"), (LARGE, "bfloat16")]
-    text = "\n\n".join(compare(arguments, *case) for case in cases)
-    SECTION.publish(text, arguments.page)
+        models = {
+            (REAL, "float32"): partial(load, arguments.cache / REAL, "float32"),
+            (LARGE, "bfloat16"): partial(load_shape, LARGE, "bfloat16"),
+        }
+    tables = [compare(arguments, *names, make()) for names, make in models.items()]
+    SECTION.publish("\n\n".join(tables), arguments.page)
 
 
-def load(arguments: argparse.Namespace, name: str, dtype: str) -> Any:
-    """Return a dense model: one of a shape, a model of the cache, or any other."""
-    if name in (arguments.shape, LARGE):
-        return random_llama(ModelShape.parse(name), getattr(torch, dtype)).eval()
-    folder = arguments.cache / name if name == REAL else name
+def load(folder: str | Path, dtype: str) -> Any:
+    """Return a dense model of a folder or the Hub."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def compare(arguments: argparse.Namespace, name: str, dtype: str) -> str:
+def compare(arguments: argparse.Namespace, name: str, dtype: str, dense: Any) -> str:
     """Time every arm, and return the table with its caption."""
-    dense = load(arguments, name, dtype)
     ids = random_ids(dense, Workload(kind="decode", tokens=arguments.prompt))
     model = sp.SparsePathwaysForCausalLM.from_dense(
         dense, _random_masks(dense, arguments.sparsity), executor=arguments.executor
@@ -120,8 +125,7 @@ def _row(seen: list[tuple[float, ...]], dense: list[tuple[float, ...]]) -> list[
     cells = []
     for column, name in enumerate(COLUMNS):
         ratios = [a[column] / b[column] for a, b in zip(seen, dense, strict=True)]
-        spread = Spread.of([1 / ratio for ratio in ratios] if "/s" in name else ratios)
-        cells.append(f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})")
+        cells.append(str(Spread.of([1 / ratio for ratio in ratios] if "/s" in name else ratios)))
     return cells
 
 

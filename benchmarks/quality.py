@@ -45,10 +45,10 @@ def main() -> None:
         report = read_report(work_folder(arguments, model) / "comparison.json")
         heading = f"**{model}**, calibrated on {arguments.max_tokens} tokens per domain"
         measured[heading] = split_tables(report.to_markdown())
+    known = {}
     if arguments.page is not None:
-        text = arguments.page.read_text(encoding="utf-8")
-        known = split_models(SECTION.read(text))
-        SECTION.publish(join(known, measured), arguments.page)
+        known = split_models(SECTION.read(arguments.page.read_text(encoding="utf-8")))
+    SECTION.publish(join(known, measured), arguments.page)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.measure.figures import format_figure, markdown_table
 from hf_sparse_pathways.sgatlin.kinds import make_layer
 
-SECTION = Section("layers", "benchmark-layers")
+SECTION = Section("sgatlin", "benchmark-sgatlin")
 
 HEADER = ["tokens", "layer", "FLOPs per token", "forward", "with backward", "memory"]
 SECONDS = 0.2
@@ -60,7 +60,7 @@ NAMES = ("sgatlin", "gathered", "peer", "swiglu")
 
 
 def main() -> None:
-    """Print a table per width."""
+    """Measure, and write a table per width."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d-model", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 4096])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from fetching import fetch
+from materials import LARGE, REAL, load_shape
 from publishing import Section, add_page
 from transformers import AutoModelForCausalLM
 
@@ -23,14 +24,12 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.files import read_json, write_atomically
 from hf_sparse_pathways.measure.figures import markdown_table
-from hf_sparse_pathways.measure.speed.random_models import ModelShape, random_llama
 from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.runs import decode, random_ids
 from hf_sparse_pathways.measure.speed.timing import TimingSettings, alternate
 from hf_sparse_pathways.measure.speed.workloads import Workload, plan_workloads
 
 SECTION = Section("speed", "benchmark-speed")
-REAL, LARGE = "smollm2-135m-instruct", "16x2048x8192"
 CASES = ((REAL, "float32"), (REAL, "bfloat16"), (LARGE, "bfloat16"))
 SHARED, SPARSITY = 0.6, 0.5
 TIMED, MIXED = "ab", "abcd"
@@ -68,7 +67,7 @@ def main() -> None:
 
 def measure(arguments: Any, name: str, dtype: str) -> dict[str, Any]:
     """Time one model, and mixed batches of the real one."""
-    dense = _load(arguments.cache, name, getattr(torch, dtype))
+    dense = _load(arguments.cache, name, dtype)
     mixed = time_mixed(_sparse(dense, MIXED), arguments.rounds) if name == REAL else {}
     model = sp.permute(_sparse(dense, TIMED))
     del dense
@@ -87,9 +86,9 @@ def _sparse(dense: Any, domains: str) -> Any:
     return sp.SparsePathwaysForCausalLM.from_dense(dense, paths)
 
 
-def _load(cache: Path, name: str, dtype: torch.dtype) -> Any:
+def _load(cache: Path, name: str, dtype: str) -> Any:
     if name != REAL:
-        return random_llama(ModelShape.parse(name), dtype)
+        return load_shape(name, dtype)
     fetch(cache, name)
     return AutoModelForCausalLM.from_pretrained(cache / name, dtype=dtype).eval()
 
@@ -187,7 +186,7 @@ def _sections(measured: dict[str, Any]) -> list[str]:
 
 
 def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
+    return str(Spread(**values))
 
 
 def _megabytes(report: dict[str, Any], label: str) -> str:

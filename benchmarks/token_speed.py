@@ -6,9 +6,10 @@ tokens spread over clusters and groups, depends on both. They are kept in the ca
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from torch import Tensor
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
-from hf_sparse_pathways.measure.speed import clock
 from hf_sparse_pathways.measure.speed.results import Spread
-from hf_sparse_pathways.measure.speed.runs import decode, prefill
+from hf_sparse_pathways.measure.speed.runs import decode, prefill_speed
 from hf_sparse_pathways.measure.speed.timing import alternate
 
 SECTION = Section("token speed", "benchmark-token-speed")
@@ -34,7 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "skip-50": {"skip": 0.5},
     "clusters-16": {"clusters": 16},
     "clusters-16-skip-50": {"clusters": 16, "skip": 0.5},
-    "groups of 32": {"mixture": 32},
+    "groups-32": {"mixture": 32},
 }
 """Arm -> what it selects with."""
 
@@ -74,25 +74,32 @@ class Benchmark:
         self.work: Path = arguments.cache / "benchmarks" / "token-speed" / arguments.model
         domains = [arguments.domain]
         self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
+        self.arms = list(dict.fromkeys([STATIC, *arguments.arms]))
+        self.ids = self._draw()
 
     def section(self, dtype: str) -> str:
         """Return the caption and the table of a data type."""
         given = self.arguments
-        made = {arm: self.pathways(arm)[given.domain] for arm in given.arms}
-        pathways = sp.Pathways(base=self.pathways(STATIC).base, by_domain=made)
+        made = {arm: self.pathways(arm) for arm in self.arms}
+        pathways = sp.Pathways(
+            base=made[STATIC].base, by_domain={arm: own[given.domain] for arm, own in made.items()}
+        )
         dense = replace(self.materials, dtype=dtype).dense
         model: Any = sp.SparsePathwaysForCausalLM.from_dense(dense, pathways)
         model.max_resident_bytes *= len(made) + 2
-        rows = []
+        rows, notes = [], []
         for executor in given.executors:
             model.set_executor(executor)
             if model.execution.executor == executor:
                 rows += self._rows(model, executor, pathways)
+            else:
+                notes.append(f" Not timed: {executor}, since {model.execution.reason}.")
         caption = (
-            f"**{given.model}**, {given.domain}, {dtype}, {given.threads} thread(s): median "
-            f"(quartiles) of {given.rounds} alternating rounds. Decoding {given.new_tokens} tokens "
-            f"at batch 1, and passes of {', '.join(map(str, given.passes))} tokens, as speeds over "
-            "those of dense with the same executor. What is stored is the pathway alone."
+            f"**{given.model}**, {given.domain}, calibrated on {given.max_tokens} tokens; {dtype}, "
+            f"{given.threads} thread(s): median (quartiles) of {given.rounds} alternating rounds. "
+            f"Decoding {given.new_tokens} tokens after {PROMPT} at batch 1, each arm its own, and "
+            f"passes of {', '.join(map(str, given.passes))} tokens, as speeds over those of dense "
+            "with the same executor. What is stored is the pathway alone." + "".join(notes)
         )
         header = ["executor", "arm", "FFN FLOPs", "decode / dense", "/ static"]
         header += [cell for n in given.passes for cell in (f"{n} tokens / dense", "/ static")]
@@ -100,7 +107,7 @@ class Benchmark:
 
     def _rows(self, model: Any, executor: str, pathways: sp.Pathways) -> list[list[str]]:
         given, ids = self.arguments, self.ids
-        domains = {DENSE: None, **{arm: arm for arm in given.arms}}
+        domains = {DENSE: None, **{arm: arm for arm in self.arms}}
         decoding: dict[str, Callable[[], float]] = {
             arm: partial(decode, model, ids[:, :PROMPT], given.new_tokens, domain=domain)
             for arm, domain in domains.items()
@@ -108,7 +115,7 @@ class Benchmark:
         figures = [alternate(decoding, given.rounds, f"{executor}, decode")]
         for tokens in given.passes:
             passing: dict[str, Callable[[], float]] = {
-                arm: partial(_tokens_per_second, model, ids[:, :tokens], domain)
+                arm: partial(prefill_speed, model, ids[:, :tokens], domain=domain, logits_to_keep=1)
                 for arm, domain in domains.items()
             }
             figures.append(alternate(passing, given.rounds, f"{executor}, {tokens} tokens"))
@@ -120,48 +127,39 @@ class Benchmark:
             rows.append([executor, arm, flops, *ratios, size])
         return rows
 
-    @cached_property
-    def ids(self) -> Tensor:
-        """The tokens of a prompt ``(1, tokens)``, from held-out documents."""
-        given = self.arguments
-        held_out, longest = self.materials.texts[given.domain][1], max(PROMPT, *given.passes)
-        return draw_prompts(held_out, self.materials.tokenizer, length=longest, most=1, seed=0)
+    def _draw(self) -> Tensor:
+        """Return the tokens of a prompt ``(1, tokens)``, from held-out documents."""
+        held_out = self.materials.texts[self.arguments.domain][1]
+        longest = max(PROMPT, *self.arguments.passes)
+        ids = draw_prompts(held_out, self.materials.tokenizer, length=longest, most=1, seed=0)
+        if not len(ids):
+            sys.exit(
+                f"No held-out document of {self.arguments.domain} has {longest} tokens: give "
+                "--passes fewer."
+            )
+        return ids
 
     def pathways(self, arm: str) -> sp.Pathways:
         """Return an arm's pathways, selected unless they were."""
         given = self.arguments
-        name = arm.replace(" ", "-")
-        folder = self.work / f"{given.domain}-{given.sparsity:g}-{given.max_tokens}-{name}"
-        if not (folder / "pathways.json").is_file():
-            print(f"selecting: {arm}", flush=True)
-            sp.select(
+
+        def make() -> sp.Pathways:
+            return sp.select(
                 self.materials.dense,
-                self.profile,
+                self.materials.profile(max_tokens=given.max_tokens),
                 sparsity=given.sparsity,
                 precision="fastest",
                 controls=False,
                 **ARMS[arm],
-            ).save_pretrained(folder)
-        return sp.Pathways.from_pretrained(folder)
+            )
 
-    @cached_property
-    def profile(self) -> sp.Profile:
-        """The profile that all arms share."""
-        given = self.arguments
-        name = f"profile-{given.domain}-{given.max_tokens}"
-        return self.materials.profile(name, max_tokens=given.max_tokens)
-
-
-def _tokens_per_second(model: Any, ids: Tensor, domain: str | None) -> float:
-    started = clock.now()
-    prefill(model, ids, domain=domain, logits_to_keep=1)
-    return ids.numel() / (clock.now() - started)
+        name = f"{given.domain}-{given.sparsity:g}-{given.max_tokens}-{arm}"
+        return self.materials.pathways(name, make)
 
 
 def _over(figures: dict[str, tuple[float, ...]], arm: str, other: str) -> str:
     """Return an arm's speed over another's, round by round."""
-    spread = Spread.of([a / b for a, b in zip(figures[arm], figures[other], strict=True)])
-    return f"{spread.median:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+    return str(Spread.of([a / b for a, b in zip(figures[arm], figures[other], strict=True)]))
 
 
 def _stored_bytes(pathway: sp.Pathway) -> int:

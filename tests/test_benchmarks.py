@@ -2,11 +2,13 @@
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.discovery.expansion import COPIES
 from tests.cli.conftest import save_dense
@@ -38,6 +40,59 @@ def cache(tmp_path):
     for name in ("code", "law", "medicine"):
         save_documents(tmp_path / "texts" / name, name, count=40, words=60)
     return tmp_path
+
+
+SECTIONS = re.findall(
+    r"^<!-- ([\w ]+): written by `make ([\w-]+)` -->$",
+    (ROOT / "docs" / "measured.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_every_section_is_written_by_the_target_that_it_names(load):
+    scripts = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    made = [getattr(load(name), "SECTION", None) for name in scripts]
+    own = [(section.name, section.target) for section in made if section is not None]
+    assert sorted(own) == sorted(SECTIONS)
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for _, target in SECTIONS:
+        assert f"\n{target}: install\n" in rules
+        assert target in rules.split(".PHONY: ")[1].splitlines()[0].split()
+
+
+def test_a_section_is_printed_and_replaced_in_its_page(load, tmp_path, capsys):
+    section, page = load("publishing").Section("one", "make-it"), tmp_path / "page.md"
+    page.write_text(f"before\n{section.start}\nold\n{section.end}\nbehind\n")
+    section.publish("new", page)
+    assert page.read_text() == f"before\n{section.start}\nnew\n{section.end}\nbehind\n"
+    assert section.read(page.read_text()).strip() == "new"
+    section.publish("printed", None)
+    assert capsys.readouterr().out == "new\nprinted\n"
+
+
+def test_what_was_healed_elsewhere_stays(load):
+    healing = load("healing")
+    own = healing.SECTION.read((ROOT / "docs" / "measured.md").read_text(encoding="utf-8"))
+    how = own.strip().partition(" on at least")[0]
+    cells = {("code", "30%"): ["1", "2", "3", "4"]}
+    written = str(healing.Table(how, 10**9, 10**9, cells).beside(own))
+    line = next(line for line in own.splitlines() if "| code | 30% |" in line)
+    assert written == own.strip().replace(line, "| code | 30% | 1 | 2 | 3 | 4 |")
+    other = healing.Table("otherwise", 1, 1, cells)
+    assert other.beside(own) == other
+
+
+def test_picking_from_a_prompt_is_timed_beside_dense(load, monkeypatch, tmp_path):
+    prompt = load("prompt")
+    save_dense(tmp_path / "tiny", "llama")
+    page = tmp_path / "page.md"
+    page.write_text(f"{prompt.SECTION.start}\n{prompt.SECTION.end}\n")
+    given = ["--model", tmp_path / "tiny", "--prompt", 8, "--new-tokens", 4, "--rounds", 2]
+    monkeypatch.setattr(sys, "argv", ["prompt.py", *map(str, given), "--page", str(page)])
+    prompt.main()
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows[0].count("1.00 (1.00-1.00)") == 4, "dense over itself"
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [f"prompt, {r}" for r in prompt.RULES]
 
 
 @pytest.fixture
@@ -179,7 +234,7 @@ def token_speed(load, cache, _quick, monkeypatch):
     token_speed = load("token_speed")
     monkeypatch.setitem(token_speed.ARMS, "clusters-16", {"clusters": 3})
     monkeypatch.setitem(token_speed.ARMS, "clusters-16-skip-50", {"clusters": 3, "skip": 0.5})
-    monkeypatch.setitem(token_speed.ARMS, "groups of 32", {"mixture": 4})
+    monkeypatch.setitem(token_speed.ARMS, "groups-32", {"mixture": 4})
     given = argparse.Namespace(
         cache=cache,
         model="tiny",
@@ -208,8 +263,8 @@ def test_every_way_to_choose_per_token_is_timed_beside_the_static_one(token_spee
             continue
         assert 40.0 < float(row[2].rstrip("%")) <= 55.0
         assert (row[4] == row[6] == row[8] == "1.00 (1.00-1.00)") == (row[1] == "static")
-    monkeypatch.setattr(type(token_speed.materials), "profile", None)
-    assert token_speed.section("bfloat16").count("groups of 32") == 2
+    monkeypatch.setattr(sp, "select", None)
+    assert token_speed.section("bfloat16").count("groups-32") == 2
 
 
 @pytest.mark.usefixtures("_quick")

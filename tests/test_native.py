@@ -176,6 +176,20 @@ def test_extreme_values_are_those_of_torch(dtype, value):
 
 
 @pytest.mark.needs_compiler
+def test_the_kernel_takes_more_inputs_where_rows_would_be_gathered(monkeypatch):
+    seen = []
+    by_kernel = product._by_kernel
+    monkeypatch.setattr(
+        product, "_by_kernel", lambda *given: seen.append(len(given[2])) or by_kernel(*given)
+    )
+    for many in (32, 33, 64, 65):
+        x, weight, rows, _, _ = _case(9, 70, many, torch.float32, torch.float32)
+        assert _close(linear_rows(x, weight), _expected(x, weight, None, None, None))
+        assert _close(linear_rows(x, weight, rows), _expected(x, weight, rows, None, None))
+    assert seen == [32, 32, 33, 64]
+
+
+@pytest.mark.needs_compiler
 def test_rounding_is_to_the_nearest_even_number():
     x = torch.arange(1, 4001, dtype=torch.float32)[:, None] * 1.0037
     weight = torch.tensor([[1.0]], dtype=torch.bfloat16)

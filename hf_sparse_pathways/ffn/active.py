@@ -35,7 +35,7 @@ def find_active(leaf: "PathwayLeaf", gate: Tensor, pathway: Any, form: Form) -> 
         return None
     if torch.compiler.is_compiling():
         return None
-    skipping = state.members[pathway].skipping
+    skipping = state.members.all[pathway].skipping
     if skipping is None or state.function is None or gate.shape[:-1].numel() > FEW:
         return None
     needed = state.function(gate).abs() > skipping.threshold.to(gate.device)

@@ -20,6 +20,7 @@ from hf_sparse_pathways.ffn.execution import Execution, choose_execution
 from hf_sparse_pathways.ffn.executors import EXECUTORS, has_own_dense
 from hf_sparse_pathways.ffn.forms import PACKED, PLAIN
 from hf_sparse_pathways.ffn.kept_experts import KeptExperts
+from hf_sparse_pathways.ffn.members import Members
 from hf_sparse_pathways.ffn.mixtures import Mixture
 from hf_sparse_pathways.ffn.model_copies import ModelCopies
 from hf_sparse_pathways.ffn.picking import Picking
@@ -68,6 +69,13 @@ class Attachment:
     def residents(self) -> Residents:
         """Which pathways have copies of their kept weights."""
         return self.copies.residents
+
+    @property
+    def without_pathways(self) -> dict[int, Any]:
+        """What a copy of the model has instead of what holds pathways, by ``id``."""
+        none = Members(())
+        members = {id(attached.state.members): none for attached in self.blocks}
+        return {**members, **{id(routed.state.pathways): () for routed in self.copies.experts}}
 
     def load(
         self,

@@ -123,6 +123,11 @@ class BlockPathway:
         return int(self.keep.sum())
 
     @property
+    def neurons(self) -> Tensor:
+        """The kept neurons, int64, ascending."""
+        return self.keep.nonzero().flatten()
+
+    @property
     def compensated(self) -> bool:
         """Whether anything is added to what the kept activation gives."""
         return not (self.delta is None and self.bias is None and self.bypass is None)
@@ -186,7 +191,7 @@ class BlockPathway:
         What is added once stands with the former. Of a refit all have the same matrix.
         """
         assert self.groups is not None  # or there is nothing to divide
-        group, neurons = self.groups.group, self.keep.nonzero().flatten()
+        group, neurons = self.groups.group, self.neurons
         parts = []
         for number in range(ALWAYS, self.groups.count):
             own = group == number

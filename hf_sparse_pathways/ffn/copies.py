@@ -183,8 +183,8 @@ def _neurons(leaf: "PathwayLeaf", key: Own) -> tuple[Tensor | None, BlockPathway
         return leaf.state.union(key).index, None
     if key == WHOLE or isinstance(key, Shared):
         return None, None
-    own = leaf.state.members[key.pathway if isinstance(key, Columns) else key]
-    return own.keep.nonzero().flatten(), own
+    own = leaf.state.members.all[key.pathway if isinstance(key, Columns) else key]
+    return own.neurons, own
 
 
 def _stamp(weight: Tensor) -> tuple[object, ...]:

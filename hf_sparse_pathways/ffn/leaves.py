@@ -163,8 +163,7 @@ class OutgoingLeaf(PathwayLeaf):
         if executor is None or choice is None:
             return self.dense(x)
         leaf = self if choice.picked is None else choice.picked.leaf(self)
-        bypassed = self.state.members.bypassed
-        block_input = choice.inputs.pop(id(self.state), None) if bypassed else None
+        block_input = self._see_input(choice)
         if leaf.state.members.routed:
             routed, member = needed_route(choice.routes.pop(id(self.state), None))
             if executor is MASKED and not self.state.masked_outside:
@@ -195,8 +194,7 @@ class OutgoingLeaf(PathwayLeaf):
     def _mask_later(self, choice: Choice, picking: Picking, x: Tensor) -> Tensor:
         """Compute a prompt's tokens densely, and those after it with what was picked from it."""
         leaf, members = picking.leaf(self), picking.later(x)
-        bypassed = self.state.members.bypassed
-        block_input = choice.inputs.pop(id(self.state), None) if bypassed else None
+        block_input = self._see_input(choice)
         if leaf.state.members.routed:
             routed, _ = needed_route(choice.routes.pop(id(self.state), None))
             if not self.state.masked_outside:
@@ -207,12 +205,18 @@ class OutgoingLeaf(PathwayLeaf):
             x = MASKED.skip(leaf.state, x, up, members)
         return MASKED.outgoing(leaf, x, members, block_input)
 
+    def _see_input(self, choice: Choice) -> Tensor | None:
+        """Return the block's input, if a pathway has a bypass."""
+        if not self.state.members.bypassed:
+            return None
+        return choice.inputs.pop(id(self.state), None)
+
     def _see_gate(self, choice: Choice, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return which kept neurons are computed, if not all, and what gates are multiplied by."""
         place = id(self.state)
         gate, up = choice.gates.pop(place, None), choice.ups.pop(place, None)
-        told = self.state.told or self.state.members.grouped
-        unseen = not (told or torch.compiler.is_compiling())
+        wanted = not (self.state.told or self.state.members.grouped)
+        unseen = wanted and not torch.compiler.is_compiling()
         if unseen and gate is not None and up is not None and x.numel():
             self.state.example = Example.of(gate, up, x)
         return choice.active.pop(place, None), up

@@ -3,11 +3,11 @@
 Besides one number per pathway there is one per expert of a pathway whose tokens are clustered, so
 that a batch of tokens with different experts is masked as one of rows with different pathways;
 and of a pathway with groups of neurons one for what all tokens have, then one per group. A pathway
-without clusters and groups is its own member; the number of one with them is its first expert, or
-all of it.
+with neither is a member by itself, under its own number. Under the number of one with clusters
+stands its first expert, and under that of one with groups all that it keeps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -48,11 +48,12 @@ class Members:
                 self.grouped[index] = first
                 members.extend(pathway.divided())
             self._ranges.append(range(first, len(members)) or range(index, index + 1))
-        self.pathways, self.all = tuple(pathways), tuple(members)
+        self.pathways = tuple(pathways)
+        self.all: tuple[BlockPathway, ...] = tuple(members)
         parts = {member for index in self.grouped for member in self._ranges[index]}
         self.whole = tuple(member for member in range(len(members)) if member not in parts)
         self.widths = tuple(member.kept for member in members)
-        self.kept: tuple[Tensor, ...] = tuple(map(kept_neurons, members))
+        self.kept: tuple[Tensor, ...] = tuple(member.neurons for member in members)
         self.routed = bool(self.clustered or self.grouped)
         self.runs: tuple[tuple[Run, ...] | None, ...] = tuple(
             None if index in self.clustered or index in self.grouped else few_runs(pathway.keep)
@@ -60,15 +61,6 @@ class Members:
         )
         self.bypassed = any(member.bypass is not None for member in members)
         self.skips = any(member.skipping is not None for member in members)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    def __getitem__(self, member: int) -> BlockPathway:
-        return self.all[member]
-
-    def __iter__(self) -> Iterator[BlockPathway]:
-        return iter(self.all)
 
     @property
     def skipping(self) -> set[int]:
@@ -86,7 +78,7 @@ class Members:
 
     def of_pathway(self, pathway: int) -> range:
         """Return what has copies of a pathway: itself, its experts, or its groups."""
-        if pathway < len(self._ranges):
+        if 0 <= pathway < len(self._ranges):
             return self._ranges[pathway]
         return range(pathway, pathway + 1)  # of what had copies and is no more
 
@@ -96,8 +88,3 @@ class Members:
         owner = next(owners, None)
         own = None if owner is None else self.pathways[owner]
         return owner if isinstance(own, ClusteredBlock) and own.shared is not None else None
-
-
-def kept_neurons(member: BlockPathway) -> Tensor:
-    """Return the neurons that a member keeps, int64, ascending."""
-    return member.keep.nonzero().flatten()

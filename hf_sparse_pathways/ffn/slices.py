@@ -65,7 +65,7 @@ class Sliced:
             outputs.append(functional.linear(part, weight[:, start:stop], bias))
             bias, done = None, done + stop - start
         output = sum(outputs[1:], start=outputs[0])
-        if not leaf.state.members[pathway].compensated:
+        if not leaf.state.members.all[pathway].compensated:
             return output
         addition = leaf.state.addition(pathway, output)
         if addition.delta is not None:
@@ -86,7 +86,7 @@ def _runs(leaf: "PathwayLeaf", pathway: int | Routing | Selection) -> tuple[Run,
     """Return the runs of neurons of which a leaf has views, or None if it is copied."""
     if isinstance(pathway, Routing | Selection) or pathway >= len(leaf.state.pathways):  # experts
         return None
-    own = leaf.state.members[pathway]
+    own = leaf.state.members.all[pathway]
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]
     if any(isinstance(change, Tensor) for change in changes) or is_int8(leaf.weight):
         return None

@@ -10,7 +10,7 @@ from hf_sparse_pathways.ffn.additions import Addition, IncomingAddition, add_to_
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.choices import ModelKey
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept, TokenRouter
-from hf_sparse_pathways.ffn.members import Members, kept_neurons
+from hf_sparse_pathways.ffn.members import Members
 from hf_sparse_pathways.ffn.mixtures import Union
 from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups
 from hf_sparse_pathways.ffn.residents import Residents
@@ -45,7 +45,7 @@ class BlockState:
     Attributes:
         key: The model that the block belongs to.
         d_ff: Number of neurons.
-        members: All that may compute a token; a pathway has the number that it has among them.
+        members: All that may compute a token.
         example: A token's way through the block, where some are skipped and a pass has shown one,
             until it has told the activation function.
         told: Whether it has, or cannot.
@@ -67,8 +67,8 @@ class BlockState:
         self.masked_outside = False
         self.residents = residents
         self.shard: BlockShard | None = None
-        self._own: tuple[BlockPathway, ...] = ()
-        self._own_kept: tuple[Tensor, ...] = ()
+        self._cut: tuple[BlockPathway, ...] | None = None
+        self._cut_kept: tuple[Tensor, ...] = ()
         self._tables: dict[torch.device, Tensor] = {}
         self._thresholds: dict[torch.device, Tensor] = {}
         self._additions: dict[tuple[int, torch.device, torch.dtype], Addition] = {}
@@ -96,12 +96,20 @@ class BlockState:
     def set_shard(self, shard: BlockShard | None) -> None:
         """Say what this process holds of the block, in place."""
         self.shard = shard
-        self._own, self._own_kept = self.members.all, self.members.kept
-        if shard is not None:
-            self._own = tuple(map(shard.cut, self.members))
-            self._own_kept = tuple(map(kept_neurons, self._own))
+        self._cut = None if shard is None else tuple(map(shard.cut, self.members.all))
+        self._cut_kept = tuple(member.neurons for member in self._cut or ())
         self._tables, self._thresholds, self._additions, self._incoming = {}, {}, {}, {}
         self._groups = {}
+
+    @property
+    def _own(self) -> tuple[BlockPathway, ...]:
+        """What this process holds of each member."""
+        return self.members.all if self._cut is None else self._cut
+
+    @property
+    def _own_kept(self) -> tuple[Tensor, ...]:
+        """Which neurons of its own each of them keeps."""
+        return self.members.kept if self._cut is None else self._cut_kept
 
     def choose_members(self, pathway: int | Tensor, x: Tensor) -> int | Tensor:
         """Return which members compute a block's input: one for all, one per row, or per token.
@@ -129,7 +137,7 @@ class BlockState:
         router = self._routers.get((pathway, device))
         if router is None:
             own = self.pathways[pathway]
-            assert isinstance(own, ClusteredBlock)  # or there is none: see clustered
+            assert isinstance(own, ClusteredBlock)  # or there is none: see Members.clustered
             with torch.inference_mode(False), torch.no_grad():
                 router = own.router.to(device)
             if not torch.compiler.is_compiling():
@@ -141,7 +149,7 @@ class BlockState:
         found = self._groups.get((pathway, device))
         if found is None:
             own = self._own[pathway]
-            assert own.groups is not None  # or there are none: see grouped
+            assert own.groups is not None  # or there are none: see Members.grouped
             with torch.inference_mode(False), torch.no_grad():
                 found = own.groups.over(own.keep).to(device)
             if not torch.compiler.is_compiling():
@@ -237,7 +245,7 @@ class BlockState:
         shape, member = output.shape, member.to(output.device)
         if member.dim() > 1:
             member, output, x = member.flatten(), _flat(output), _flat(x)
-        for index in range(len(self.members)):
+        for index in range(len(self.members.all)):
             change = self.change(index, position, rows_per_neuron, output)
             if change is not None and (rows := _rows_of(index, member, output)) is not None:
                 output = add_to_rows(output, rows, change, x, None)
@@ -247,7 +255,7 @@ class BlockState:
         self, member: int, position: int, rows_per_neuron: int, like: Tensor
     ) -> IncomingAddition | None:
         """Return a member's change of an incoming leaf, in a tensor's dtype and device."""
-        changes = self.members[member].incoming
+        changes = self.members.all[member].incoming
         delta = changes[position] if position < len(changes) else None
         if delta is None:
             return None
@@ -284,7 +292,7 @@ class BlockState:
 
     def apart(self, key: tuple[int, ...]) -> bool:
         """Whether a pathway of a mixed batch has columns of its own, so that none are shared."""
-        return any(index >= 0 and self.members[index].delta is not None for index in key)
+        return any(index >= 0 and self.members.all[index].delta is not None for index in key)
 
     def mask(self, activation: Tensor, member: int | Tensor) -> Tensor:
         """Return the activation with the removed neurons zeroed. Pure.
@@ -340,7 +348,7 @@ class BlockState:
 
     def skip_kept(self, activation: Tensor, up: Tensor | None, member: int) -> Tensor:
         """Return one member's kept activation ``(..., kept)`` with skipped neurons zeroed. Pure."""
-        skipping = self.members[member].skipping
+        skipping = self.members.all[member].skipping
         if skipping is None:
             return activation
         return skip_small(activation, up, skipping.threshold.to(activation.device))

@@ -136,7 +136,7 @@ def reduce_frozen(model: nn.Module) -> None:
 
 def _shrink(block: FfnBlock, pathway: BlockPathway) -> tuple[StudentLeaf, ...]:
     """Replace a block's leaves by those of its kept neurons, in place."""
-    kept = pathway.keep.nonzero().flatten()
+    kept = pathway.neurons
     parts = 2 if block.layout.fused else 1
     rows = torch.cat([kept + part * block.d_ff for part in range(parts)])
     whole = block.entangled is not None

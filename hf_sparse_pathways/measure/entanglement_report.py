@@ -10,6 +10,20 @@ from hf_sparse_pathways.shares import format_share
 
 def entanglement_sections(found: Entanglement) -> Iterator[Section]:
     """Yield the tables: what was measured first."""
+    yield from measured_sections(found)
+    yield Section(
+        title="Entanglement of incoming rows",
+        note=(
+            "W1 of a row's standardised output to the normal distribution, in standard deviations; "
+            "0 is normal."
+        ),
+        header=["domain", "block", "leaf", "median", "90 % below", "largest"],
+        rows=[_spread(row) for row in found.spreads],
+    )
+
+
+def measured_sections(found: Entanglement) -> Iterator[Section]:
+    """Yield the tables of what sparsified rows cost, if that was measured."""
     if found.relations:
         yield Section(
             title="Entanglement and the error of sparsified rows, on held-out text",
@@ -33,15 +47,6 @@ def entanglement_sections(found: Entanglement) -> Iterator[Section]:
             header=["domain", "rows", "perplexity ratio (95 %)", "tokens"],
             rows=[_harm(row) for row in found.harms],
         )
-    yield Section(
-        title="Entanglement of incoming rows",
-        note=(
-            "W1 of a row's standardised output to the normal distribution, in standard deviations; "
-            "0 is normal."
-        ),
-        header=["domain", "block", "leaf", "median", "90 % below", "largest"],
-        rows=[_spread(row) for row in found.spreads],
-    )
 
 
 def _relation(row: Relation) -> list[str]:

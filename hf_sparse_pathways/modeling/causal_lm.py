@@ -107,18 +107,23 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         if self.config.ffn is not None:
             return self._without_pathways()
         base_config = self.config.base_config
-        dense = copy_structure(self, {id(self.config): base_config, id(self._pathways): None})
+        dense = self._copy_without_pathways(base_config)
         dense._attachment.detach()
         del dense._attachment, dense._pathways, dense._shape
         dense.__dict__.pop("_router", None)
         dense.__class__ = type(self).__bases__[1]
         return dense
 
+    def _copy_without_pathways(self, config: Any) -> Any:
+        """Return a copy that shares its parameters, with another configuration."""
+        replaced = {id(self.config): config, id(self._pathways): None}
+        return copy_structure(self, {**replaced, **self._attachment.without_pathways})
+
     def _without_pathways(self) -> Any:
         """Return a model of the same class that shares its parameters and has no pathways. Pure."""
         layers = {"ffn": self.config.ffn, "ffn_blocks": self.config.ffn_blocks}
         config = SparsePathwaysConfig.from_base(self.config.base_config, **layers)
-        bare = copy_structure(self, {id(self.config): config, id(self._pathways): None})
+        bare = self._copy_without_pathways(config)
         bare._attachment.load([], [])
         bare.__dict__.pop("_router", None)
         return bare

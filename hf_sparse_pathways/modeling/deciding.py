@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.attachment import Attachment
-from hf_sparse_pathways.ffn.choices import find_choice
-from hf_sparse_pathways.modeling.domains import Unset
 from hf_sparse_pathways.modeling.partial import Partial
 from hf_sparse_pathways.modeling.picked import without_prompts
 from hf_sparse_pathways.modeling.routing import Decision, Router, asks_router, route_call
@@ -23,11 +20,10 @@ else:
 class Deciding(_Base):
     """The part of ``SparsePathwaysModel`` that is about ``domain="auto"``."""
 
-    config: Any
     pathways: Any
-    _attachment: Attachment
     _partial: Partial | None
     _pathways: Pathways | None
+    _asked: Any
     _resolve: Any
     _router: tuple[Pathways, Router] | None = None
 
@@ -80,10 +76,3 @@ class Deciding(_Base):
         router = self._router_for(domain)
         compiling = torch.compiler.is_compiling()
         return route_call(router, domain, args, kwargs, compiling=compiling)
-
-    def _asked(self, domain: Any) -> Any:
-        """Return what a call asks for, or else the scope or the model does."""
-        if not isinstance(domain, Unset):
-            return domain
-        ambient = find_choice(self._attachment.key)
-        return self.config.default_domain if ambient is None else ambient.asked

@@ -268,6 +268,13 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Deciding, Saving, _Bas
 
     # -- forward ----------------------------------------------------------------------------
 
+    def _asked(self, domain: Domain | Unset) -> Any:
+        """Return what a call asks for, or else the scope or the model does."""
+        if not isinstance(domain, Unset):
+            return domain
+        ambient = find_choice(self._attachment.key)
+        return self.config.default_domain if ambient is None else ambient.asked
+
     def _resolve_any(self, domain: Domain) -> tuple[int | Tensor | None, Picking | None]:
         """Return what a domain stands for, and what has picked it if it was picked."""
         if isinstance(domain, Picked):

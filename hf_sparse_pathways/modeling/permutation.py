@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.errors import PathwaysError, UnsupportedModelError
-from hf_sparse_pathways.ffn.members import Members
 from hf_sparse_pathways.ffn.permutation import order_neurons
 from hf_sparse_pathways.ffn.reordering import can_reorder, reorder_pathway, reorder_weights
 from hf_sparse_pathways.modeling.model import SparsePathwaysModel
@@ -62,10 +61,7 @@ def permute(model: Any) -> Any:
     replaced: dict[int, Any] = {id(model.config): config, id(model._pathways): None}
     for block, order in zip(blocks, orders, strict=True):
         replaced |= reorder_weights(block, order)
-    for attached in model._attachment.blocks:
-        members = attached.state.members
-        replaced |= {id(members): Members(()), id(members.all): ()}
-    permuted = copy_structure(model, replaced)
+    permuted = copy_structure(model, {**replaced, **model._attachment.without_pathways})
     permuted._shape = BaseModel.of(permuted)
     permuted.set_pathways(_reordered(pathways, permuted._shape, orders))
     return permuted

@@ -91,7 +91,7 @@ static inline float sum(vec v) {
     return lane[0];
 }
 
-/* The sums of four vectors, which together take less than four times as long as one. */
+/* The sums of four vectors. */
 static inline void sum_four(vec a, vec b, vec c, vec d, float *sums) {
 #ifdef __AVX512F__
     __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
@@ -116,12 +116,12 @@ struct job {
     float *y;               /* (m, n) */
 };
 
-/* R rows of W times M inputs; R and M are constants after inlining. The first M of a block of rows
- * ask for the rows that come later, the others find the block in the cache. */
+/* Four rows of W times M inputs; M is a constant after inlining. The first M of a block of rows ask
+ * for the rows that come later, the others find the block in the cache. */
 #define DEFINE_TILE(TYPE, NAME)                                                                    \
     static inline __attribute__((always_inline)) void tile_##NAME(                                 \
         const struct job *job, const TYPE *const *row, const TYPE *const *later, long first,       \
-        int count, long input, const int R, const int M) {                                         \
+        int count, long input, const int M) {                                         \
         vec total[4][4] = {{{0}}};                                                                 \
         const float *x = job->x + input * job->k;                                                  \
         long i = 0;                                                                                \
@@ -130,7 +130,7 @@ struct job {
             UNROLL                                                                                 \
             for (int m = 0; m < M; m++) in[m] = load_float32(x + m * job->k + i);                  \
             UNROLL                                                                                 \
-            for (int r = 0; r < R; r++) {                                                          \
+            for (int r = 0; r < 4; r++) {                                                          \
                 if (later && (i * sizeof(TYPE)) % LINE == 0)                                       \
                     __builtin_prefetch(later[r] + i, 0, 2);                                        \
                 vec w = load_##NAME(row[r] + i);                                                   \
@@ -158,11 +158,11 @@ DEFINE_TILE(int8_t, int8)
 /* As above for bfloat16 on both sides, two products at a time. */
 static inline __attribute__((always_inline)) void tile_dot(
     const struct job *job, const uint16_t *const *row, const uint16_t *const *later, long first,
-    int count, long input, const int R, const int M) {
+    int count, long input, const int M) {
     __m512 total[4][4];
     const uint16_t *x = job->narrow + input * job->k;
     UNROLL
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < 4; r++)
         UNROLL
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
     for (long i = 0; i < job->k; i += 2 * LANES) {
@@ -173,7 +173,7 @@ static inline __attribute__((always_inline)) void tile_dot(
         for (int m = 0; m < M; m++)
             in[m] = (__m512bh)_mm512_maskz_loadu_epi16(valid, x + m * job->k + i);
         UNROLL
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < 4; r++) {
             if (later) __builtin_prefetch(later[r] + i, 0, 2);
             __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(valid, row[r] + i);
             UNROLL
@@ -207,11 +207,11 @@ static inline __attribute__((always_inline)) void tile_dot(
             }                                                                                      \
             long input = 0;                                                                        \
             for (; input + 4 <= inputs; input += 4)                                                \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 4);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4);            \
             for (; input + 2 <= inputs; input += 2)                                                \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 2);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 2);            \
             if (input < inputs)                                                                    \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4, 1);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 1);            \
         }                                                                                          \
     }
 

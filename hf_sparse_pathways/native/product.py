@@ -19,8 +19,10 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 MOST_INPUTS = 32
-"""Up to so many inputs the kernel is faster than torch; up to twice as many if torch would have to
-gather rows first."""
+"""Up to so many inputs the kernel is faster than torch."""
+
+_GATHERED = 2
+"""Up to so many times as many where torch would have to gather rows of W before their product."""
 
 _TILE_BYTES = 1 << 20
 """Rows that are gathered at a time: about what a core's own cache holds."""
@@ -49,7 +51,7 @@ def linear_rows(
         output: Tensor = _traced(x, weight, rows, scale, bias)
         return output
     inputs = _in_rows(x)
-    most = MOST_INPUTS if rows is None else 2 * MOST_INPUTS
+    most = MOST_INPUTS if rows is None else _GATHERED * MOST_INPUTS
     if inputs.shape[1] == weight.shape[1] and _can_read(inputs, weight, most):
         outputs = len(weight) if rows is None else len(rows)
         output = _by_kernel(find_kernel().linear, outputs, inputs, weight, (rows, scale, bias))

@@ -56,6 +56,20 @@ def test_it_equals_the_original(name, compensated, executor):
     assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_pathway_is_copied_to_be_dropped(name, monkeypatch):
+    model = _sparse(name)
+
+    def refuse(*_):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(sp.BlockPathway, "__deepcopy__", refuse, raising=False)
+    with pytest.raises(AssertionError):
+        copy.deepcopy(model._attachment.blocks[0].state.pathways)
+    sp.permute(model)
+    model.to_dense()
+
+
 @torch.no_grad()
 def test_only_ffn_weights_are_copied():
     model = _sparse("gpt2")

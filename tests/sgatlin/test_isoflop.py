@@ -79,17 +79,33 @@ def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
     assert (out / "isoflop.md").read_text() == table
 
 
-def test_several_runs_at_a_time_are_the_same_runs(run):
+def test_several_runs_at_a_time_are_the_same_runs(isoflop, run, monkeypatch):
     chosen = ["--kinds", "mlp", "swiglu", "--seeds", 0, "--learning-rates", 1e-2]
-    out = run(*chosen, "--processes", 2)
+    with monkeypatch.context() as here:
+        here.setattr(isoflop, "train", None)  # of this process: others import their own
+        out = run(*chosen, "--processes", 2)
     found = {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
     assert len(found) == 4
     for path in (out / "runs").iterdir():
         path.unlink()
     run(*chosen)
-    for path in (out / "runs").iterdir():
-        again = json.loads(path.read_text())
-        assert abs(again["test"] - found[path.name]["test"]) < 1e-3
+    again = {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+    assert again.keys() == found.keys()
+    for name, own in again.items():
+        assert abs(own["test"] - found[name]["test"]) < 1e-3
+
+
+def test_a_run_that_fails_ends_the_others(isoflop, tmp_path):
+    shape = isoflop.Shape(d_model=32, layers=1, length=16, batch=2)
+    text = isoflop.Text(b"some text " * 50, b"more " * 50, b"other " * 50)
+
+    def run(kind, flops):
+        return isoflop.Run(kind=kind, flops=flops, seed=0, learning_rate=1e-2, shape=shape)
+
+    endless = {tmp_path / f"{flops:g}": run("mlp", flops) for flops in (1e15, 2e15, 3e15)}
+    with pytest.raises(KeyError, match="nonsense"):
+        isoflop.train_all({tmp_path / "x": run("nonsense", 9e15), **endless}, text, 64, 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_document_is_in_two_parts(isoflop, tmp_path):

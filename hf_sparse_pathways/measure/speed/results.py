@@ -24,6 +24,9 @@ class Spread:
         low, median, high = (quantile(values, fraction) for fraction in (0.25, 0.5, 0.75))
         return cls(low=low, median=median, high=high)
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

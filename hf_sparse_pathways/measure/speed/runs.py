@@ -80,6 +80,13 @@ def prefill(model: Any, ids: Tensor, **options: Any) -> None:
     model(input_ids=ids, use_cache=False, **options)
 
 
+def prefill_speed(model: Any, ids: Tensor, **options: Any) -> float:
+    """Run one pass over some tokens, without a cache, and return the tokens per second."""
+    started = clock.now(model.device)
+    prefill(model, ids, **options)
+    return ids.numel() / (clock.now(model.device) - started)
+
+
 def pass_options(model: Any, arm: Arm) -> dict[str, Any]:
     """Return what an arm's pass is given: logits of the last position only where that can be."""
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -136,12 +143,7 @@ def _prefill_run(lineup: Lineup, arm: Arm, ids: Tensor) -> Run:
     model = lineup.model(arm)
     options = pass_options(model, arm)
 
-    def run() -> float:
-        started = clock.now(model.device)
-        prefill(model, ids, **options)
-        return ids.numel() / (clock.now(model.device) - started)
-
-    return run
+    return partial(prefill_speed, model, ids, **options)
 
 
 def _ffn_run(lineup: Lineup, arm: Arm, calls: Calls, ids: Tensor) -> Run:
