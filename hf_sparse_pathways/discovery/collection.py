@@ -15,7 +15,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_sparse_pathways.discovery.collectors import BlockCollector, Collector, Workspaces
+from hf_sparse_pathways.discovery.collectors import (
+    BlockCollector,
+    Collector,
+    OfBlock,
+    Workspaces,
+)
 from hf_sparse_pathways.discovery.grams import GramSource
 from hf_sparse_pathways.discovery.passes import Finished, evaluation_mode, run_decoder
 from hf_sparse_pathways.discovery.profiles import DomainProfile
@@ -28,6 +33,7 @@ from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.processes import Processes
 
 Own = TypeVar("Own", bound=Collector)
+Block = TypeVar("Block", bound=OfBlock)
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,12 @@ class Collection:
         self, domain: str, sample: Sample, work_folder: "str | PathLike[str] | None"
     ) -> DomainProfile:
         """Run a domain's windows through the decoder, once per group of blocks."""
-        plan, processes = self.plan(sample), self.processes
-        processes.check_same(plan, f"Domain {domain!r}: model, text or settings")
-        batches = list(make_batches(sample.windows, self.batch_size))
-        passes = Passes.of(self, batches, plan, work_folder)
+        plan = self.plan(sample)
+        self.processes.check_same(plan, f"Domain {domain!r}: model, text or settings")
+        passes = self._passes(sample, work_folder)
         statistics: list[BlockStatistics] = []
         matrices: list[GramSource] = []
-        total = batch_tokens(passes.own_batches) * len(self.groups)
-        silent = None if processes.is_first else True
-        with tqdm(total=total, desc=f"profile {domain}", unit="tok", disable=silent) as bar:
+        with passes.progress(f"profile {domain}", len(self.groups)) as bar:
             for number, group in enumerate(self.groups):
                 name = f"{number:04d}"
                 for index, collector in enumerate(
@@ -100,8 +103,8 @@ class Collection:
         sample: Sample,
         work_folder: "str | PathLike[str] | None",
         what: str,
-        make: Callable[[FfnBlock], Own],
-    ) -> Iterator[Own]:
+        make: Callable[[FfnBlock], Block],
+    ) -> Iterator[Block]:
         """Yield other sums of every block, those of a group together.
 
         Args:
@@ -111,14 +114,30 @@ class Collection:
             what: The name of the sums.
             make: Returns a block's collector.
         """
-        plan = {**self.plan(sample), "sums": what}
-        batches = list(make_batches(sample.windows, self.batch_size))
-        passes = Passes.of(self, batches, plan, work_folder)
-        total = batch_tokens(passes.own_batches) * len(self.groups)
-        silent = None if self.processes.is_first else True
-        with tqdm(total=total, desc=f"{what} {domain}", unit="tok", disable=silent) as bar:
+        passes = self._passes(sample, work_folder, what)
+        with passes.progress(f"{what} {domain}", len(self.groups)) as bar:
             for number, group in enumerate(self.groups):
                 yield from passes.collect_group(list(map(make, group)), f"{number:04d}", bar)
+
+    def sum_through(
+        self,
+        domain: str,
+        sample: Sample,
+        work_folder: "str | PathLike[str] | None",
+        what: str,
+        collectors: Sequence[Own],
+    ) -> Sequence[Own]:
+        """Return collectors with sums over one pass through the whole decoder; as ``sum_up``."""
+        passes = self._passes(sample, work_folder, what)
+        with passes.progress(f"{what} {domain}", 1) as bar:
+            return passes.collect(collectors, what, bar)
+
+    def _passes(
+        self, sample: Sample, work_folder: "str | PathLike[str] | None", what: str | None = None
+    ) -> "Passes":
+        plan = self.plan(sample) if what is None else {**self.plan(sample), "sums": what}
+        batches = list(make_batches(sample.windows, self.batch_size))
+        return Passes.of(self, batches, plan, work_folder)
 
     def _collectors(self, group: Sequence[FfnBlock]) -> list[BlockCollector]:
         spaces = Workspaces()
@@ -174,23 +193,47 @@ class Passes:
             own = Resumption(work_folder, {**plan, **part})
         return cls(collection, len(batches), processes.share(batches), together, own)
 
-    def collect_group(self, collectors: Sequence[Own], name: str, bar: Any) -> Sequence[Own]:
+    def progress(self, what: str, passes: int) -> Any:
+        """Return a progress bar over the tokens of this process, in some passes."""
+        total = batch_tokens(self.own_batches) * passes
+        silent = None if self.collection.processes.is_first else True
+        return tqdm(total=total, desc=what, unit="tok", disable=silent)
+
+    def collect_group(self, collectors: Sequence[Block], name: str, bar: Any) -> Sequence[Block]:
         """Return collectors of a group of blocks with the sums over the batches of all processes.
+
+        A pass ends behind the group's last block.
 
         Args:
             collectors: One per block of the group, in layer order; changed in place.
             name: Under which their sums are stored.
             bar: Told of every token of this process.
         """
+        ends = collectors[-1].block is not self.collection.groups[-1][-1]
+        return self.collect(collectors, name, bar, collectors if ends else ())
+
+    def collect(
+        self, collectors: Sequence[Own], name: str, bar: Any, last: Sequence[OfBlock] = ()
+    ) -> Sequence[Own]:
+        """Return any collectors; as ``collect_group``.
+
+        Args:
+            collectors: Changed in place.
+            name: Under which their sums are stored.
+            bar: Told of every token of this process.
+            last: A pass ends when these have seen their blocks; by default it does not.
+        """
         if self.collection.processes.count == 1:
-            self._run(collectors, name, bar)
+            self._run(collectors, name, bar, last)
         elif not self._restore(collectors, name):
-            self._run(collectors, name, bar)
+            self._run(collectors, name, bar, last)
             self._combine(collectors, name)
         return collectors
 
-    def _run(self, collectors: Sequence[Collector], name: str, bar: Any) -> None:
-        """Run this process's batches through the decoder as far as the group's last block."""
+    def _run(
+        self, collectors: Sequence[Collector], name: str, bar: Any, last: Sequence[OfBlock]
+    ) -> None:
+        """Run this process's batches through the decoder."""
         model = self.collection.model
         done = began = self.own.resume(name, collectors)
         bar.update(batch_tokens(self.own_batches[:done]))
@@ -201,9 +244,8 @@ class Passes:
             for collector in collectors:
                 for handle in collector.attach():
                     stack.callback(handle.remove)
-            if collectors[-1].block is not self.collection.groups[-1][-1]:
-                for handle in _stop_after(collectors):
-                    stack.callback(handle.remove)
+            for handle in _stop_after(last):
+                stack.callback(handle.remove)
             for batch in self.own_batches[done:]:
                 for collector in collectors:
                     collector.begin(batch)
@@ -253,7 +295,7 @@ def batch_tokens(batches: Sequence[Batch]) -> int:
     return sum(int(batch.mask.sum()) for batch in batches)
 
 
-def _stop_after(collectors: Sequence[Collector]) -> Iterator[Any]:
+def _stop_after(collectors: Sequence[OfBlock]) -> Iterator[Any]:
     """Hook the blocks so that a forward pass ends when the last of them has been seen."""
     seen = [collector.batches for collector in collectors]
 

@@ -47,17 +47,16 @@ class Workspaces:
 
 
 class Collector(ABC):
-    """Sums over one FFN block's tokens, which can be stored and added to those of other processes.
+    """Sums over tokens, which can be stored and added to those of other processes.
 
-    ``begin`` says which tokens of the coming forward pass are real; hooks then see the block.
+    ``begin`` says which tokens of the coming forward pass are real; hooks then see a part of the
+    model.
 
     Attributes:
-        block: It.
         batches: How many have been seen.
     """
 
-    def __init__(self, block: FfnBlock) -> None:
-        self.block = block
+    def __init__(self) -> None:
         self.batches = 0
         self._rows: Tensor | None = None
         self._tokens = 0
@@ -70,7 +69,7 @@ class Collector(ABC):
 
     @abstractmethod
     def attach(self) -> list[Any]:
-        """Hook the block; return the handles."""
+        """Hook the part of the model; return the handles."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -103,7 +102,19 @@ class Collector(ABC):
         )
 
 
-class BlockCollector(Collector):
+class OfBlock(Collector):
+    """Sums over one FFN block's tokens.
+
+    Attributes:
+        block: It.
+    """
+
+    def __init__(self, block: FfnBlock) -> None:
+        super().__init__()
+        self.block = block
+
+
+class BlockCollector(OfBlock):
     """Accumulates the moments, and if asked the Gram matrix, of one FFN block.
 
     Two forward pre-hooks see the block's input and its activation.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.collection import Collection, Sample, cut_groups
-from hf_sparse_pathways.discovery.collectors import Collector
+from hf_sparse_pathways.discovery.collectors import OfBlock
 from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.processes import Processes
 
@@ -72,7 +72,7 @@ def measure_entanglement(
     return tuple(collector.distance() for collector in counted)
 
 
-class ProductCollector(Collector):
+class ProductCollector(OfBlock):
     """Sees the outputs of a block's incoming leaves, row by row.
 
     A row is one output of an incoming leaf; the gate's stand before up's, ``(branches * d_ff,)``.

@@ -7,20 +7,17 @@ between gate, up and down is the model's own code. A sgatlin layer is asked whic
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from hf_sparse_pathways.discovery.collection import Collection, Sample
+from hf_sparse_pathways.discovery.collectors import Collector
 from hf_sparse_pathways.discovery.expert_statistics import TENSORS, ExpertStatistics
-from hf_sparse_pathways.discovery.passes import evaluation_mode, run_decoder
-from hf_sparse_pathways.discovery.windows import Batch, Window, make_batches
 from hf_sparse_pathways.ffn.blocks import survey_model
-from hf_sparse_pathways.ffn.choices import all_dense
 from hf_sparse_pathways.ffn.expert_layouts import cut_experts, find_parameter
 from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import ExpertsShape
@@ -32,70 +29,55 @@ logger = logging.getLogger(__name__)
 
 
 def collect_experts(
-    model: nn.Module,
-    domain: str,
-    windows: Sequence[Window],
-    batch_size: int,
-    processes: Processes,
+    run: Collection, domain: str, sample: Sample, work_folder: "str | PathLike[str] | None"
 ) -> tuple[ExpertStatistics, ...]:
     """Run a domain's windows through the decoder; return one entry per layer with routed experts.
 
     Args:
-        model: A causal LM; it is run densely, and left as it was.
-        domain: The domain, for the progress bar.
-        windows: Its text.
-        batch_size: Windows per forward pass.
-        processes: Those that share the batches.
+        run: What the passes over all domains' text have in common; the model is left as it was.
+        domain: The domain.
+        sample: Its text.
+        work_folder: Where unfinished sums are stored.
 
     Returns:
         Nothing where weights of experts are offloaded, so that they cannot be computed apart.
     """
-    experts = survey_model(model).experts
+    experts = survey_model(run.model).experts
     if any(weight.is_meta for found in experts for weight in found.module.parameters()):
         logger.warning(
             "Domain %r: routed experts are not profiled, since their weights are offloaded.", domain
         )
         return ()
-    collectors = [make_collector(found) for found in experts]
-    if not collectors:
+    if not experts:
         return ()
-    batches = list(processes.share(list(make_batches(windows, batch_size))))
-    silent = None if processes.is_first else True
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(all_dense())
-        stack.enter_context(evaluation_mode(model))
-        for collector in collectors:
-            handle = collector.found.module.register_forward_pre_hook(collector.see)
-            stack.callback(handle.remove)
-        for batch in tqdm(batches, desc=f"profile experts {domain}", disable=silent):
-            for collector in collectors:
-                collector.begin(batch)
-            run_decoder(model, batch)
-    return tuple(_together(collector.statistics, processes) for collector in collectors)
+    collectors = [make_collector(found) for found in experts]
+    done = run.sum_through(domain, sample, work_folder, "experts", collectors)
+    return tuple(collector.statistics for collector in done)
 
 
-class ExpertCollector:
+class ExpertCollector(Collector):
     """Accumulates the statistics of one layer's experts: sums of its own, added to in place."""
 
     def __init__(self, found: RoutedExperts) -> None:
+        super().__init__()
         self.found = found
         self.statistics = ExpertStatistics.empty(ExpertsShape.of(found, ""))
-        self._real: Tensor | None = None
 
-    def begin(self, batch: Batch) -> None:
-        """Take note of which tokens of the coming forward pass are no padding."""
-        self._real = batch.mask.flatten()
+    def attach(self) -> list[Any]:
+        """Hook the experts; return the handles."""
+        return [self.found.module.register_forward_pre_hook(self._see)]
 
-    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        """Add what the experts are given; a forward pre-hook."""
-        assert self._real is not None  # begin was called
-        hidden, index, weights = args
-        real = self._real.to(hidden.device)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[real]
-        index, weights = index.reshape(len(real), -1)[real], weights.reshape(len(real), -1)[real]
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.add(module, args)
+        tokens = self.statistics.tokens + self.real_tokens
+        self.statistics = replace(self.statistics, tokens=tokens)
+        self.batches += 1
+
+    def add(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        """Add what the experts are given."""
+        hidden, index, weights = (self.real(own.reshape(-1, own.shape[-1])) for own in args)
         sums = self.statistics
-        for expert in index.unique().tolist():
+        for expert in torch.unique(index).tolist():
             tokens, places = torch.where(index == expert)
             output, activation = compute_expert(self.found, expert, hidden[tokens])
             weight, output = weights[tokens, places].double(), output.double()
@@ -104,16 +86,29 @@ class ExpertCollector:
             sums.reap_sum[expert] += (weight * output.norm(dim=1)).abs().sum().cpu()
             sums.output_sum[expert] += output.sum(0).cpu()
             sums.abs_sum[expert] += activation.double().abs().sum(0).cpu()
-        self.statistics = replace(sums, tokens=sums.tokens + len(hidden))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all sums by name, to be stored; ``restore`` takes them back."""
+        tokens = torch.tensor(self.statistics.tokens)
+        return {"tokens": tokens, **{name: getattr(self.statistics, name) for name in TENSORS}}
+
+    def restore(self, state: dict[str, Tensor], batches: int) -> None:
+        """Go on from stored sums, in place."""
+        sums = {name: state[name].clone() for name in TENSORS}
+        self.statistics = ExpertStatistics(tokens=int(state["tokens"]), **sums)
+        self.batches = batches
+
+    def combine(self, processes: Processes) -> None:
+        """Add the sums of all processes, in place; each then has those of all."""
+        self.restore({name: processes.add_up(sums) for name, sums in self.state().items()}, 0)
 
 
 class LinearCollector(ExpertCollector):
     """Accumulates the statistics of one sgatlin layer's experts."""
 
-    def see(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Add what the layer is given; a forward pre-hook."""
-        assert self._real is not None  # begin was called
-        hidden = args[0].reshape(-1, module.d_model)[self._real.to(args[0].device)]
+    def add(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Add what the layer is given."""
+        hidden = self.real(args[0])
         scores, index = module.route(hidden)
         rows = module.rows(index).flatten(1)
         products = multiply_rows(module.u.flatten(0, 1), rows, hidden.to(module.u.dtype))
@@ -127,7 +122,6 @@ class LinearCollector(ExpertCollector):
             (sums.abs_sum.squeeze(1), products),
         ):
             total.index_add_(0, places, values.flatten().cpu())
-        self.statistics = replace(sums, tokens=sums.tokens + len(hidden))
 
 
 def make_collector(found: RoutedExperts) -> ExpertCollector:
@@ -181,9 +175,3 @@ def _own_class(module: Any) -> Any:
     """Return the class of experts as the model has it, whether they are swapped or not."""
     state = getattr(module, "expert_state", None)
     return type(module) if state is None else state.own
-
-
-def _together(own: ExpertStatistics, processes: Processes) -> ExpertStatistics:
-    """Return the sums of all processes."""
-    sums = {name: processes.add_up(getattr(own, name)) for name in TENSORS}
-    return ExpertStatistics(tokens=int(processes.add_up(torch.tensor(own.tokens))), **sums)

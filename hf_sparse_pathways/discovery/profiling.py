@@ -139,7 +139,7 @@ def profile(  # noqa: PLR0913
         by_domain = {
             domain: replace(
                 run.collect(domain, sample, work_folder),
-                experts=collect_experts(model, domain, sample.windows, batch_size, processes),
+                experts=collect_experts(run, domain, sample, work_folder),
             )
             for domain, sample in samples.items()
         }

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from hf_sparse_pathways.discovery import profiling, resumption
 from hf_sparse_pathways.discovery.background import BATCH, ROWS, TOKENS
+from hf_sparse_pathways.discovery.expert_statistics import TENSORS as EXPERT_TENSORS
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.profiling import group_blocks, profile
 from hf_sparse_pathways.discovery.statistics import TENSORS
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from tests.architectures import build, tiny_llama
+from tests.moe.architectures import build_moe
 from tests.texts import documents, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -320,3 +322,30 @@ def test_a_profile_from_a_work_folder_is_copied_when_it_is_saved(tmp_path):
 def test_the_defaults_suffice_for_small_models():
     assert profiling.MAX_MEMORY == "4GB"
     assert _take(tiny_llama())["law"].grams
+
+
+def _taken_experts(taken):
+    return [layer for domain in taken.domains for layer in taken[domain].experts]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_mixed"])
+def test_an_interrupted_pass_over_routed_experts_goes_on_where_it_was(name, tmp_path):
+    texts, options = {"code": TEXTS["code"]}, {"grams": False, "work_folder": tmp_path}
+    model = build_moe(name)
+    whole = _take(build_moe(name), texts, grams=False)
+    ffn = BATCHES if find_blocks(model) else 0
+    interrupt = _Interrupt(model, ffn + 3)
+    with pytest.raises(KeyboardInterrupt):
+        _take(model, texts, **options)
+    interrupt.handle.remove()
+    after = _Interrupt(model)
+    again = _take(model, texts, **options)
+    assert after.passes == BATCHES - 2 + WRITING
+    for mine, theirs in zip(_taken_experts(again), _taken_experts(whole), strict=True):
+        assert mine.tokens == theirs.tokens > 0
+        for part in EXPERT_TENSORS:
+            assert torch.equal(getattr(mine, part), getattr(theirs, part))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    after.passes = 0
+    _take(model, texts, **options)
+    assert after.passes == 0

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.expert_statistics import TENSORS as EXPERT_TENSORS
 from hf_sparse_pathways.discovery.statistics import TENSORS
 from tests.architectures import build, random_masks
 from tests.cli.commands import content, run
+from tests.moe.architectures import build_moe
 from tests.texts import documents, save_documents, tiny_tokenizer
 
 TEXTS = {name: documents(name, count=9) for name in ("code", "law")}
@@ -49,6 +51,19 @@ def check_profile(state, _folder):
         assert len(mine) == len(theirs) == 3
         for one, other in zip(mine, theirs, strict=True):  # a value at an edge may change its bin
             torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def check_profile_of_routed_experts(state, _folder):
+    model = build_moe("mixtral")
+    together, alone = (profile(model, **one) for one in ({"accelerator": state}, {}))
+    for domain in TEXTS:
+        pairs = zip(together[domain].experts, alone[domain].experts, strict=True)
+        for mine, theirs in pairs:
+            assert mine.tokens == theirs.tokens > 0
+            for name in EXPERT_TENSORS:
+                torch.testing.assert_close(
+                    getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-6
+                )
 
 
 def check_profile_in_groups_goes_on(state, folder):
