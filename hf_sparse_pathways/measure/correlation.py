@@ -96,10 +96,15 @@ def rank(values: Sequence[float]) -> list[float]:
 def _product_moment(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    dx, dy = ([value - math.fsum(side) / len(side) for value in side] for side in (x, y))
+    dx, dy = _about_mean(x), _about_mean(y)
     products = math.fsum(a * b for a, b in zip(dx, dy, strict=True))
     norms = math.sqrt(math.fsum(a * a for a in dx)) * math.sqrt(math.fsum(b * b for b in dy))
     return max(-1.0, min(1.0, products / norms)) if norms > 0.0 else None
+
+
+def _about_mean(values: Sequence[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)
+    return [value - mean for value in values]
 
 
 def _with_interval(kind: str, value: float | None, n: int, spread: float) -> Correlation:

@@ -40,6 +40,21 @@ def test_coefficients_are_those_of_numpy(n, seed, ties):
     assert (pearson.n, spearman.n) == (n, n)
 
 
+def test_many_points_take_as_many_sums_as_few(monkeypatch):
+    """An analysis has one point for every row of every incoming leaf: hundreds of thousands."""
+    sums, counts = math.fsum, []
+
+    def count(values):
+        counts[-1] += 1
+        return sums(values)
+
+    monkeypatch.setattr(math, "fsum", count)
+    for n in (10, 1000):
+        counts.append(0)
+        correlate(*_pairs(n))
+    assert counts[0] == counts[1] > 0
+
+
 def test_intervals_are_fishers():
     pearson, spearman = correlate(*_pairs(28))
     for found, spread in ((pearson, 1.0), (spearman, 1.0 + spearman.value**2 / 2)):
