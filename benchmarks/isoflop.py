@@ -72,12 +72,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="bytes of a window")
     parser.add_argument("--batch", type=int, help="windows of a step")
     parser.add_argument("--scored", type=int, help="held-out bytes that are scored")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        help="runs at a time",
-    )
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     add_page(parser)
     given = parser.parse_args()
     if given.processes < 1:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.ffn.executors import has_own_dense
 from hf_sparse_pathways.ffn.prompt_rules import RULES
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.speed import clock
@@ -93,12 +94,12 @@ def compare(arguments: argparse.Namespace, name: str, dtype: str, dense: Any) ->
         arms[label] = partial(_call, model, ids, arguments.new_tokens, domain, settings, seen)
     alternate(arms, arguments.rounds, "generate")
     rows = [[label, *_row(seen[1:], times[DENSE][1:])] for label, seen in times.items()]
+    own = "with the same kernels" if has_own_dense(arguments.executor) else "as torch computes it"
     caption = (
-        f"**{name}**, {dtype}, {arguments.sparsity:.0%} of the "
-        f"FFN neurons left out, {arguments.prompt} tokens of prompt, {arguments.new_tokens} new "
-        "ones, batch 1, "
-        f"{arguments.threads} thread(s), executor {model.execution.executor} (for dense, too): "
-        f"ratio to dense, median (quartiles) of {arguments.rounds} alternating rounds."
+        f"**{name}**, {dtype}, {arguments.sparsity:.0%} of the FFN neurons left out, "
+        f"{arguments.prompt} tokens of prompt, {arguments.new_tokens} new ones, batch 1, "
+        f"{arguments.threads} thread(s), executor {model.execution.executor}: ratio to dense, "
+        f"{own}, median (quartiles) of {arguments.rounds} alternating rounds."
     )
     return f"{caption}\n\n{markdown_table(['arm', *COLUMNS], rows)}"
 

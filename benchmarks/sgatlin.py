@@ -128,15 +128,21 @@ def measure_memory(name: str, d_model: int, tokens: int) -> int:
     """Return the bytes that a forward and backward pass needs beyond layer and input."""
     layer, x = make(name, d_model), torch.randn(tokens, d_model)
     make_layer(sp.SwigluConfig(d_ff=8), d_model)(x[:1]).sum().backward()  # libraries are loaded
-    before = _peak()
+    before = _start()
     layer(x).sum().backward()
-    return _peak() - before
+    return _memory("VmHWM") - before
 
 
-def _peak() -> int:
-    """Return the most memory that this process has had; Linux. ``ru_maxrss`` has the parent's."""
+def _start() -> int:
+    """Forget the most memory that making the layer took, and return what is in use; Linux."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    """Return a figure of this process; ``ru_maxrss`` has the parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":
