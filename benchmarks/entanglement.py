@@ -31,8 +31,7 @@ def main() -> None:
     add_page(parser)
     given = parser.parse_args()
     fetch(given.cache, given.model, given.domains)
-    work = given.cache / "benchmarks" / "entanglement" / given.model
-    materials = Materials(given.cache, given.model, given.domains, work)
+    materials = Materials.of(given, "entanglement", given.domains)
     SECTION.publish(measure(materials, given.max_tokens, given.scored_tokens), given.page)
 
 

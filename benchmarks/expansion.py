@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from fetching import fetch
-from materials import Materials
+from materials import Materials, stored_bytes
 from publishing import Section, add_page
 
 import hf_sparse_pathways as sp
@@ -94,10 +94,7 @@ class Benchmark:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
-        self.work: Path = arguments.cache / "benchmarks" / "expansion" / arguments.model
-        self.materials = Materials(
-            arguments.cache, arguments.model, arguments.domains, self.work, arguments.dtype
-        )
+        self.materials = Materials.of(arguments, "expansion", arguments.domains, arguments.dtype)
 
     def steps(self) -> Iterator[Step]:
         """Yield what is to be measured."""
@@ -114,7 +111,7 @@ class Benchmark:
         """Return the result of each step, measuring those that were not, if that is wanted."""
         results = {}
         for step in self.steps():
-            path = self.work / f"{self._name(step)}.json"
+            path = self.materials.work / f"{self._name(step)}.json"
             if not path.is_file() and not self.arguments.measured:
                 print(f"{step.title}, {step.sparsity:.0%}", flush=True)
                 write_atomically(path, json.dumps(self._score(step), indent=1).encode())
@@ -150,12 +147,7 @@ class Benchmark:
                 "tokens": row.tokens,
                 "flops": pathways[name].provenance.get(NONZERO, row.flops),
             }
-        stored = sum(
-            part.nbytes
-            for pathway in pathways.by_domain.values()
-            for block in pathway.blocks
-            for part in block.parts().values()
-        )
+        stored = sum(map(stored_bytes, pathways.by_domain.values()))
         return {"rows": rows, "bytes": stored}
 
     def _make(self, step: Step) -> tuple[sp.Pathways, str | None]:

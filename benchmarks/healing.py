@@ -72,17 +72,14 @@ class Benchmark:
             dense_first=arguments.dense_first,
             learning_rate=arguments.learning_rate,
         )
-        self.work: Path = arguments.cache / "benchmarks" / "healing" / arguments.model
-        self.materials = Materials(
-            arguments.cache, arguments.model, arguments.domains, self.work, dtype=None
-        )
+        self.materials = Materials.of(arguments, "healing", arguments.domains, dtype=None)
 
     def measure(self) -> list[dict[str, Any]]:
         """Return one row per sparsity and domain, healing what was not, if that is wanted."""
         rows = []
         for domain in self.arguments.domains:
             for sparsity in self.arguments.sparsity:
-                path = self.work / f"{self._name(domain, sparsity)}.json"
+                path = self.materials.work / f"{self._name(domain, sparsity)}.json"
                 if not path.is_file() and self.arguments.measured:
                     continue
                 if not path.is_file():
@@ -110,9 +107,9 @@ class Benchmark:
             self.materials.tokenizer,
             {domain: training},
             settings=self.settings,
-            work_folder=self.work / "unfinished",
+            work_folder=self.materials.work / "unfinished",
         )
-        healed.pathways.save_pretrained(self.work / self._name(domain, sparsity))
+        healed.pathways.save_pretrained(self.materials.work / self._name(domain, sparsity))
         model.set_pathways(healed.pathways)
         after = self._evaluate(model, domain, held_out)
         return {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +28,11 @@ def load_shape(shape: str, dtype: str) -> Any:
     return random_llama(ModelShape.parse(shape), getattr(torch, dtype)).eval()
 
 
+def stored_bytes(pathway: sp.Pathway) -> int:
+    """Return the bytes of what a pathway keeps beside the weights."""
+    return sum(part.nbytes for block in pathway.blocks for part in block.parts().values())
+
+
 @dataclass(frozen=True)
 class Materials:
     """A model and domains' texts.
@@ -45,6 +50,14 @@ class Materials:
     domains: Sequence[str]
     work: Path
     dtype: str | None = "float32"
+
+    @classmethod
+    def of(
+        cls, given: Any, benchmark: str, domains: Sequence[str], dtype: str | None = "float32"
+    ) -> Self:
+        """Return what a benchmark with the options ``--cache`` and ``--model`` measures on."""
+        work = given.cache / "benchmarks" / benchmark / given.model
+        return cls(given.cache, given.model, domains, work, dtype)
 
     @cached_property
     def dense(self) -> Any:

@@ -74,9 +74,7 @@ class Benchmark:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
-        self.work: Path = arguments.cache / "benchmarks" / "mixture" / arguments.model
-        domains = [arguments.domain]
-        self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
+        self.materials = Materials.of(arguments, "mixture", [arguments.domain])
 
     def name(self, arm: str) -> str:
         """Return what tells an arm and its settings from others."""
@@ -89,7 +87,7 @@ class Benchmark:
         """Return each arm's figures, measuring those that were not."""
         results = {}
         for arm in self.arguments.arms:
-            path = self.work / f"{self.name(arm)}-{self.arguments.scored_tokens}.json"
+            path = self.materials.work / f"{self.name(arm)}-{self.arguments.scored_tokens}.json"
             if not path.is_file():
                 found = self._score(self.pathways(arm))
                 write_atomically(path, json.dumps(found).encode())
@@ -124,7 +122,7 @@ class Benchmark:
             self.materials.tokenizer,
             texts,
             settings=settings,
-            work_folder=self.work / "unfinished",
+            work_folder=self.materials.work / "unfinished",
         )
         print(trained)
         return trained.pathways

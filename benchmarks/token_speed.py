@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fetching import fetch
-from materials import Materials
+from materials import Materials, stored_bytes
 from publishing import Section, add_page
 from torch import Tensor
 
@@ -71,9 +71,7 @@ class Benchmark:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
-        self.work: Path = arguments.cache / "benchmarks" / "token-speed" / arguments.model
-        domains = [arguments.domain]
-        self.materials = Materials(arguments.cache, arguments.model, domains, self.work)
+        self.materials = Materials.of(arguments, "token-speed", [arguments.domain])
         self.arms = list(dict.fromkeys([STATIC, *arguments.arms]))
         self.ids = self._draw()
 
@@ -123,7 +121,7 @@ class Benchmark:
         for arm, domain in domains.items():
             ratios = [_over(own, arm, other) for own in figures for other in (DENSE, STATIC)]
             flops = "100%" if domain is None else f"{pathways.flops(domain):.1%}"
-            size = "" if domain is None else f"{_stored_bytes(pathways[domain]) / 1e6:.0f} MB"
+            size = "" if domain is None else f"{stored_bytes(pathways[domain]) / 1e6:.0f} MB"
             rows.append([executor, arm, flops, *ratios, size])
         return rows
 
@@ -160,10 +158,6 @@ class Benchmark:
 def _over(figures: dict[str, tuple[float, ...]], arm: str, other: str) -> str:
     """Return an arm's speed over another's, round by round."""
     return str(Spread.of([a / b for a, b in zip(figures[arm], figures[other], strict=True)]))
-
-
-def _stored_bytes(pathway: sp.Pathway) -> int:
-    return sum(part.nbytes for block in pathway.blocks for part in block.parts().values())
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ struct job {
 #define DEFINE_TILE(TYPE, NAME)                                                                    \
     static inline __attribute__((always_inline)) void tile_##NAME(                                 \
         const struct job *job, const TYPE *const *row, const TYPE *const *later, long first,       \
-        int count, long input, const int M) {                                         \
+        int count, long input, const int M) {                                                      \
         vec total[4][4] = {{{0}}};                                                                 \
         const float *x = job->x + input * job->k;                                                  \
         long i = 0;                                                                                \
@@ -207,11 +207,11 @@ static inline __attribute__((always_inline)) void tile_dot(
             }                                                                                      \
             long input = 0;                                                                        \
             for (; input + 4 <= inputs; input += 4)                                                \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 4);               \
             for (; input + 2 <= inputs; input += 2)                                                \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 2);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 2);               \
             if (input < inputs)                                                                    \
-                tile_##NAME(job, row, input ? NULL : later, first, count, input, 1);            \
+                tile_##NAME(job, row, input ? NULL : later, first, count, input, 1);               \
         }                                                                                          \
     }
 
