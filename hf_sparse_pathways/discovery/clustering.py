@@ -130,7 +130,7 @@ class ClusteredTask:
 class ClusterProbe(Observer):
     """Adds up one block's second moments by cluster."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         block: FfnBlock,
         spaces: Workspaces,
@@ -139,6 +139,7 @@ class ClusterProbe(Observer):
         *,
         inputs: bool,
         thresholds: Sequence[Tensor] = (),
+        leafwise: bool = False,
     ) -> None:
         """Begin with nothing.
 
@@ -149,6 +150,7 @@ class ClusterProbe(Observer):
             prior: As in ``Clustering``.
             inputs: Whether a bypass needs the block's input in the moments.
             thresholds: Of each cluster's gates, where tokens skip neurons.
+            leafwise: Whether only what each leaf needs by itself is added up.
         """
         super().__init__(block, inputs=True, ups=bool(thresholds))
         self.spaces, self.router, self._prior = spaces, router, prior
@@ -156,7 +158,10 @@ class ClusterProbe(Observer):
         self._in_gram = inputs
         self._skipped = [SkippedMoments(block, own, inputs=inputs) for own in thresholds]
         self._own = [one.accumulator for one in self._skipped] or [
-            GramAccumulator(width, block.d_ff, targets=block.d_out) for _ in router.bias
+            GramAccumulator(
+                width, block.d_ff, targets=0 if leafwise else block.d_out, mixed=not leafwise
+            )
+            for _ in router.bias
         ]
         self._tokens = torch.zeros(len(router.bias))
 

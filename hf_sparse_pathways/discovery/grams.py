@@ -119,16 +119,18 @@ def files_of(source: GramSource) -> list[Path]:
 class GramAccumulator:
     """Adds up a block's Gram matrix, in place.
 
-    With d_in 0 the block's input is left out. Products are float32 over at most ``workspace``
+    With d_in 0 the block's input is left out; not ``mixed``, what the activation does together with
+    the input and with one stays zero. Products are float32 over at most ``workspace``
     tokens at a time, and so is the sum: tests show it equal to float64 in six digits, far below the
     sampling error of the moments. Of bfloat16 activations the products are those of bfloat16
     numbers (``bfloat16_products``): theirs lose nothing, inputs are what the FFN's first product
     rounds them to, and targets and weights are rounded.
     """
 
-    def __init__(self, d_in: int, d_ff: int, targets: int = 0) -> None:
+    def __init__(self, d_in: int, d_ff: int, targets: int = 0, *, mixed: bool = True) -> None:
         size = d_ff + d_in + 1
         self.d_ff = d_ff
+        self._parts = [(0, size)] if mixed else [(0, d_ff), (d_ff, size)]
         self.upper = torch.zeros(size, size, dtype=torch.float32)
         self.cross = torch.zeros(targets, size, dtype=torch.float32)
 
@@ -171,10 +173,11 @@ class GramAccumulator:
     def _multiply(self, z: Tensor, target: Tensor | None) -> None:
         if target is not None:
             self.cross.addmm_(target.T, z)
-        size = len(self.upper)
-        for stripe in range(0, size, -(-size // _STRIPES)):
-            columns = slice(stripe, stripe - (-size // _STRIPES))
-            self.upper[columns, stripe:].addmm_(z[:, columns].T, z[:, stripe:])
+        for start, stop in self._parts:
+            width = -(-(stop - start) // _STRIPES)
+            for stripe in range(start, stop, width):
+                columns, rest = slice(stripe, min(stripe + width, stop)), slice(stripe, stop)
+                self.upper[columns, rest].addmm_(z[:, columns].T, z[:, rest])
 
     def gram(self) -> Gram:
         """Return the symmetric matrix on the CPU."""

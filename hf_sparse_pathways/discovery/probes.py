@@ -177,11 +177,21 @@ def attached(observers: Sequence[Observer]) -> Iterator[None]:
 class Probe(Observer):
     """Adds up one block's second moments."""
 
-    def __init__(self, block: FfnBlock, spaces: Workspaces, *, inputs: bool) -> None:
+    def __init__(
+        self, block: FfnBlock, spaces: Workspaces, *, inputs: bool, leafwise: bool = False
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            block: The block.
+            spaces: Where products are made.
+            inputs: Whether the block's input is in the moments.
+            leafwise: Whether only what each leaf needs by itself is added up.
+        """
         super().__init__(block, inputs=inputs)
         self.spaces = spaces
-        width = block.d_in if inputs else 0
-        self.accumulator = GramAccumulator(width, block.d_ff, targets=block.d_out)
+        width, targets = block.d_in if inputs else 0, 0 if leafwise else block.d_out
+        self.accumulator = GramAccumulator(width, block.d_ff, targets, mixed=not leafwise)
 
     def add(self, rows: Tensor, missing: Tensor | None, weights: Tensor | None) -> None:
         """Add what was seen last, padding left out."""

@@ -106,7 +106,7 @@ def make_copies(model: nn.Module, profile: Profile, recipe: CopyRecipe) -> Pathw
             batches=list(make_batches(known.windows, BATCH_SIZE)),
             prune=prune,
             clustering=recipe.clustering,
-            changes_rows=True,
+            leafwise=True,
         )
         for domain, known in profile.by_domain.items()
     ]

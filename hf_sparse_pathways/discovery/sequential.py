@@ -17,6 +17,7 @@ Source: sequential least squares on the pruned model's own inputs as in Frantar 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ class Arm:
         clustering: How each block's tokens are clustered; None where all have the same neurons.
         threshold: Finds what gates have to exceed; None where no token skips a neuron.
         groups: Finds the groups of neurons; None where every token has all that are kept.
-        changes_rows: Whether incoming leaves change, too, and with them the activation.
+        leafwise: Whether every leaf is pruned towards its own output, as in SparseGPT: the dense
+            stream is not needed, and the activation changes.
         blocks: The pathways of the blocks that are done.
     """
 
@@ -99,7 +101,7 @@ class Arm:
     clustering: Clustering | None = None
     threshold: FindThreshold | None = None
     groups: FindGroups | None = None
-    changes_rows: bool = False
+    leafwise: bool = False
     blocks: list[Kept] = field(default_factory=list)
 
 
@@ -127,7 +129,8 @@ def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tu
         ):
             own = [(number, block) for number, block in enumerate(blocks) if block.layer is layer]
             step = _Layer(runner, index, own)
-            dense = step.run_dense(streams)
+            needed = not all(arm.leafwise for arm in arms)
+            dense = step.run_dense(streams) if needed else streams.dense
             for position, arm in enumerate(arms):
                 step.prune(streams, position, arm, dense)
             streams.dense = list(dense)
@@ -189,18 +192,21 @@ class _Layer:
         """The outgoing leaf of the layer's last FFN."""
         return self.blocks[-1][1].outgoing
 
-    def prune(self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor]) -> None:
+    def prune(
+        self, streams: _Streams, position: int, arm: Arm, dense: Sequence[Tensor | None]
+    ) -> None:
         """Prune this layer's blocks for one arm, and move its stream behind the layer."""
         stream, numbers = streams.pruned[position], streams.chosen[position]
         probes = self._make_probes(streams, position, arm)
         batches = [streams.batches[number] for number in numbers]
-        shortcut = arm.threshold is None and arm.groups is None and not arm.changes_rows
+        shortcut = arm.threshold is None and arm.groups is None and not arm.leafwise
         shortcut = shortcut and self._can_shortcut(probes, batches)
         kept: dict[int, _Passed] = {}
         if probes:
             for number in numbers:
                 batch = streams.batches[number]
-                behind, tape = self._collect(batch, stream[number], dense[number], probes)
+                aim = None if arm.leafwise else dense[number]
+                behind, tape = self._collect(batch, stream[number], aim, probes)
                 if shortcut:
                     kept[number] = _Passed(behind, tape, probes[0].seen)
         if self.gain is None:
@@ -222,7 +228,8 @@ class _Layer:
     def _make_probes(self, streams: _Streams, position: int, arm: Arm) -> list[AnyProbe]:
         """Return what will see the blocks; where tokens differ, as it is found now."""
         if arm.threshold is None and arm.clustering is None and arm.groups is None:
-            return [Probe(block, self.spaces, inputs=arm.inputs) for _, block in self.blocks]
+            kind = partial(Probe, inputs=arm.inputs, leafwise=arm.leafwise)
+            return [kind(block, self.spaces) for _, block in self.blocks]
         samples = self._see_sample(streams, position, arm)
         return [
             self._make_probe(arm, number, block, seen)
@@ -248,8 +255,15 @@ class _Layer:
                 own = (clusters == cluster).nonzero().flatten()
                 few = len(own) < FEWEST
                 thresholds.append(find(number, seen if few else seen.at(own)))
-        prior = arm.clustering.prior
-        return ClusterProbe(block, spaces, router, prior, inputs=inputs, thresholds=thresholds)
+        return ClusterProbe(
+            block,
+            spaces,
+            router,
+            arm.clustering.prior,
+            inputs=inputs,
+            thresholds=thresholds,
+            leafwise=arm.leafwise,
+        )
 
     def _see_sample(self, streams: _Streams, position: int, arm: Arm) -> list[Seen]:
         """Return what each block computes for some tokens from all over the text."""
@@ -300,21 +314,31 @@ class _Layer:
         self,
         batch: Batch,
         hidden: Tensor | None,
-        dense: Tensor,
+        dense: Tensor | None,
         probes: list[AnyProbe],
     ) -> tuple[Tensor, Tape | None]:
         """Add one batch of the pruned stream to the blocks' second moments.
+
+        Args:
+            batch: The text.
+            hidden: The pruned stream before the layer.
+            dense: The dense stream behind it; None where each leaf is pruned for itself.
+            probes: Of the layer's blocks.
 
         Returns:
             The hidden states behind the layer with its own FFN dense, and the layer's tape if it
             is needed for another output.
         """
         with attached(probes):
-            if self.tape_bytes is not None:
+            if self.tape_bytes is not None and dense is not None:
                 behind, tape = self.runner.record(self.index, batch, hidden, self._leaf)
             else:
                 behind, tape = self.runner.run(self.index, batch, hidden), None
         rows = batch.mask.flatten().nonzero().flatten().to(behind.device)
+        if dense is None:
+            for probe in probes:
+                probe.add(rows, None, None)
+            return behind, None
         missing = (dense - behind).flatten(0, -2).index_select(0, rows).float()
         weights = None
         if self.gain is not None:

@@ -113,6 +113,16 @@ def test_weights_and_targets_beside_bfloat16_activations_are_rounded_at_most():
     _close(accumulator.cross, (target.double() * weights).T @ z, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("d_in", [0, 37])
+def test_unmixed_the_activation_and_the_rest_stand_alone(d_in):
+    activation, inputs = _draw(700, 261), _draw(700, d_in, seed=1)
+    accumulator = GramAccumulator(d_in, 261, mixed=False)
+    accumulator.add(activation, inputs, torch.empty(512, 300))
+    rest = torch.cat([inputs.double(), torch.ones(700, 1)], 1)
+    expected = torch.block_diag(activation.double().T @ activation.double(), rest.T @ rest)
+    _close(accumulator.gram().total, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_processors_units_are_set_within_only(monkeypatch, dtype):
     monkeypatch.setattr(passes, "has_fast_bfloat16", lambda _: True)

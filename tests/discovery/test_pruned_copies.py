@@ -133,7 +133,7 @@ def _naive(model, windows, pattern):
     return pruned
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma3"])
 def test_one_copy_is_sparsegpt_block_after_block(name):
     model = build(name)
     profile = sp.profile(model, TOKENIZER, {"any": TEXT[:8]}, max_length=32, grams=False)
