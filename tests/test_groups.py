@@ -1,6 +1,7 @@
 """Oracles: groups of neurons equal a plain model whose activations are weighted token by token."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnsupportedModelError
-from hf_sparse_pathways.ffn import group_products
+from hf_sparse_pathways.ffn import forms, group_products
 from hf_sparse_pathways.native import product
 from tests.architectures import ARCHITECTURES, build, compensate, random_masks
 from tests.architectures import repaired as repaired_model
@@ -48,9 +49,12 @@ def test_equals_weighted_activations(name):
     expected = expected_logits(dense, model, reference(dense, own))
     whole = repaired_model(dense, own)(IDS, use_cache=False).logits
     assert difference(expected["code"], whole) > 1e-3
-    for executor in ("masked", "compact", "sliced"):
+    for executor in ("masked", "compact", "sliced", "indexed"):
         model.set_executor(executor)
         assert_computes(model, expected)
+    token = model(IDS[:1, :1], domain="code").logits
+    model.set_executor("masked")
+    assert difference(token, model(IDS[:1, :1], domain="code").logits) <= 5 * TOLERANCE
 
 
 def test_equal_logits_give_the_plain_sum():
@@ -101,11 +105,10 @@ def test_padding_and_rows_of_other_domains_beside_it(llama, executor):
     assert difference(logits, expected["code"]) <= 5 * TOLERANCE
 
 
-@pytest.mark.parametrize("executor", ["compact", "indexed"])
 @torch.no_grad()
-def test_a_step_reads_only_what_its_token_has(llama, executor, monkeypatch):
+def test_a_step_reads_only_what_its_token_has(llama, monkeypatch):
     _, model, _ = llama
-    model.set_executor(executor)
+    model.set_executor("compact")
     model(IDS, domain="code")
     asked = []
     wrapped = group_products.kept_weights
@@ -121,6 +124,25 @@ def test_a_step_reads_only_what_its_token_has(llama, executor, monkeypatch):
     blocks = model.pathways["code"].blocks
     assert len(asked) == 3 * len(blocks) * (1 + TOP_K)  # gate, up and down
     assert sum(asked) == 3 * sum(block.groups.active for block in blocks)
+
+
+@torch.no_grad()
+def test_in_place_a_step_reads_it_in_one_product_of_each_leaf(llama, monkeypatch):
+    _, model, _ = llama
+    model.set_executor("indexed")
+    model(IDS, domain="code")
+    read = {"linear_rows": [], "sum_rows": []}
+
+    def count(name, wrapped, x, weight, index, *rest):
+        if index is not None:
+            read[name].append(len(index))
+        return wrapped(x, weight, index, *rest)
+
+    for name in read:
+        monkeypatch.setattr(forms, name, partial(count, name, getattr(forms, name)))
+    model(IDS[:1, :1], domain="code", use_cache=False)
+    active = [block.groups.active for block in model.pathways["code"].blocks]
+    assert read == {"linear_rows": [own for own in active for _ in range(2)], "sum_rows": active}
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Shared:
-    """Key of an outgoing leaf's copy of which all experts of a pathway read rows in place.
+    """Key of an outgoing leaf's copy of which all experts of a pathway read columns in place.
 
     Attributes:
         pathway: The pathway.
@@ -111,15 +111,46 @@ def kept_weights(leaf: "PathwayLeaf", key: Own, form: Form) -> KeptWeights:
     return copy
 
 
-def _shared_sums(leaf: "PathwayLeaf", member: int, form: Form, stamp: tuple[object, ...]) -> Sums:
-    """Return the matrix of which an expert reads rows; called while copies are made."""
-    pathway = leaf.state.members.shared(member)
-    assert pathway is not None  # or nothing is shared
-    copy = leaf.copies.get(Shared(pathway))
-    if copy is None or not copy.fits(stamp, form):
-        copy = leaf.copies[Shared(pathway)] = _copy(leaf, Shared(pathway), form, stamp)
-    assert isinstance(copy.product, Sums)
-    return copy.product
+def _source(leaf: "PathwayLeaf", key: Own, form: Form) -> int | Shared | None:
+    """Return the key of the copy of which a member's own reads rows or columns in place, if any.
+
+    All groups of a pathway read what stands under its own number, and experts with one refit the
+    whole leaf with it.
+    """
+    if form is not NATIVE or not isinstance(key, int) or key == WHOLE:
+        return None
+    owner, shared = leaf.state.members.owner(key), leaf.state.members.shared(key)
+    if owner is not None:
+        return owner if Stored.of(leaf).known else None
+    return None if shared is None or leaf.neuron_dim == 0 else Shared(shared)
+
+
+def _read_in_place(
+    leaf: "PathwayLeaf", member: int, source: int | Shared, stamp: tuple[object, ...]
+) -> KeptWeights:
+    """Return a member's part of another copy; called while copies are made."""
+    copy = leaf.copies.get(source)
+    if copy is None or not copy.fits(stamp, NATIVE):
+        copy = leaf.copies[source] = _copy(leaf, source, NATIVE, stamp)
+    own = leaf.state.members.all[member]
+    index = own.neurons
+    if isinstance(source, int):
+        keep = leaf.state.members.all[source].keep
+        index = (keep.cumsum(0) - 1)[index]
+        if leaf.neuron_dim == 0:
+            index = in_parts(index, leaf.rows_per_neuron, int(keep.sum()))
+    index = index.to(leaf.weight.device)
+    assert isinstance(copy.product, Rows | Sums)
+    product = copy.product.at(index)
+    if leaf.neuron_dim == 0:
+        bias = None if copy.bias is None else copy.bias[index]
+        return KeptWeights(NATIVE, product, bias, None, stamp)
+    return KeptWeights(NATIVE, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
+
+
+def in_parts(neurons: Tensor, parts: int, width: int) -> Tensor:
+    """Return the rows of neurons in a matrix that has several parts of so many rows."""
+    return torch.cat([neurons + part * width for part in range(parts)])
 
 
 def copy_keys(leaf: "PathwayLeaf", key: Key, form: Form) -> Iterator[Own]:
@@ -128,8 +159,9 @@ def copy_keys(leaf: "PathwayLeaf", key: Key, form: Form) -> Iterator[Own]:
         yield key
     elif not isinstance(key, tuple):
         members = leaf.state.members.of_pathway(key)
-        if _reads_shared(leaf, members[0], form):
-            yield Shared(key)
+        source = _source(leaf, members[0], form)
+        if source is not None:
+            yield source
         yield from members
     elif leaf.neuron_dim == 1 and leaf.state.apart(key):
         yield from (Columns(key, pathway) for pathway in key if pathway >= 0)
@@ -165,8 +197,8 @@ def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
         extra += 0 if own.bias is None else own.bias.numel()
         extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
     whole, extra = index is None, extra * itemsize
-    if isinstance(key, int) and key != WHOLE and _reads_shared(leaf, key, form):
-        return columns * _INDEX_BYTES + extra
+    if _source(leaf, key, form) is not None:
+        return (columns if leaf.neuron_dim else rows) * _INDEX_BYTES + extra
     if is_int8(leaf.weight):
         extra += rows * _SCALE_BYTES
         itemsize = 1
@@ -193,11 +225,6 @@ def _stamp(weight: Tensor) -> tuple[object, ...]:
     return (tensor.data_ptr(), version, tensor.dtype, tensor.device)
 
 
-def _reads_shared(leaf: "PathwayLeaf", member: int, form: Form) -> bool:
-    """Whether an expert's columns are rows of one matrix of all experts."""
-    return form is NATIVE and leaf.neuron_dim == 1 and leaf.state.members.shared(member) is not None
-
-
 def _is_in_place(leaf: "PathwayLeaf", index: Tensor | None, own: BlockPathway | None) -> bool:
     """Whether rows of the leaf's own weight are all that is needed."""
     contiguous = linear_weight(leaf).stride(-1) == 1
@@ -222,6 +249,9 @@ def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) 
         if index is None:
             return KeptWeights(form, form.make(stored), leaf.bias, None, stamp)
         leaf.check_whole()
+        source = _source(leaf, key, form)
+        if isinstance(key, int) and source is not None:
+            return _read_in_place(leaf, key, source, stamp)
         if leaf.neuron_dim == 0:
             rows = leaf.state.rows_of(index, leaf.rows_per_neuron).to(stored.values.device)
             bias = None if leaf.bias is None else leaf.bias[rows]
@@ -230,14 +260,12 @@ def _copy(leaf: "PathwayLeaf", key: Own, form: Form, stamp: tuple[object, ...]) 
             kept = stored.rows(rows).changed(_change(leaf, own))
             return KeptWeights(form, form.make(kept), bias, None, stamp)
         index = index.to(stored.values.device)
-        if own is not None and isinstance(key, int) and _reads_shared(leaf, key, form):
-            product: Product = _shared_sums(leaf, key, form, stamp).at(index)
-            return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
         columns = stored.columns(index)
         if own is None:
             return KeptWeights(form, form.make(columns), leaf.bias, None, stamp)
         changed = columns.changed(own.delta)
-        by_rows = form is NATIVE and own.skipping is not None and changed.known
+        by_token = own.skipping is not None or own.groups is not None
+        by_rows = form is NATIVE and by_token and changed.known
         product = Sums.of(changed) if by_rows else form.make(changed)
         return KeptWeights(form, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
 

@@ -33,9 +33,12 @@ from hf_sparse_pathways.ffn.copies import WHOLE, Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.group_products import (
     Selection,
+    TokenSelection,
     select_groups,
     selected_incoming,
     selected_outgoing,
+    token_incoming,
+    token_outgoing,
 )
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
@@ -129,7 +132,7 @@ class Compact:
     def route(self, state: BlockState, pathway: Any, x: Tensor) -> Any:
         """Return the member that computes all tokens, or what each token has."""
         if pathway in state.members.grouped:
-            return select_groups(state, pathway, x)
+            return select_groups(state, pathway, x, self.form)
         return route(state, pathway, x) if pathway in state.members.clustered else pathway
 
     def incoming(self, leaf: "PathwayLeaf", x: Tensor, pathway: Any) -> Tensor:
@@ -140,13 +143,15 @@ class Compact:
             return grouped_incoming(leaf, x, pathway, self.form)
         if isinstance(pathway, Selection):
             return selected_incoming(leaf, x, pathway, self.form)
+        if isinstance(pathway, TokenSelection):
+            return token_incoming(leaf, x, pathway)
         return kept_weights(leaf, pathway, self.form)(x)
 
     def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
         """Zero what each token skips of the kept neurons."""
         if isinstance(pathway, Routing):
             return skip_in_groups(state, x, up, pathway)
-        if isinstance(pathway, Mixture | Selection) or pathway == WHOLE:
+        if isinstance(pathway, Mixture | Selection | TokenSelection) or pathway == WHOLE:
             return x
         return state.skip_kept(x, up, pathway)
 
@@ -158,6 +163,8 @@ class Compact:
             return grouped_outgoing(leaf, x, pathway, self.form, block_input)
         if isinstance(pathway, Selection):
             return selected_outgoing(leaf, x, pathway, self.form, block_input)
+        if isinstance(pathway, TokenSelection):
+            return token_outgoing(leaf, x, pathway, block_input)
         if not isinstance(pathway, Mixture):
             return kept_weights(leaf, pathway, self.form).with_bypass(x, block_input)
         pathway = pathway.on(x.device)

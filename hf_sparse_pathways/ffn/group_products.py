@@ -3,7 +3,8 @@
 Pairs of a token and one of its groups are sorted by the group. The incoming leaves return for every
 token what all tokens have, then its k groups in the order of their logits, so that all are equally
 wide and what the block does between its leaves is its own code. The outgoing leaf weights each
-group and adds up what it gives. A step of decoding so reads no weights but those that it needs.
+group and adds up what it gives. A step of decoding so reads no weights but those that it needs;
+where they are read in place, one product of each leaf does for a single token.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.copies import kept_weights
-from hf_sparse_pathways.ffn.forms import Form
+from hf_sparse_pathways.ffn.additions import needed_input
+from hf_sparse_pathways.ffn.copies import in_parts, kept_weights
+from hf_sparse_pathways.ffn.forms import NATIVE, Form, Rows, Sums
 
 if TYPE_CHECKING:
     from hf_sparse_pathways.ffn.leaves import PathwayLeaf
@@ -51,15 +53,36 @@ class Selection:
     weights: Tensor
 
 
-def select_groups(state: "BlockState", pathway: int, x: Tensor) -> Selection:
+@dataclass(frozen=True, eq=False)
+class TokenSelection:
+    """Which neurons compute the only token of a block's input.
+
+    Attributes:
+        pathway: The pathway.
+        places: Of the neurons among the kept ones, int64: those of all tokens, then each group's.
+        weights: Of the token's groups, float32 ``(1, k)``.
+    """
+
+    pathway: int
+    places: Tensor
+    weights: Tensor
+
+
+def select_groups(
+    state: "BlockState", pathway: int, x: Tensor, form: Form
+) -> Selection | TokenSelection:
     """Return which groups compute a block's input ``(..., d_in)``.
 
     Args:
         state: The block's.
         pathway: A pathway with groups.
         x: The input.
+        form: In which weights are multiplied.
     """
     groups, weights = state.groups(pathway, x.device)(x.flatten(0, -2))
+    if form is NATIVE and len(groups) == 1 and not torch.compiler.is_compiling():
+        always, several = state.places(pathway, x.device)
+        return TokenSelection(pathway, torch.cat([always, several[groups[0]].flatten()]), weights)
     first, chosen = state.members.grouped[pathway], groups.shape[1]
     order, present = groups.flatten().argsort(stable=True), groups.flatten().bincount().tolist()
     pairs, start = [], 0
@@ -108,3 +131,29 @@ def _weighted(groups: Tensor, selection: Selection) -> Iterator[tuple[int, Tenso
         place = pairs.tokens, pairs.slots
         weights = selection.weights[place].unsqueeze(1).to(groups.dtype)
         yield pairs.member, pairs.tokens, groups[place] * weights
+
+
+def token_incoming(leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection) -> Tensor:
+    """Return what a single token has of the neurons, its groups in their order."""
+    kept = kept_weights(leaf, selection.pathway, NATIVE)
+    parts, width = leaf.rows_per_neuron, leaf.state.members.widths[selection.pathway]
+    rows = selection.places if parts == 1 else in_parts(selection.places, parts, width)
+    if not isinstance(kept.product, Rows):
+        return kept(x).index_select(-1, rows)
+    return kept.product.at(rows)(x, None if kept.bias is None else kept.bias[rows])
+
+
+def token_outgoing(
+    leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection, block_input: Tensor | None
+) -> Tensor:
+    """Sum over what a single token has, its groups weighted."""
+    kept, weights = kept_weights(leaf, selection.pathway, NATIVE), selection.weights
+    width = leaf.state.members.widths[leaf.state.members.grouped[selection.pathway]]
+    groups = x[..., width:].view(*x.shape[:-1], weights.shape[-1], -1)
+    weighted = groups * weights.unsqueeze(-1).to(x.dtype)
+    x = torch.cat([x[..., :width], weighted.flatten(-2)], -1)
+    if not isinstance(kept.product, Sums):
+        whole = x.new_zeros(*x.shape[:-1], leaf.state.members.widths[selection.pathway])
+        return kept.with_bypass(whole.index_copy_(-1, selection.places, x), block_input)
+    output = kept.product.at(selection.places)(x, kept.bias)
+    return output if kept.bypass is None else output + kept.bypass(needed_input(block_input))

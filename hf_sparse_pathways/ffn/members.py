@@ -82,6 +82,10 @@ class Members:
             return self._ranges[pathway]
         return range(pathway, pathway + 1)  # of what had copies and is no more
 
+    def owner(self, member: int) -> int | None:
+        """Return the pathway of which a member is a group, or what all tokens have."""
+        return next((index for index in self.grouped if member in self._ranges[index]), None)
+
     def shared(self, member: int) -> int | None:
         """Return the pathway whose experts have one refit, if a member is one of them."""
         owners = (pathway for pathway in self.clustered if member in self.of_pathway(pathway))

@@ -76,6 +76,15 @@ class NeuronGroups:
         """Number of neurons that a token has."""
         return self.always + self.top_k * self.size
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Return where the neurons stand among the kept ones, int64.
+
+        Returns:
+            Those that every token has, ``(always,)``, and those of each group, ``(G, size)``.
+        """
+        order = self.group.argsort(stable=True)
+        return order[: self.always], order[self.always :].view(self.count, -1)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's groups, with a gradient in the router.
 

@@ -30,6 +30,7 @@ _MOST_UNIONS = 64
 _CACHES = (
     "_additions",
     "_groups",
+    "_places",
     "_incoming",
     "_routers",
     "_tables",
@@ -75,6 +76,7 @@ class BlockState:
         self._incoming: dict[tuple[int, int, torch.device, torch.dtype], IncomingAddition] = {}
         self._routers: dict[tuple[int, torch.device], TokenRouter] = {}
         self._groups: dict[tuple[int, torch.device], NeuronGroups] = {}
+        self._places: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._unions: dict[tuple[tuple[int, ...], torch.device], Union] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class BlockState:
         self._cut = None if shard is None else tuple(map(shard.cut, self.members.all))
         self._cut_kept = tuple(member.neurons for member in self._cut or ())
         self._tables, self._thresholds, self._additions, self._incoming = {}, {}, {}, {}
-        self._groups = {}
+        self._groups, self._places = {}, {}
 
     @property
     def _own(self) -> tuple[BlockPathway, ...]:
@@ -154,6 +156,17 @@ class BlockState:
                 found = own.groups.over(own.keep).to(device)
             if not torch.compiler.is_compiling():
                 self._groups[pathway, device] = found
+        return found
+
+    def places(self, pathway: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where the neurons of a pathway's groups stand, on a device: see its groups."""
+        found = self._places.get((pathway, device))
+        if found is None:
+            groups = self.members.all[pathway].groups
+            assert groups is not None  # or there are none: see Members.grouped
+            with torch.inference_mode(False), torch.no_grad():
+                always, several = groups.places()
+                found = self._places[pathway, device] = always.to(device), several.to(device)
         return found
 
     def weigh(self, activation: Tensor, pathway: int | Tensor, x: Tensor) -> Tensor:
