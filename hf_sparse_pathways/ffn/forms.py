@@ -43,7 +43,7 @@ class Rows:
 
     def at(self, index: Tensor) -> "Rows":
         """Return some of the rows, of the same matrix."""
-        rows = index if self.rows is None else self.rows[index]
+        rows = index if self.rows is None else self.rows.index_select(0, index)
         return Rows(self.weight, rows, None if self.scale is None else self.scale[index])
 
     @classmethod
@@ -78,7 +78,7 @@ class Sums:
 
     def at(self, index: Tensor) -> "Sums":
         """Return some of the columns, of the same copy."""
-        rows = index if self.rows is None else self.rows[index]
+        rows = index if self.rows is None else self.rows.index_select(0, index)
         return Sums(self.transposed, rows, self.scale)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
