@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_sparse_pathways.measure.gating import Gates, read_gates, swap_effect, swap_gates
     from hf_sparse_pathways.measure.plotting import plot
     from hf_sparse_pathways.measure.quality import evaluate
+    from hf_sparse_pathways.measure.routed_experts import summarise_experts
     from hf_sparse_pathways.measure.speed.benchmarking import benchmark
     from hf_sparse_pathways.modeling.adaptation import adapt
     from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
@@ -104,6 +105,7 @@ __all__ = [
     "remove_domains",
     "rename_domain",
     "select",
+    "summarise_experts",
     "swap_effect",
     "swap_gates",
     "train_routers",
@@ -143,6 +145,7 @@ _HOMES = {
     "distil": "measure.distillation",
     "Gates": "measure.gating",
     "read_gates": "measure.gating",
+    "summarise_experts": "measure.routed_experts",
     "swap_effect": "measure.gating",
     "swap_gates": "measure.gating",
     "plot": "measure.plotting",

@@ -117,6 +117,7 @@ LAZY = {
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
     ("cli.profile", "discovery.windows"),
+    ("cli.profile", "measure.routed_experts"),
     ("cli.profile", "pathways.pathway"),
     ("cli.push", "files"),
     ("cli.push", "measure.quality_report"),

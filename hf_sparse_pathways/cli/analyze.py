@@ -138,7 +138,7 @@ class Delivery:
         from hf_sparse_pathways.measure.analysis_report import describe, sections, to_markdown
 
         if self.output is not None:
-            figures = load_plots().draw_all(analysis) if self.plots and analysis.blocks else None
+            figures = load_plots().draw_all(analysis) if self.plots else None
             write_report(
                 self.output,
                 "analysis",

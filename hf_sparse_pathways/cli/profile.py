@@ -10,6 +10,7 @@ from hf_sparse_pathways.cli import options as opt
 from hf_sparse_pathways.cli.launch import join_launch, leave_unless_first
 from hf_sparse_pathways.cli.loading import load_dense, unfinished_work
 from hf_sparse_pathways.cli.options import parse_texts
+from hf_sparse_pathways.cli.tables import print_table
 from hf_sparse_pathways.discovery.documents import ROUTER_TOKENS
 from hf_sparse_pathways.memory import MAX_MEMORY, parse_memory
 from hf_sparse_pathways.outputs import check_output, written_whole
@@ -87,6 +88,8 @@ def run(  # noqa: PLR0913
 
     An interrupted run goes on where it stood when it is started again with the same options.
     """
+    from hf_sparse_pathways.measure.routed_experts import expert_sections, summarise_experts
+
     texts = parse_texts(domain)
     check_output(output, overwrite, "profile.json")
     sampling = Sampling(
@@ -117,6 +120,8 @@ def run(  # noqa: PLR0913
         leave_unless_first(launch)
         with written_whole(output) as folder:
             taken.save_pretrained(folder)
+    for section in expert_sections(summarise_experts(taken)):
+        print_table(section.title, section.header, section.rows)
     typer.echo(f"{taken} -> {output}")
 
 

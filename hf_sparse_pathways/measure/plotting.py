@@ -17,12 +17,12 @@ def plot(thing: Any, kind: str | None = None) -> "Figure":
     ======================  ====================================================================
     ``Pathways``            ``sparsity`` of every FFN block, ``overlap`` of kept neurons
     ``Profile``             ``specialisation``, ``skippable``, ``overlap`` of skipped neurons,
-                            ``entanglement``
+                            ``entanglement``, ``experts``: tokens of each routed one
     ``sp.evaluate``'s       ``matrix`` of text by pathway, ``ratios`` to dense, ``cosines``
     ``sp.benchmark``'s      ``speed``, beside its ceiling
     ``RoutingReport``       ``confusion`` of where prompts went
     an ``Analysis``         those of a profile, ``preservation``, ``selection``, ``relation`` of
-                            entanglement and the error of sparsified rows
+                            entanglement and the error of sparsified rows, ``experts``
     several of them         ``scale``
     ======================  ====================================================================
 

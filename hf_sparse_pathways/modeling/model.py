@@ -49,7 +49,7 @@ from hf_sparse_pathways.modeling.replacement import (
     refuse,
     replace_blocks,
 )
-from hf_sparse_pathways.modeling.routing import agreed, asks_router
+from hf_sparse_pathways.modeling.routing import Router, agreed, asks_router
 from hf_sparse_pathways.modeling.saving import Saving
 from hf_sparse_pathways.modeling.structure import check_whole
 from hf_sparse_pathways.pathways.base import BaseModel
@@ -124,7 +124,8 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Deciding, Saving, _Bas
             MismatchError: They were made for a model of another shape.
             UnknownNameError: The default domain is not among them.
             UnsupportedModelError: An adapter is attached to a domain that they do not have.
-            PathwaysError: One domain's neurons were loaded alone.
+            PathwaysError: One domain's neurons were loaded alone; or the default domain is
+                ``"auto"``, and they do not know their domains' text.
         """
         if self._partial is not None:
             raise self._partial.refuse("other pathways need other neurons")
@@ -132,6 +133,8 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Deciding, Saving, _Bas
         self.check_adapted(pathways.domains)
         pathways.base.check_same(self._shape)  # adapters may have changed the modules since
         self.config.check_default_domain(pathways.domains)
+        if self.config.default_domain == AUTO:
+            Router.of(pathways).check()
         if self._shape.experts and not pathways.base.experts:  # what was stored does not say
             pathways = replace(pathways, base=pathways.base.with_experts_of(self._shape))
         named = [*pathways.by_domain.values(), *pathways.controls.values()]
@@ -299,6 +302,11 @@ class SparsePathwaysModel(Executing, Adapting, Prompting, Deciding, Saving, _Bas
         self, domain: Domain | Unset, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Choice:
         """Make the choice for one forward pass; ``leave_forward`` takes it back."""
+        if "guard" in kwargs:
+            raise PathwaysError(
+                "A guard watches a text while it is generated: pass guard= to model.generate, and "
+                "leave it out of a single pass."
+            )
         routed = self._route_call(domain, args, kwargs)
         domain = domain if routed is None else agreed(routed)
         decided = self._pick_from(domain, args, kwargs)

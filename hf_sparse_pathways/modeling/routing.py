@@ -109,17 +109,19 @@ class Router:
                 taken, and what is special says nothing anyhow.
 
         Raises:
-            PathwaysError: There is no router, or these are no prompts.
+            PathwaysError: There is no router, these are no prompts, or this is no mask of them.
         """
         self.check()
         ids = check_prompts(input_ids).cpu()
         if attention_mask is None:
             rows = list(ids)
         else:
-            if attention_mask.shape != ids.shape:
+            shape = getattr(attention_mask, "shape", None)
+            if not isinstance(attention_mask, Tensor) or shape != ids.shape:
+                given = type(attention_mask).__name__ if shape is None else tuple(shape)
                 raise PathwaysError(
-                    f"attention_mask has the shape {tuple(attention_mask.shape)}, and input_ids "
-                    f"{tuple(ids.shape)}: domain={AUTO!r} needs a mask of the same shape, or none."
+                    f"attention_mask is {given}, and input_ids have the shape {tuple(ids.shape)}: "
+                    f"domain={AUTO!r} needs a tensor of the same shape, or none."
                 )
             kept = attention_mask.cpu() > 0
             rows = [row[mask] for row, mask in zip(ids, kept, strict=True)]
@@ -216,7 +218,7 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
             "no tokens). Pass input_ids, or name the domain: model.route(input_ids) decides apart."
         )
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if hasattr(cache, "get_seq_length") and cache.get_seq_length() >= ids.shape[-1]:
+    if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
         raise PathwaysError(
             f"domain={AUTO!r} is decided once, from the prompt, and this call continues a text "
             "whose beginning is in the cache. Keep what model.route(input_ids) says of the prompt, "

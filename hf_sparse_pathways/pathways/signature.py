@@ -170,19 +170,29 @@ class Signature:
         """Return what a text says.
 
         Args:
-            ids: int64 ``(tokens,)``, without padding, on the CPU.
+            ids: int64 ``(tokens,)``, on the CPU; padding with a special token may stand on either
+                side.
         """
-        for frame, end in ((self.prefix, False), (self.suffix, True)):
-            size = len(frame)
-            part = ids[len(ids) - size :] if end else ids[:size]
-            if size and len(ids) >= size and bool((part == frame).all()):
-                ids = ids[: len(ids) - size] if end else ids[size:]
+        ids = self._after(self.prefix, ids)
+        ids = self._after(self.suffix.flip(0), ids.flip(0)).flip(0)
         counted = (ids >= 0) & (ids < len(self.tokens)) & ~torch.isin(ids, self.ignored)
         return Reading(
             count=int(counted.sum()),
             nats=float(self.tokens[ids[counted]].float().sum()),
             seen=float(share_seen(self.pairs, ids, counted)) if self.knows_pairs else 1.0,
         )
+
+    def _after(self, frame: Tensor, ids: Tensor) -> Tensor:
+        """Return what follows a frame, if a text begins with it, after special tokens or none."""
+        begin = self._leading(ids) - self._leading(frame)
+        end = begin + len(frame)
+        found = len(frame) and begin >= 0 and torch.equal(ids[begin:end], frame.to(ids.dtype))
+        return ids[end:] if found else ids
+
+    def _leading(self, ids: Tensor) -> int:
+        """Return how many special tokens some ids begin with."""
+        told = (~torch.isin(ids, self.ignored)).nonzero()
+        return int(told[0]) if len(told) else len(ids)
 
     @cached_property
     def least_scores(self) -> list[float]:

@@ -88,7 +88,7 @@ DRAWN = (
 
 @pytest.mark.parametrize("thing", DRAWN, ids=lambda thing: type(thing).__name__)
 def test_every_kind_of_every_object_is_drawn(thing):
-    kinds = KINDS[type(thing)]
+    kinds = [kind for kind in KINDS[type(thing)] if kind != "experts"]  # see tests/moe
     titles = [_title(sp.plot(thing, kind)) for kind in kinds]
     assert len(set(titles)) == len(kinds)
     assert _title(sp.plot(thing)) == titles[0]

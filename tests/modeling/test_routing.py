@@ -166,14 +166,25 @@ def _continued(model, inputs):
     model(inputs["input_ids"][:, -1:], past_key_values=cache, domain="auto")
 
 
+def _continued_by_more_than_was_there(model, inputs):
+    cache = model(**inputs, domain="auto", use_cache=True).past_key_values
+    model(inputs["input_ids"].repeat(1, 2), past_key_values=cache, domain="auto")
+
+
 REFUSED = {
     "no tokens": (_embedded, "inputs_embeds"),
     "a cache": (_continued, "decided once"),
+    "a short cache": (_continued_by_more_than_was_there, "decided once"),
     "rows": (lambda model, inputs: model(**inputs, domain=["auto"]), "4 rows"),
     "a mask": (
         lambda model, inputs: model.route(inputs["input_ids"], inputs["input_ids"][:2]),
         "same shape",
     ),
+    "a list": (
+        lambda model, inputs: model.route(inputs["input_ids"], inputs["attention_mask"].tolist()),
+        "list.* same shape",
+    ),
+    "a guard": (lambda model, inputs: model(**inputs, domain="code", guard=True), "generate"),
     "a float": (lambda model, inputs: model.route(inputs["input_ids"].float()), "whole numbers"),
     "a typo": (lambda model, inputs: model(**inputs, domain=["auto", "lwa"] * 2), "law"),
 }
@@ -191,6 +202,10 @@ def test_pathways_that_do_not_know_their_text_say_what_to_do(case):
     masks = {name: model.pathways[name].keep for name in DOMAINS}
     model.set_pathways(sp.Pathways.from_masks(model, masks))
     assert not model.has_router
+    with pytest.raises(sp.PathwaysError, match="sparse-pathways build"):
+        sp.SparsePathwaysForCausalLM.from_dense(
+            build("llama"), model.pathways, default_domain="auto"
+        )
     with pytest.raises(sp.PathwaysError, match="sparse-pathways build"):
         model.route(_encode(case)["input_ids"])
     with pytest.raises(sp.PathwaysError, match="sparse-pathways build"), model.pathway("auto"):

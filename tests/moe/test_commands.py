@@ -68,9 +68,8 @@ def test_it_generates(built):
 def test_usage_is_analysed_and_read_again(built, texts, tmp_path):
     root, _ = built
     out = tmp_path / "analysis"
-    said = run_well(
-        "analyze", root / "dense", *texts, *FEW, "--no-experiments", "--no-plots", "--output", out
-    )
+    said = run_well("analyze", root / "dense", *texts, *FEW, "--no-experiments", "--output", out)
+    assert (out / "experts.png").is_file()
     assert "Routed experts on code" in said
     assert "Routed experts over domains" in said
     read = Analysis.from_dict(json.loads((out / "analysis.json").read_text()))
@@ -80,6 +79,13 @@ def test_usage_is_analysed_and_read_again(built, texts, tmp_path):
             assert 1 <= layer.effective(domain) <= len(layer.variance) + 1e-9
             assert -1 <= layer.closest(domain) <= 1 + 1e-9
         assert layer.common("code", "code") == 1.0
+
+
+def test_a_profile_tells_which_experts_are_used(built, texts, tmp_path):
+    root, _ = built
+    said = run_well("profile", root / "dense", *texts, *FEW, "--output", tmp_path / "profile")
+    assert "Routed experts on law" in said
+    assert "Routed experts over domains" in said
 
 
 def test_what_does_not_fit_is_refused(built, texts, tmp_path):

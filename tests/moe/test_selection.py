@@ -73,6 +73,24 @@ def _by_token(model, windows):
 
 
 @torch.no_grad()
+def test_tokens_of_every_expert_are_drawn(case):
+    _, profile = case
+    layers = sp.summarise_experts(profile)
+    figure = sp.plot(profile, "experts")
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in panels] == profile.domains
+    for axes, name in zip(panels, profile.domains, strict=True):
+        drawn = axes.images[0].get_array().filled(torch.nan).tolist()
+        for row, layer in zip(drawn, layers, strict=True):
+            own = torch.tensor(row)
+            assert own[~own.isnan()].tolist() == pytest.approx(layer.usage[name])
+            assert own[~own.isnan()].sum().item() == pytest.approx(layer.top_k)
+    if not profile.base.blocks:
+        assert sp.plot(profile).get_suptitle() == figure.get_suptitle()
+        with pytest.raises(PathwaysError, match="which has experts"):
+            sp.plot(profile, "skippable")
+
+
 def test_activations_are_those_that_the_outgoing_weights_see(case):
     model, _ = case
     found = survey_model(model).experts[0]

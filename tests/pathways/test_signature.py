@@ -175,3 +175,15 @@ def test_what_was_added_together_is_there_as_a_whole_or_not_at_all(saved, part):
     )
     with pytest.raises(PathwaysError, match=f"signature.1.{part}"):
         sp.Pathways.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 0), (0, 4)])
+def test_a_template_says_nothing_whatever_padding_stands_beside_it(special, before, after):
+    begin = [1, 5, 6] if special else [5, 6]
+    signature = replace(make_signature(), prefix=torch.tensor(begin, dtype=torch.int32))
+    text = [8, 9, 10, 5, 6, 11]
+    ids = torch.tensor([0] * before + begin + text + [7] + [0] * after)
+    assert signature.read(ids) == signature.read(torch.tensor(text))
+    assert signature.read(ids).count == len(text)
+    assert signature.read(torch.tensor([0, 8, *begin])).count == 3  # not where a text begins

@@ -9,6 +9,7 @@ from hf_sparse_pathways.measure.plots.analysis import (
 )
 from hf_sparse_pathways.measure.plots.drawing import as_svg, save_figures
 from hf_sparse_pathways.measure.plots.entanglement import plot_entanglement, plot_relation
+from hf_sparse_pathways.measure.plots.experts import plot_experts
 from hf_sparse_pathways.measure.plots.kinds import KINDS, draw, draw_all
 from hf_sparse_pathways.measure.plots.pathways import (
     plot_overlap,
@@ -29,6 +30,7 @@ __all__ = [
     "draw_all",
     "plot_cosines",
     "plot_entanglement",
+    "plot_experts",
     "plot_matrix",
     "plot_overlap",
     "plot_ratios",

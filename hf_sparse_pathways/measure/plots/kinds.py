@@ -1,6 +1,6 @@
 """Which pictures there are of which object: the first that it has is what ``sp.plot`` draws."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -21,12 +21,14 @@ from hf_sparse_pathways.measure.plots.analysis import (
 )
 from hf_sparse_pathways.measure.plots.drawing import literal_names, short_name
 from hf_sparse_pathways.measure.plots.entanglement import plot_entanglement, plot_relation
+from hf_sparse_pathways.measure.plots.experts import plot_experts
 from hf_sparse_pathways.measure.plots.pathways import plot_overlap, plot_sparsity
 from hf_sparse_pathways.measure.plots.quality import plot_cosines, plot_matrix
 from hf_sparse_pathways.measure.plots.ratios import plot_ratios
 from hf_sparse_pathways.measure.plots.routing import plot_confusion
 from hf_sparse_pathways.measure.plots.speed import plot_speed
 from hf_sparse_pathways.measure.quality_report import QualityReport
+from hf_sparse_pathways.measure.routed_experts import RoutedUsage, summarise_experts
 from hf_sparse_pathways.measure.routing_report import RoutingReport
 from hf_sparse_pathways.measure.scale import ScaleComparison
 from hf_sparse_pathways.measure.skipping import measure_overlap, measure_skippable
@@ -80,13 +82,16 @@ def _of_pathways(pathways: Pathways) -> Ready:
 
 def _of_profile(profile: Profile) -> Ready:
     base = profile.base.name
+    experts = _of_experts(summarise_experts(profile), base)
+    if not profile.base.blocks:
+        return experts
     pool = next(own for own in measure_skippable(profile, PERCENTILE) if own.pool == "model")
     ready: Ready = {"skippable": partial(plot_skippable, pool, PERCENTILE, base=base)}
     if len(profile.domains) > 1:
         found, overlaps = measure_specialisation(profile), measure_overlap(profile)
         ready["specialisation"] = partial(plot_specialisation, found, base=base)
         ready["overlap"] = partial(plot_skip_overlap, overlaps, base=base)
-    return ready | _of_entanglement(summarise_entanglement(profile), base)
+    return ready | _of_entanglement(summarise_entanglement(profile), base) | experts
 
 
 def _of_quality(report: QualityReport) -> Ready:
@@ -100,7 +105,10 @@ def _of_quality(report: QualityReport) -> Ready:
 
 
 def _of_analysis(analysis: Analysis) -> Ready:
-    base, pool = analysis.base, analysis.skippable_by("model")
+    base, experts = analysis.base, _of_experts(analysis.experts, analysis.base)
+    if not analysis.skippable:
+        return experts
+    pool = analysis.skippable_by("model")
     ready: Ready = {"skippable": partial(plot_skippable, pool, analysis.percentile, base=base)}
     if analysis.specialisation is not None:
         found = (analysis.specialisation, analysis.shuffled)
@@ -120,7 +128,11 @@ def _of_analysis(analysis: Analysis) -> Ready:
             title=f"Negative against positive selection, {short_name(base)}",
             reference=None,
         )
-    return ready | _of_entanglement(analysis.entanglement, base)
+    return ready | _of_entanglement(analysis.entanglement, base) | experts
+
+
+def _of_experts(layers: Sequence[RoutedUsage], base: str) -> Ready:
+    return {"experts": partial(plot_experts, layers, base=base)} if layers else {}
 
 
 def _of_entanglement(found: Entanglement | None, base: str) -> Ready:
@@ -137,11 +149,11 @@ _PROFILE = ("specialisation", "skippable", "overlap")
 KINDS: Mapping[type, tuple[str, ...]] = MappingProxyType(
     {
         Pathways: ("sparsity", "overlap"),
-        Profile: (*_PROFILE, "entanglement"),
+        Profile: (*_PROFILE, "entanglement", "experts"),
         QualityReport: ("matrix", "ratios", "cosines"),
         BenchmarkReport: ("speed",),
         RoutingReport: ("confusion",),
-        Analysis: (*_PROFILE, "preservation", "selection", "entanglement", "relation"),
+        Analysis: (*_PROFILE, "preservation", "selection", "entanglement", "relation", "experts"),
         ScaleComparison: ("scale",),
     }
 )
