@@ -5,7 +5,7 @@
 trains small decoders on bytes, each kind of layer at each budget with each seed, and writes a table
 and a picture of perplexity (per byte) against FLOPs. The learning rate is each kind's best of a
 few, chosen at the smallest budget by other held-out documents than those that are reported. Every
-run is stored when it is done: the same command goes on from there. ``--small`` takes minutes.
+run is stored when it is done: the same command, with the same text, goes on from there. ``--small`` takes minutes.
 """
 
 import argparse
@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     add_page(parser)
     given = parser.parse_args()
-    if given.processes < 1:
-        parser.error(f"--processes {given.processes} does not fit: at least 1")
+    numbers = (*(given.budgets or []), *(given.learning_rates or []), given.processes)
+    if min(numbers) <= 0:
+        parser.error("--budgets, --learning-rates and --processes have to be above 0")
     small = given.small
     plan = Plan(
         kinds=given.kinds,
@@ -91,7 +92,10 @@ def main() -> None:
         ),
         scored=given.scored or (16384 if small else 131072),
     )
-    results = measure(plan, read_text(given.text), given.output / "runs", given.processes)
+    text = read_text(given.text)
+    text.check(plan.shape.length)
+    runs = given.output / "runs" / text.digest
+    results = measure(plan, text, runs, given.processes)
     table = to_markdown(plan, results)
     write_atomically(given.output / "isoflop.md", f"{table}\n".encode())
     SECTION.publish(table, given.page)

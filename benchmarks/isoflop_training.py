@@ -4,6 +4,7 @@ All kinds have the same FLOPs per token (as near as their sizes allow), so a bud
 tokens for each. A training step counts as three forward passes.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, get_cosine_schedule_with_warmup
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.errors import TextError
 from hf_sparse_pathways.sgatlin.flops import count_flops
 
 KINDS = ("sgatlin", "sgatlin-gelu", "peer", "swiglu", "mlp", "moe")
@@ -66,7 +68,7 @@ class Run:
         """What its file is called."""
         own = asdict(self.shape).values()
         shape = "-".join(map(str, own))
-        return f"{self.kind}-{self.flops:.3g}-{self.seed}-{self.learning_rate:g}-{shape}"
+        return f"{self.kind}-{self.flops!r}-{self.seed}-{self.learning_rate!r}-{shape}"
 
 
 class Text:
@@ -82,6 +84,25 @@ class Text:
             name: torch.frombuffer(bytearray(part), dtype=torch.uint8).long()
             for name, part in self._parts.items()
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this text from others."""
+        parts = (hashlib.sha256(part).digest() for part in self._parts.values())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+    def check(self, length: int) -> None:
+        """Check that every part has more than a window.
+
+        Raises:
+            TextError: One has not.
+        """
+        for name, part in self._parts.items():
+            if len(part) <= length:
+                raise TextError(
+                    f"The text has {len(part)} bytes for {name}, and a window takes {length}: give "
+                    "more documents, or a smaller --length."
+                )
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         """Return random windows to train on, ``(batch, length)``."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_sparse_pathways.errors import PathwaysError
 from tests.texts import documents
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_kinds_have_equal_flops_per_token(d_model):
 def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
     kinds = ["--kinds", "sgatlin", "swiglu", "--seeds", 0, 1, "--learning-rates", 1e-3, 1e-2]
     out = run(*kinds)
-    runs = sorted((out / "runs").iterdir())
+    runs = sorted((out / "runs").rglob("*.json"))
     assert len(runs) == 2 * (2 * 2 + 1), "each kind's other learning rate was tried once"
     for path in runs:
         made = json.loads(path.read_text())
@@ -79,17 +80,37 @@ def test_small_runs_are_stored_and_gone_on_with(run, monkeypatch, capsys):
     assert (out / "isoflop.md").read_text() == table
 
 
+def test_another_text_and_near_budgets_are_other_runs(run):
+    chosen = ["--kinds", "mlp", "--seeds", 0, "--learning-rates", 1e-2, "--budgets"]
+    out = run(*chosen, 2e7, 2.0001e7)
+    first = (out / "isoflop.md").read_text()
+    assert len(list((out / "runs").rglob("*.json"))) == 2
+    for place in (out.parent / "code").iterdir():
+        place.write_text(place.read_text().upper())
+    run(*chosen, 2e7, 2.0001e7)
+    assert len(list((out / "runs").rglob("*.json"))) == 4
+    assert (out / "isoflop.md").read_text() != first
+
+
+def test_what_does_not_fit_is_said(isoflop, run, capsys):
+    with pytest.raises(PathwaysError, match="smaller --length"):
+        run("--length", 100_000)
+    with pytest.raises(SystemExit):
+        run("--budgets", -1)
+    assert "above 0" in capsys.readouterr().err
+
+
 def test_several_runs_at_a_time_are_the_same_runs(isoflop, run, monkeypatch):
     chosen = ["--kinds", "mlp", "swiglu", "--seeds", 0, "--learning-rates", 1e-2]
     with monkeypatch.context() as here:
         here.setattr(isoflop, "train", None)  # of this process: others import their own
         out = run(*chosen, "--processes", 2)
-    found = {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+    found = {path.name: json.loads(path.read_text()) for path in (out / "runs").rglob("*.json")}
     assert len(found) == 4
-    for path in (out / "runs").iterdir():
+    for path in (out / "runs").rglob("*.json"):
         path.unlink()
     run(*chosen)
-    again = {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+    again = {path.name: json.loads(path.read_text()) for path in (out / "runs").rglob("*.json")}
     assert again.keys() == found.keys()
     for name, own in again.items():
         assert abs(own["test"] - found[name]["test"]) < 1e-3
