@@ -5,7 +5,8 @@
 trains small decoders on bytes, each kind of layer at each budget with each seed, and writes a table
 and a picture of perplexity (per byte) against FLOPs. The learning rate is each kind's best of a
 few, chosen at the smallest budget by other held-out documents than those that are reported. Every
-run is stored when it is done: the same command, with the same text, goes on from there. ``--small`` takes minutes.
+run is stored when it is done: the same command, with the same text, goes on from there. ``--small``
+takes minutes.
 """
 
 import argparse

@@ -33,6 +33,7 @@ class PathwayLeaf(nn.Module):
         copies: Kept weights by key, made by executors.
         rows_per_neuron: 2 in a fused gate-up matrix, else 1.
         position: Which of the block's incoming leaves it is.
+        below: What the leaf was before, where it was a pathway leaf already; see ``swap_leaf``.
         neuron_dim: Which dimension of the weight, in ``nn.Linear``'s order, runs over neurons.
     """
 
@@ -40,6 +41,7 @@ class PathwayLeaf(nn.Module):
     copies: dict[Own, KeptWeights]
     rows_per_neuron: int
     position: int
+    below: dict[str, Any] | None
     neuron_dim: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
@@ -233,10 +235,17 @@ class RestLeaf(PathwayLeaf):
         return kept_weights(self, WHOLE, EXECUTORS[choice.executor].form)(x)
 
 
+_OWN = ("state", "copies", "rows_per_neuron", "position", "below")
+"""Attributes that a module has as a pathway leaf."""
+
+
 def swap_leaf(
     leaf: Any, role: type[PathwayLeaf], state: BlockState, *, rows: int = 1, position: int = 0
 ) -> None:
     """Make a linear module a pathway leaf, in place.
+
+    One that is a pathway leaf already, of a model whose pathways are not in use, becomes one of
+    another state for the time being.
 
     Args:
         leaf: The module.
@@ -245,15 +254,24 @@ def swap_leaf(
         rows: Its rows per neuron.
         position: Which of the incoming leaves it is.
     """
-    leaf.__class__ = _leaf_class(role, type(leaf))
-    leaf.state, leaf.copies, leaf.rows_per_neuron, leaf.position = state, {}, rows, position
+    below = None
+    if isinstance(leaf, PathwayLeaf):
+        below = {name: getattr(leaf, name) for name in _OWN}
+    else:
+        leaf.__class__ = _leaf_class(role, type(leaf))
+    for name, value in zip(_OWN, (state, {}, rows, position, below), strict=True):
+        setattr(leaf, name, value)
 
 
 def restore_leaf(leaf: PathwayLeaf) -> None:
     """Make a pathway leaf what it was before ``swap_leaf``, in place."""
-    leaf.__class__ = type(leaf).__bases__[1]
-    for name in ("state", "copies", "rows_per_neuron", "position"):
+    below = leaf.below
+    for name in _OWN:
         delattr(leaf, name)
+    if below is None:
+        leaf.__class__ = type(leaf).__bases__[1]
+    for name, value in (below or {}).items():
+        setattr(leaf, name, value)
 
 
 def is_offloaded(leaf: Any) -> bool:

@@ -8,9 +8,11 @@ dense model's. ``Trainer`` stores the run, which goes on from there when it is s
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -136,13 +138,32 @@ def _arguments(settings: EndToEnd, folder: Path, device: str) -> TrainingArgumen
 
 @contextmanager
 def _only_layers(model: nn.Module) -> Iterator[None]:
-    """Within the block, only the weights of the FFN layers need gradients."""
-    own = {id(p) for layer in find_layers(model) for p in layer.parameters()}
+    """Within the block, only the weights of the FFN layers need gradients, and are float32."""
+    layers = find_layers(model)
+    dtypes = [next(layer.parameters()).dtype for layer in layers]
+    own = {id(p) for layer in layers for p in layer.parameters()}
     others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
+    hooks = [
+        hook
+        for layer, dtype in zip(layers, dtypes, strict=True)
+        for hook in (
+            layer.float().register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:])),
+            layer.register_forward_hook(partial(_cast, dtype)),
+        )
+    ]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, dtype in zip(layers, dtypes, strict=True):
+            layer.to(dtype)
         for parameter in others:
             parameter.requires_grad_(True)
+
+
+def _cast(dtype: torch.dtype, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """Return what a layer computes in the dtype of the model around it."""
+    return output.to(dtype)

@@ -100,11 +100,16 @@ def _fit(layer: SgatlinFFN, x: Tensor, y: Tensor, settings: Reconstruction) -> N
 
 @contextmanager
 def in_place_of(block: FfnBlock, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, let a function of a FFN block's input give its output, on all threads."""
+    """Within the block, let a function of a FFN block's input give its output, on all threads.
+
+    The function computes in float32.
+    """
     seen: list[Tensor] = []
     hooks = [
         block.incoming[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        block.outgoing.register_forward_hook(lambda *_: compute(seen.pop())),
+        block.outgoing.register_forward_hook(
+            lambda _, __, output: compute(seen.pop().float()).to(output.dtype)
+        ),
     ]
     try:
         yield

@@ -31,7 +31,7 @@ from hf_sparse_pathways.discovery.windows import (
     make_batches,
     resolve_length,
 )
-from hf_sparse_pathways.errors import PathwaysError, TextError
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.healing.checkpoints import Checkpoints
 from hf_sparse_pathways.healing.distilling import EndToEnd, assemble, train_together
@@ -190,11 +190,16 @@ def distil(  # noqa: PLR0913
             goes on from there.
 
     Raises:
-        UnsupportedModelError: The model has no FFN blocks.
+        UnsupportedModelError: The model has no FFN blocks, or some were replaced already.
         PathwaysError: There is no such block.
         TextError: There is too little text.
     """
     check_convertible(model)
+    if getattr(model.config, "ffn", None) is not None:
+        raise UnsupportedModelError(
+            "The model has FFN layers of its own already, and a second set has no place in its "
+            "configuration. Distil the dense model, and name all blocks at once."
+        )
     chosen = _choose(find_blocks(model), blocks)
     train, test = _draw(model, tokenizer, text, (max_tokens, max_length, seed))
     alone, together = reconstruction or Reconstruction(), end_to_end or EndToEnd()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.text import read_documents
@@ -46,6 +47,43 @@ def test_within_the_scope_blocks_compute_pathways_even_under_a_dense_one():
     with all_dense(), computing(find_blocks(dense), pathways["law"].blocks):
         assert torch.equal(dense(IDS).logits, expected)
     assert torch.equal(dense(IDS).logits, before)
+
+
+def _partly():
+    ffn = sp.SgatlinConfig(n_experts=16, n_channels=2, top_k=3, d_key=8)
+    config = sp.SparsePathwaysConfig.from_base(build("llama").config, ffn=ffn, ffn_blocks=[1])
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def test_beside_layers_of_its_own_a_model_tries_out_what_its_other_blocks_keep():
+    """Its leaves are swapped already, and are as they were afterwards."""
+    partly = _partly()
+    blocks, before = find_blocks(partly), partly(IDS).logits
+    pathways = compensate(partly, random_masks(partly))
+    model = sp.SparsePathwaysForCausalLM.from_dense(partly, pathways, executor="compact")
+    expected = model(IDS, domain="law").logits
+    leaves = [dict(leaf.__dict__) for block in blocks for leaf in block.leaves]
+    for _ in range(2):
+        with computing(blocks, pathways["law"].blocks):
+            assert torch.equal(partly(IDS).logits, expected)
+        assert torch.equal(partly(IDS).logits, before)
+    for leaf, own in zip((leaf for b in blocks for leaf in b.leaves), leaves, strict=True):
+        assert leaf.__dict__ == own
+
+
+def test_it_is_pruned_and_healed():
+    partly, texts = _partly(), {name: documents(name, 30, 40) for name in ("code", "law")}
+    profile = sp.profile(partly, TOKENIZER, texts, max_length=32)
+    made = sp.select(partly, profile, sparsity=0.3, clusters=2)
+    healed = sp.heal(
+        sp.SparsePathwaysForCausalLM.from_dense(partly, sp.select(partly, profile, sparsity=0.3)),
+        TOKENIZER,
+        texts,
+        settings=sp.HealingSettings(tokens=400),
+    )
+    assert made.domains == healed.pathways.domains == ["code", "law"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -223,6 +223,19 @@ def test_an_interrupted_run_goes_on(made, tmp_path, monkeypatch):
     assert len(fits) == 4, "other settings begin anew"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_learn_in_float32_and_keep_theirs(dtype, made):
+    dense = build("llama").to(dtype)
+    found = take(dense)
+    assert {p.dtype for p in found.model.parameters()} == {dtype}
+    assert found.model(IDS).logits.dtype == dtype
+    for own, theirs in zip(found.wholes, made[1].wholes, strict=True):
+        assert own.name == theirs.name
+        assert own.perplexity == pytest.approx(theirs.perplexity, rel=0.03)
+    assert all(p.requires_grad for p in found.model.parameters())
+    assert not any(layer._forward_hooks for layer in find_layers(found.model))
+
+
 # -- commands and refusals -----------------------------------------------------------------------
 
 
@@ -254,6 +267,9 @@ def test_what_does_not_fit_is_refused():
             take(build("llama"), **options)
     with pytest.raises(sp.PathwaysError):
         sp.distil(build("llama"), tiny_tokenizer(), ["def"], FFN, blocks=[0])
+    config = sp.SparsePathwaysConfig.from_base(build("llama").config, ffn=FFN, ffn_blocks=[1])
+    with pytest.raises(sp.PathwaysError, match="name all blocks at once"):
+        take(AutoModelForCausalLM.from_config(config), blocks=[0])
     for settings in ({"steps": -1}, {"learning_rate": 0.0}):
         for kind in (Reconstruction, EndToEnd):
             with pytest.raises(sp.PathwaysError, match="got"):

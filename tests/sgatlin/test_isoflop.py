@@ -92,7 +92,7 @@ def test_another_text_and_near_budgets_are_other_runs(run):
     assert (out / "isoflop.md").read_text() != first
 
 
-def test_what_does_not_fit_is_said(isoflop, run, capsys):
+def test_what_does_not_fit_is_said(run, capsys):
     with pytest.raises(PathwaysError, match="smaller --length"):
         run("--length", 100_000)
     with pytest.raises(SystemExit):
