@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
+from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.sgatlin.settings import FfnConfig
 
 
@@ -23,7 +24,18 @@ class FfnLayer(nn.Module, ABC):
     d_model: int
 
     def __init__(self, config: FfnConfig, d_model: int) -> None:
+        """Take what it is made of.
+
+        Raises:
+            PathwaysError: The configuration is another layer's, or the width is no width.
+        """
         super().__init__()
+        wanted = get_type_hints(type(self))["config"]
+        if not isinstance(config, wanted) or type(d_model) is not int or d_model < 1:
+            raise PathwaysError(
+                f"{type(self).__name__} is made of a {wanted.__name__} and a width of at least 1; "
+                f"got {config!r:.200} and {d_model!r:.200}."
+            )
         self.config, self.d_model = config, d_model
 
     @property
@@ -40,7 +52,15 @@ class FfnLayer(nn.Module, ABC):
         """Return the output for tokens in one row, ``(tokens, d_model)``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output, of the input's shape."""
+        """Return the output, of the input's shape.
+
+        Raises:
+            PathwaysError: The input is of another width.
+        """
+        if x.shape[-1:] != (self.d_model,):
+            raise PathwaysError(
+                f"The layer takes inputs (..., {self.d_model}), and was given {tuple(x.shape)}."
+            )
         return self.compute(x.reshape(-1, self.d_model)).view(x.shape)
 
     def extra_repr(self) -> str:

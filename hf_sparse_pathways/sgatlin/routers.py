@@ -5,10 +5,14 @@ of ``sqrt(N)`` each. An expert among the best k has its ``a_i`` among the best k
 its ``b_j`` as well (if k other rows were better, so would be k other experts of its column), so the
 best k of the ``k * k`` sums are the best k of all N. Where some experts are removed that does not
 hold, and all scores are computed, of some tokens at a time.
+
+Queries of less than float32 are multiplied with their keys in float32: sums of rounded scores would
+often be equal, and of equal ones it is not said which are the best.
 """
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -93,7 +97,7 @@ class DenseRouter(Router):
 
 
 class ProductRouter(Router):
-    """A router whose scores are sums; see the module."""
+    """A router whose scores are sums, float32 or float64; see the module."""
 
     @abstractmethod
     def tables(self, x: Tensor) -> Tensor:
@@ -132,7 +136,9 @@ class ProductDenseRouter(ProductRouter):
 
     def tables(self, x: Tensor) -> Tensor:
         """Return the scores that are added; see the base."""
-        return _score(self.query(x), self.keys)
+        query, keys = _in_full(self.query(x), self.keys)
+        with _without_autocast(x):
+            return _score(query, keys)
 
 
 class ProductKeyRouter(ProductRouter):
@@ -154,9 +160,11 @@ class ProductKeyRouter(ProductRouter):
     def tables(self, x: Tensor) -> Tensor:
         """Return the scores that are added, of unit variance together; see the base."""
         halves, channels, _, d_key = self.keys.shape
-        queries = self.query(x).view(len(x), halves * channels, d_key).transpose(0, 1)
-        keys = self.keys.flatten(0, 1).transpose(1, 2)
-        scores = torch.bmm(queries, keys.to(queries.dtype)) / math.sqrt(halves * d_key)
+        query, keys = _in_full(self.query(x), self.keys)
+        queries = query.view(len(x), halves * channels, d_key).transpose(0, 1)
+        with _without_autocast(x):
+            scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2))
+        scores = scores / math.sqrt(halves * d_key)
         return scores.transpose(0, 1).reshape(len(x), *self.keys.shape[:-1])
 
 
@@ -166,6 +174,17 @@ def make_router(config: SgatlinConfig, d_model: int) -> Router:
         return ProductKeyRouter(config, d_model, config.n_channels)
     made: Any = {"product_dense": ProductDenseRouter, "dense": DenseRouter}[config.router]
     return made(config, d_model)
+
+
+def _in_full(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the wider of their dtypes, at least float32."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+    return query.to(dtype), keys.to(dtype)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Within the block, products are of their operands' dtype."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _score(query: Tensor, keys: Tensor) -> Tensor:

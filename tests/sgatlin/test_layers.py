@@ -68,14 +68,19 @@ def test_gradcheck_of_sgatlin_entry_by_entry(router):
 
 
 @ROUTERS
-def test_route_is_the_top_k_of_all_scores(router):
-    layer, _ = layer_of(f"sgatlin-{router}", torch.float32)
-    x = torch.randn(200, D_MODEL)
-    scores, index = layer.route(x)
-    best = layer.all_scores(x).topk(layer.config.top_k)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_route_is_the_top_k_of_all_scores(router, dtype, autocast):
+    layer, _ = layer_of(f"sgatlin-{router}", dtype)
+    x = torch.randn(200, D_MODEL, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        scores, index = layer.route(x)
+        best = layer.all_scores(x).topk(layer.config.top_k)
     assert index.shape == scores.shape == (200, 3, 4)
-    assert torch.equal(scores, best.values)
-    assert torch.equal(index, best.indices)
+        among = layer.router(x, torch.zeros(3, 25, dtype=torch.bool))
+    for found in ((scores, index), among):
+        assert torch.equal(found[0], best.values)
+        assert torch.equal(found[1], best.indices)
 
 
 def test_scores_are_raw_and_signed():
@@ -113,6 +118,18 @@ def test_any_leading_shape(name, shape):
     if x.numel():
         alone = torch.stack([layer(row[None])[0] for row in x.reshape(-1, D_MODEL)])
         torch.testing.assert_close(alone.view(x.shape), expected)
+
+
+@KINDS
+def test_another_width_is_refused(name):
+    layer, _ = layer_of(name, torch.float32)
+    with pytest.raises(sp.PathwaysError, match=r"inputs \(\.\.\., 12\).*\(24, 6\)"):
+        layer(torch.randn(24, 6))
+    with pytest.raises(sp.PathwaysError, match="width of at least 1"):
+        type(layer)(layer.config, 0)
+    other = CONFIGS["mlp" if name != "mlp" else "peer"]
+    with pytest.raises(sp.PathwaysError, match=f"made of a {type(layer.config).__name__}"):
+        type(layer)(other, D_MODEL)
 
 
 @KINDS
