@@ -98,6 +98,9 @@ class SparsePathwaysConfig(PreTrainedConfig):
         config = copy.deepcopy(base_config)
         config.__class__ = config_class_for(_base_class(base_config))
         values = {"domains": [], "default_domain": None, "executor": "auto", **fields}
+        if "ffn" in fields:  # of the base's own, if it had some, nothing stays
+            numbers = fields.get("ffn_blocks")
+            values["ffn_blocks"] = [*numbers] if isinstance(numbers, tuple | range) else numbers
         for name, value in {**values, "pathways_format": FORMAT_VERSION}.items():
             setattr(config, name, value)
         config.check_ffn()

@@ -289,6 +289,25 @@ def test_executors_and_domains_of_other_layers_are_refused(tmp_path):
         AutoModelForCausalLM.from_config(config)
 
 
+def test_domains_that_were_announced_have_to_come_before_a_model_is_saved(tmp_path):
+    config = sp.SparsePathwaysConfig.from_base(
+        LlamaConfig(**LLAMA_LIKE), ffn=SGATLIN, domains=["code"]
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(sp.PathwaysError, match="no pathways yet"):
+        model.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_layers_do_not_stand_in_for_the_blocks_of_those_before():
+    config = LlamaConfig(**LLAMA_LIKE)
+    partly = sp.SparsePathwaysConfig.from_base(config, ffn=SGATLIN, ffn_blocks=range(1, 3))
+    assert partly.ffn_blocks == [1, 2]
+    other = sp.SparsePathwaysConfig.from_base(partly, ffn=KINDS["mlp"])
+    assert other.ffn_blocks is None
+    assert sp.SparsePathwaysConfig.from_base(partly).ffn_blocks == [1, 2]
+
+
 @EVERY_KIND
 @torch.no_grad()
 def test_dense_is_all_that_a_domain_may_be(ffn):

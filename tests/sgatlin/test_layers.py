@@ -76,8 +76,8 @@ def test_route_is_the_top_k_of_all_scores(router, dtype, autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         scores, index = layer.route(x)
         best = layer.all_scores(x).topk(layer.config.top_k)
-    assert index.shape == scores.shape == (200, 3, 4)
         among = layer.router(x, torch.zeros(3, 25, dtype=torch.bool))
+    assert index.shape == scores.shape == (200, 3, 4)
     for found in ((scores, index), among):
         assert torch.equal(found[0], best.values)
         assert torch.equal(found[1], best.indices)
