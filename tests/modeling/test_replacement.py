@@ -294,7 +294,7 @@ def test_domains_that_were_announced_have_to_come_before_a_model_is_saved(tmp_pa
         LlamaConfig(**LLAMA_LIKE), ffn=SGATLIN, domains=["code"]
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(sp.PathwaysError, match="sp.select and model.set_pathways"):
+    with pytest.raises(sp.PathwaysError, match=r"sp\.select and model\.set_pathways"):
         model.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
 
