@@ -1,4 +1,6 @@
-"""Fractions as users read them."""
+"""Fractions as users write and read them."""
+
+from numbers import Real
 
 _LEAST = 1e-9
 """What is nearer to nothing or all than this differs by rounding only."""
@@ -16,3 +18,8 @@ def format_share(share: float, digits: int = 0) -> str:
         digits += 1
         text = f"{share:.{digits}%}"
     return text
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool)

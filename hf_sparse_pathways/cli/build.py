@@ -1,7 +1,7 @@
 """``sparse-pathways build``: profile, select, and save the full checkpoint in one go."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -312,6 +312,7 @@ def _parse_mixture(
 def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
     from hf_sparse_pathways.discovery.allocation import check_multiple
+    from hf_sparse_pathways.discovery.expert_selection import check_options
     from hf_sparse_pathways.modeling.structure import check_convertible
     from hf_sparse_pathways.pathways.base import BaseModel
 
@@ -319,12 +320,7 @@ def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     base = BaseModel.of(dense)
     _expert_goal(rule).check_base(base)
     shapes = base.blocks
-    if not shapes and limits.given:
-        raise PathwaysError(
-            f"{' and '.join(limits.given)} is about FFN blocks, and the FFNs of this "
-            f"{base.model_type} model are routed experts alone: give --experts or "
-            "--expert-neurons instead."
-        )
+    check_options(base, {**rule, **asdict(limits)})
     limits.check(len(shapes) or None)
     check_multiple(rule["multiple"], (shape.d_ff for shape in shapes))
     if limits.max_perplexity_increase is not None:
@@ -343,6 +339,8 @@ def _settle_method(rule: dict[str, Any], taken: "Profile", limits: Limits) -> di
     """Return a rule with its method, so that a search, which selects often, is told once. Pure."""
     from hf_sparse_pathways.discovery.selection import usual_method
 
+    if not taken.base.blocks:  # no method is about routed experts
+        return rule
     return {**rule, "method": rule["method"] or usual_method(taken, limits.percentile)}
 
 

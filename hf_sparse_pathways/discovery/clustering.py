@@ -28,6 +28,7 @@ from hf_sparse_pathways.ffn.clusters import TokenRouter
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
 from hf_sparse_pathways.limits import MOST_CLUSTERS
 from hf_sparse_pathways.memory import format_memory
+from hf_sparse_pathways.shares import is_number
 
 SAMPLE = 16384
 """Tokens, at least, that the clusters are found on."""
@@ -58,14 +59,16 @@ class Clustering:
     def __post_init__(self) -> None:
         fitting = {
             "clusters": type(self.count) is int and 1 < self.count <= MOST_CLUSTERS,
-            "dimensions": self.dimensions is None or self.dimensions > 0,
-            "prior": 0 < self.prior < float("inf"),
+            "dimensions": self.dimensions is None
+            or (type(self.dimensions) is int and self.dimensions > 0),
+            "prior": is_number(self.prior) and 0 < self.prior < float("inf"),
         }
         for name, fits in fitting.items():
             if not fits:
                 raise PathwaysError(
-                    f"{self} does not fit at {option(name)}: it takes 2 to {MOST_CLUSTERS} "
-                    "clusters, at least one dimension, and a positive prior."
+                    f"{self!r:.300} does not fit at its {name}: it takes 2 to {MOST_CLUSTERS} "
+                    "clusters, a whole number of dimensions (the pca of sp.expand), at least one, "
+                    "and a positive prior."
                 )
         _import_sklearn()
 

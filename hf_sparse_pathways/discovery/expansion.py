@@ -6,6 +6,7 @@ repair (``"neurons"``).
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,7 @@ def expand(  # noqa: PLR0913
         model: A causal LM; it is left as it was.
         tokenizer: Its tokenizer.
         text: Any text, of all kinds that the model shall read (see ``read_documents``).
-        clusters: Experts of each block; copies may be a single one.
+        clusters: Experts of each block; 1 for the same neurons, or weights, of all tokens.
         sparsity: Fraction of the FFN's FLOPs to remove, routing included, in [0, 1); of copies the
             fraction of every leaf's weights.
         pca: Principal components of a block's input; by default a sixteenth of its width.
@@ -71,16 +72,19 @@ def expand(  # noqa: PLR0913
             f"pattern={pattern!r} is of single weights, and experts={NEURONS!r} lose whole "
             f"neurons: leave it out, or choose experts={COPIES!r}."
         )
+    for name in options:
+        if name not in (*_PROFILING, *_SELECTING):
+            raise UnknownNameError("option", name, (*_PROFILING, *_SELECTING))
     own = {name: options.pop(name) for name in _PROFILING if name in options}
+    clustering = None if clusters == 1 else _clustering(clusters, pca, options)
     shared = {name: options[name] for name in ("precision", "seed") if name in options}
     if experts == NEURONS:
-        clustering = _clustering(clusters, pca, options)
         taken = profile(model, tokenizer, {EXPANDED: text}, inputs=False, **own, **shared)
-        return select(model, taken, sparsity=sparsity, clusters=clustering, **options)
+        return select(model, taken, sparsity=sparsity, clusters=clustering or 1, **options)
     _check_options({*options} - {*shared})
     recipe = CopyRecipe(
         pattern=parse_pattern(pattern, sparsity),
-        clustering=None if clusters == 1 else _clustering(clusters, pca, options),
+        clustering=clustering,
         precision=options.get("precision", "model"),
     )
     taken = profile(model, tokenizer, {EXPANDED: text}, grams=False, **own, **shared)
@@ -108,3 +112,5 @@ _PROFILING = (
     "max_memory",
     "work_folder",
 )
+
+_SELECTING = {*signature(select).parameters} - {"model", "profile", "sparsity", "clusters"}

@@ -28,6 +28,7 @@ from hf_sparse_pathways.ffn.experts import RoutedExperts
 from hf_sparse_pathways.ffn.kept_experts import ExpertsShape, KeptExperts
 from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathway
+from hf_sparse_pathways.shares import is_number
 
 EXPERT_SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = MappingProxyType(
     {
@@ -40,6 +41,46 @@ EXPERT_SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = MappingProxy
 
 AUTO_SCORE = "auto"
 """``"reap"``; of sgatlin layers, of whose experts most have few tokens, ``"added"``."""
+
+
+_ABOUT_BLOCKS = {
+    "sparsity": None,
+    "percentile": None,
+    "pool": None,
+    "max_perplexity_increase": None,
+    "target_speedup": None,
+    "method": None,
+    "score": None,
+    "allocation": None,
+    "compensation": None,
+    "clusters": 1,
+    "skip": 0.0,
+    "mixture": None,
+}
+"""Options about the neurons of FFN blocks, with what stands for none."""
+
+
+def check_options(base: BaseModel, options: Mapping[str, Any]) -> None:
+    """Check that nothing is asked of FFN blocks where a model has none.
+
+    Args:
+        base: The model.
+        options: Name -> value; others than those about blocks are not looked at.
+
+    Raises:
+        PathwaysError: Something is.
+    """
+    asked = [
+        name
+        for name, usual in _ABOUT_BLOCKS.items()
+        if (value := options.get(name, usual)) is not None and value != usual
+    ]
+    if asked and not base.blocks:
+        raise PathwaysError(
+            f"The FFNs of this {base.model_type} model are routed experts alone, and FFN blocks is "
+            f"what {' and '.join(map(option, asked))} is about. Leave it out, and give "
+            f"{option('experts')} or {option('expert_neurons')}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +103,10 @@ class ExpertGoal:
 
     def __post_init__(self) -> None:
         for name, share in (("experts", self.experts), ("expert_neurons", self.neurons)):
-            if share is not None and not 0 < share <= 1:
+            if share is not None and not (is_number(share) and 0 < share <= 1):
                 raise PathwaysError(
-                    f"{option(name)} {share} does not fit: it is the share that stays, above 0 and "
-                    "at most 1, such as 0.5."
+                    f"{option(name)} {share!r:.200} does not fit: it is the share that stays, "
+                    "above 0 and at most 1, such as 0.5."
                 )
         if self.score not in (AUTO_SCORE, *EXPERT_SCORES):
             raise UnknownNameError("expert score", self.score, (AUTO_SCORE, *EXPERT_SCORES))

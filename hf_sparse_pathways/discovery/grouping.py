@@ -36,6 +36,7 @@ from hf_sparse_pathways.ffn.blocks import FfnBlock
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
 from hf_sparse_pathways.ffn.neuron_groups import ALWAYS, NeuronGroups
 from hf_sparse_pathways.limits import MOST_GROUPS
+from hf_sparse_pathways.shares import is_number
 
 KINDS = 128
 """Of tokens, over which neurons are compared."""
@@ -74,9 +75,9 @@ class Grouping:
                 f"{self} does not fit: {option('mixture')} takes 2 to {MOST_GROUPS} groups, and a "
                 f"token has at least one and not all of them, by {option('top_k')}."
             )
-        if not 0.0 <= self.always_on < 1.0:
+        if not is_number(self.always_on) or not 0.0 <= self.always_on < 1.0:
             raise PathwaysError(
-                f"{option('always_on')} is a share in [0, 1); got {self.always_on}."
+                f"{option('always_on')} is a share in [0, 1); got {self.always_on!r:.200}."
             )
         Clustering(count=2)  # says so if scikit-learn is missing
 

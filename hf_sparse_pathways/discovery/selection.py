@@ -19,7 +19,12 @@ from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.common_repair import repair_together
 from hf_sparse_pathways.discovery.drafts import Draft
 from hf_sparse_pathways.discovery.evidence import gather_evidence
-from hf_sparse_pathways.discovery.expert_selection import AUTO_SCORE, ExpertGoal, keep_experts
+from hf_sparse_pathways.discovery.expert_selection import (
+    AUTO_SCORE,
+    ExpertGoal,
+    check_options,
+    keep_experts,
+)
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.grouping import Grouped, Grouping
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
@@ -45,7 +50,6 @@ from hf_sparse_pathways.errors import (
     UnknownNameError,
     UnsupportedModelError,
     named,
-    option,
 )
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
@@ -159,11 +163,21 @@ def select(  # noqa: PLR0913
         raise PathwaysError("Give a method or a score, not both: a score is a method.")
     goal = ExpertGoal(experts=experts, neurons=expert_neurons, score=expert_score)
     goal.check(profile)
-    if not profile.base.blocks and (sparsity is not None or percentile is not None):
-        raise PathwaysError(
-            f"{option('sparsity')} and {option('percentile')} are about FFN blocks, and the FFNs "
-            f"of this {profile.base.model_type} model are routed experts alone: leave them out."
-        )
+    check_options(
+        profile.base,
+        {
+            "sparsity": sparsity,
+            "percentile": percentile,
+            "pool": pool,
+            "method": method,
+            "score": score,
+            "allocation": allocation,
+            "compensation": compensation,
+            "clusters": clusters,
+            "skip": skip,
+            "mixture": mixture,
+        },
+    )
     recipe = make_recipe(
         method or score or usual_method(profile, percentile),
         allocation=allocation,

@@ -57,8 +57,16 @@ class Picked:
         self.picking.check_complete()
         blocks = [self.picking.block(index) for index in range(self.picking.blocks)]
         for number, row in enumerate(prompts.picking):
-            provenance = {**self.provenance, "tokens": int(prompts.counted[row].sum())}
             own = tuple(block[number] for block in blocks)
+            removed = sum(len(block.keep) - block.kept for block in own)
+            provenance = {
+                **self.provenance,
+                "sparsity": removed / sum(len(block.keep) for block in own),
+                "tokens": int(prompts.counted[row].sum()),
+            }
+            prior = find_prior(self.names[row])
+            if prior is not None:
+                provenance["prior"] = prior
             found[row] = Pathway(blocks=own, provenance=provenance)
         return tuple(found)
 

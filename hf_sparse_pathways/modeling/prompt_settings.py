@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.prompt_rules import RULES
+from hf_sparse_pathways.shares import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,7 @@ class PromptSettings:
     rule: str = "refit"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
-        if not number or not 0.0 <= self.sparsity < 1.0:
+        if not is_number(self.sparsity) or not 0.0 <= self.sparsity < 1.0:
             raise PathwaysError(
                 "The sparsity of prompt pathways is the fraction of neurons that is left out, at "
                 f"least 0 and less than 1; got {self.sparsity!r:.200}."

@@ -317,9 +317,14 @@ class Pathways(ShownAsTables):
             UnknownNameError: An unknown domain.
             MismatchError: An entry does not fit its layer, or leaves too few to the router.
         """
-        own = {
-            name: replace(self._domain(name), experts=tuple(kept)) for name, kept in experts.items()
-        }
+        own = {}
+        for name, kept in experts.items():
+            if not all(isinstance(one, KeptExperts) for one in kept):
+                raise MismatchError(
+                    f"Domain {name!r}: every layer's entry has to be sp.KeptExperts(keep=mask), "
+                    f"got {[*kept]!r:.200}."
+                )
+            own[name] = replace(self._domain(name), experts=tuple(kept))
         return replace(self, by_domain={**self.by_domain, **own})
 
     def subset(self, domains: Iterable[str]) -> Self:

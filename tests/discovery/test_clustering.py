@@ -13,7 +13,7 @@ from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.probes import Change, Probe, attached, make_change
 from hf_sparse_pathways.discovery.trials import computing, run_model
 from hf_sparse_pathways.discovery.windows import make_batches
-from hf_sparse_pathways.errors import PathwaysError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
 from tests.architectures import build, prompt
@@ -54,7 +54,10 @@ def test_fewer_tokens_than_clusters_give_fewer():
         ({"count": 1}, "2 to 1024"),
         ({"count": 2000}, "2 to 1024"),
         ({"count": 4.0}, "2 to 1024"),
-        ({"count": 4, "dimensions": 0}, "at least one dimension"),
+        ({"count": 4, "dimensions": 0}, "dimensions.*pca of sp.expand"),
+        ({"count": 4, "dimensions": 0.9}, "a whole number of dimensions"),
+        ({"count": 4, "dimensions": "x"}, "a whole number of dimensions"),
+        ({"count": 4, "prior": "x"}, "a positive prior"),
         ({"count": 4, "prior": 0.0}, "a positive prior"),
     ],
 )
@@ -174,6 +177,18 @@ def test_a_bypass_of_each_expert_is_within_the_budget():
     pathways = sp.select(MODEL, PROFILE, **options)
     assert pathways.flops("code") <= 0.5 + 1e-9
     assert all(e.bypass.rank == 2 for b in pathways["code"].blocks for e in b.experts)
+
+
+def test_expand_by_one_cluster_is_one_static_choice():
+    text = documents("code", 20, 60)
+    pathways = sp.expand(MODEL, TOKENIZER, text, clusters=1, sparsity=0.4, max_length=32)
+    taken = sp.profile(MODEL, TOKENIZER, {"expanded": text}, max_length=32, inputs=False)
+    same = sp.select(MODEL, taken, sparsity=0.4)
+    for own, other in zip(pathways["expanded"].blocks, same["expanded"].blocks, strict=True):
+        assert torch.equal(own.keep, other.keep)
+        assert torch.equal(own.delta, other.delta)
+    with pytest.raises(UnknownNameError, match="Did you mean 'compensation'"):
+        sp.expand(MODEL, TOKENIZER, text, compensatoin="bias")
 
 
 def test_expand_is_one_domain_of_any_text(tmp_path):

@@ -155,7 +155,9 @@ def test_what_groups_need_is_said(options, told):
         sp.select(MODEL, PROFILE, sparsity=0.7, **options)
 
 
-@pytest.mark.parametrize("fields", [{"top_k": 0}, {"top_k": 4}, {"always_on": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 0}, {"top_k": 4}, {"always_on": 1.0}, {"always_on": "x"}]
+)
 def test_numbers_that_do_not_fit_are_refused(fields):
     with pytest.raises(PathwaysError):
         Grouping(count=4, **fields)

@@ -148,6 +148,9 @@ def test_columns_are_fitted_to_each_prompt(fitted, executor, form):
     expected = torch.cat([_generate(own, ids[None], **FORMS[form]) for own, ids in pairs])
     assert torch.equal(output.sequences, expected)
     assert output.domains == names
+    assert second.provenance["prior"] == "law"
+    assert second.provenance["sparsity"] == pytest.approx(model.pathways.sparsity("law"))
+    assert "prior" not in first.provenance
 
 
 def test_a_prior_of_another_kind_is_refused(case, fitted):

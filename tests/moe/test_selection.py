@@ -208,6 +208,12 @@ def test_what_is_refused():
         sp.select(moe, profile, experts=0.5, expert_score="raep")
     with pytest.raises(PathwaysError, match="routed experts alone"):
         sp.select(moe, profile, experts=0.5, sparsity=0.3)
+    for options in ({"clusters": 4}, {"skip": 0.5}, {"mixture": 4}, {"score": "wanda"}):
+        with pytest.raises(PathwaysError, match=rf"{next(iter(options))} \(--.* is about"):
+            sp.select(moe, profile, experts=0.5, **options)
+    for options in ({"experts": "x"}, {"experts": True}, {"experts": 0.5, "target_error": "x"}):
+        with pytest.raises(PathwaysError, match=r"'x'|True"):
+            sp.select(moe, profile, **options)
     with pytest.raises(UnsupportedModelError, match="no routed experts"):
         sp.select(dense, take(dense), experts=0.5)
     few = torch.zeros(8, dtype=torch.bool)
@@ -215,6 +221,8 @@ def test_what_is_refused():
     paths = sp.select(moe, profile, experts=0.5)
     with pytest.raises(PathwaysError, match="1 of the 8 experts"):
         paths.with_experts({"code": [sp.KeptExperts(keep=few)] * 2})
+    with pytest.raises(PathwaysError, match="KeptExperts"):
+        paths.with_experts({"code": [[0, 1], [0, 1]]})
     with pytest.raises(PathwaysError, match="one entry per layer"):
         paths.with_experts({"code": [sp.KeptExperts(keep=~few)]})
 
