@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-prompt benchmark-mixture benchmark-sgatlin benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-auto benchmark-prompt benchmark-mixture benchmark-sgatlin benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -36,6 +36,9 @@ benchmark-entanglement: install
 
 benchmark-routing: install
 	$(BIN)/python benchmarks/routing.py --cache "$(CACHE)" --page docs/measured.md
+
+benchmark-auto: install
+	$(BIN)/python benchmarks/auto.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-prompt: install
 	$(BIN)/python benchmarks/prompt.py --cache "$(CACHE)" --page docs/measured.md

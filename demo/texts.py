@@ -12,6 +12,7 @@ import sysconfig
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from packages import open_wheel, read_debian
@@ -35,6 +36,18 @@ def make_code(folder: Path) -> None:
         relative = path.relative_to(library)
         if not left_out.intersection(relative.parts) and path.stat().st_size > 1000:
             shutil.copyfile(path, folder / "_".join(relative.parts))
+
+
+def make_cpp(folder: Path) -> None:
+    """Copy the C++ headers of the installed torch (BSD-3-Clause), but those that were generated."""
+    (torch,) = find_spec("torch").submodule_search_locations  # not imported, which takes long
+    headers = Path(torch) / "include"
+    for part in ("c10", "torch", "caffe2"):
+        for path in sorted((headers / part).rglob("*.h")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if len(text) > 1000 and "@generated" not in text:
+                name = "_".join(path.relative_to(headers).parts)
+                (folder / name).write_text(text, encoding="utf-8")
 
 
 def make_law(folder: Path) -> None:
@@ -147,6 +160,7 @@ def describe_theorems(database: str) -> list[str]:
 
 DOMAINS: dict[str, Callable[[Path], None]] = {
     "code": make_code,
+    "cpp": make_cpp,
     "law": make_law,
     "medicine": make_medicine,
     "fiction": make_fiction,

@@ -200,6 +200,28 @@ def test_prompts_are_routed_for_every_choice_of_known_domains(load, cache):
     ]
 
 
+def test_routing_is_measured_beside_dense_the_right_domain_and_the_pooled_one(
+    load, cache, monkeypatch, tmp_path
+):
+    auto, page = load("auto"), tmp_path / "page.md"
+    page.write_text(f"{auto.SECTION.start}\n{auto.SECTION.end}\n")
+    monkeypatch.setattr(auto, "fetch", lambda *_: None)
+    sizes = {"routing.SCORED": 8, "routing.QUALITY_LENGTH": 16, "routing.HALF": 40}
+    for name, value in {**sizes, "guarding.HALF": 40}.items():
+        monkeypatch.setattr(f"hf_sparse_pathways.measure.{name}", value)
+    given = ["--cache", cache, "--model", "tiny", "--unknown", "medicine", "--lengths", 8, 16]
+    given += ["--max-tokens", 600, "--prompts", 4, "--quality-prompts", 2, "--page", page]
+    monkeypatch.setattr(sys, "argv", ["auto.py", *map(str, given)])
+    auto.main()
+    text = page.read_text()
+    assert "| text | tokens | dense | auto | oracle | pooled |" in text
+    assert text.count("| medicine (unknown) |") == 2
+    assert "| code, then medicine |" in text
+    assert "| tokens | deciding | dense prefill | share |" in text
+    monkeypatch.setattr(sp, "select", None)
+    auto.main()
+
+
 @pytest.fixture
 def mixture(load, cache, _quick):
     mixture = load("mixture")

@@ -1,0 +1,88 @@
+"""What ``domain="auto"`` and its guard do to quality, and what they cost, on a real model.
+
+``make benchmark-auto`` runs it: it builds pathways of the known domains, and measures prompts of
+held-out documents of theirs, of other domains, and of text that is near one of them (C++ beside
+Python). ``sparse-pathways route-report --quality --guard`` does the same for a model of yours;
+``benchmarks/routing.py`` routes for every choice of known domains.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from fetching import fetch
+from materials import Materials
+from publishing import Section, add_page
+
+import hf_sparse_pathways as sp
+from hf_sparse_pathways.measure.figures import markdown_table
+from hf_sparse_pathways.measure.routing import measure_routing
+from hf_sparse_pathways.measure.routing_report import RoutingReport
+
+SECTION = Section("auto", "benchmark-auto")
+
+RIDGE = 0.01
+"""Fixed, so that no search is made: what is measured is the choice between pathways."""
+
+
+def main() -> None:
+    """Build what is not built, measure, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--domains", nargs="+", default=["code", "law"], help="known ones")
+    parser.add_argument("--unknown", nargs="*", default=["fiction", "math", "medicine", "cpp"])
+    parser.add_argument("--sparsity", type=float, default=0.4)
+    parser.add_argument("--max-tokens", type=int, default=32768, help="calibration, per domain")
+    parser.add_argument("--prompts", type=int, default=100, help="per text and length")
+    parser.add_argument("--quality-prompts", type=int, default=32, help="per text")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8, 32, 64, 128, 512])
+    add_page(parser)
+    given = parser.parse_args()
+    fetch(given.cache, given.model, [*given.domains, *given.unknown])
+    materials = Materials.of(given, "auto", given.domains)
+    name = f"{'-'.join(given.domains)}-{given.sparsity:g}-{given.max_tokens}"
+    pathways = materials.pathways(
+        name, partial(select, materials, given.sparsity, given.max_tokens)
+    )
+    report = measure_routing(
+        sp.SparsePathwaysForCausalLM.from_dense(materials.dense, pathways),
+        materials.tokenizer,
+        {name: given.cache / "texts" / name for name in (*given.domains, *given.unknown)},
+        lengths=given.lengths,
+        max_prompts=given.prompts,
+        quality_prompts=given.quality_prompts,
+        guard=True,
+    )
+    caption = (
+        f"**{given.model}**, pathways of {' and '.join(given.domains)} at {given.sparsity:.0%} "
+        f"sparsity, from {given.max_tokens} tokens each."
+    )
+    SECTION.publish(to_markdown(caption, report), given.page)
+
+
+def select(materials: Materials, sparsity: float, max_tokens: int) -> sp.Pathways:
+    """Return pathways of the known domains, and the pooled one."""
+    profile = materials.profile(max_tokens=max_tokens)
+    return sp.select(
+        materials.dense,
+        profile,
+        sparsity=sparsity,
+        order="one-shot",
+        allocation="balanced",
+        ridge=RIDGE,
+        precision="fastest",
+    )
+
+
+def to_markdown(caption: str, report: RoutingReport) -> str:
+    """Return the report's tables below a caption, without headings."""
+    parts = [caption]
+    for section in report.sections():
+        told = f"{section.title}. {section.note}".strip()
+        parts += [told, markdown_table(section.header, section.rows)]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
