@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--domains", nargs="+", default=["code", "law", "fiction", "math"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7])
-    parser.add_argument("--clusters", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--clusters", nargs="*", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--pattern", default="unstructured", help="of copies; or 2:4")
     parser.add_argument("--partners", nargs="*", default=list(PARTNERS), choices=PARTNERS)
     parser.add_argument("--neurons", nargs="*", type=int, default=[16], help="clusters of neurons")
