@@ -1,4 +1,5 @@
-"""Time and memory of FFN layers of equal FLOPs: sgatlin, with its rows copied, PEER, SwiGLU.
+"""Time and memory of FFN layers: sgatlin, among a quarter of its experts, with its rows copied;
+PEER and SwiGLU as near to its FLOPs as their sizes allow, but not above.
 
     python benchmarks/sgatlin.py --d-model 256 1024 --tokens 1 64 4096
 
@@ -41,22 +42,33 @@ class Gathered(sp.SgatlinFFN):
         return torch.einsum("tck,td,tckd,tcke->te", scores, x, u, v)
 
 
+class Quarter(sp.SgatlinFFN):
+    """sgatlin as a domain computes it that keeps a quarter of each channel's experts."""
+
+    def removed(self, h: Tensor) -> Tensor:  # noqa: ARG002
+        """Return which experts tokens may not get."""
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(self.config.n_channels, self.config.n_experts, generator=generator)
+        return order.argsort(1) >= self.config.n_experts // 4
+
+
 def make(name: str, d_model: int) -> Any:
     """Return a new layer of about the FLOPs that sgatlin has with its usual settings."""
     config = sp.SgatlinConfig()
-    if name == "gathered":
-        return Gathered(config, d_model)
+    if name in SGATLIN:
+        return SGATLIN[name](config, d_model)
     flops = config.flops(d_model)
     heads = max(1, flops // sp.PeerConfig(n_heads=1).flops(d_model))
     configs = {
-        "sgatlin": config,
         "peer": sp.PeerConfig(n_heads=heads),
         "swiglu": sp.SwigluConfig(d_ff=max(1, flops // (6 * d_model))),
     }
     return make_layer(configs[name], d_model)
 
 
-NAMES = ("sgatlin", "gathered", "peer", "swiglu")
+SGATLIN = {"sgatlin": sp.SgatlinFFN, "a quarter kept": Quarter, "gathered": Gathered}
+
+NAMES = (*SGATLIN, "peer", "swiglu")
 
 
 def main() -> None:

@@ -77,8 +77,8 @@ def check_options(base: BaseModel, options: Mapping[str, Any]) -> None:
     ]
     if asked and not base.blocks:
         raise PathwaysError(
-            f"The FFNs of this {base.model_type} model are routed experts alone, and FFN blocks is "
-            f"what {' and '.join(map(option, asked))} is about. Leave it out, and give "
+            f"{' and '.join(map(option, asked))} is about FFN blocks, and the FFNs of this "
+            f"{base.model_type} model are routed experts alone: leave it out, and give "
             f"{option('experts')} or {option('expert_neurons')}."
         )
 

@@ -4,7 +4,8 @@ A product router adds two scores: expert ``(i, j)`` of a channel has ``a_i + b_j
 of ``sqrt(N)`` each. An expert among the best k has its ``a_i`` among the best k of its table, and
 its ``b_j`` as well (if k other rows were better, so would be k other experts of its column), so the
 best k of the ``k * k`` sums are the best k of all N. Where some experts are removed that does not
-hold, and all scores are computed, of some tokens at a time.
+hold: the scores of those that are kept are computed, or of all where each token keeps others, the
+channels keep different numbers, or tokens are few; of some tokens at a time.
 
 Queries of less than float32 are multiplied with their keys in float32: sums of rounded scores would
 often be equal, and of equal ones it is not said which are the best.
@@ -27,6 +28,9 @@ Routed = tuple[Tensor, Tensor]
 
 _MOST_SCORES = 1 << 24
 """Scores that are held at a time where some experts are removed."""
+
+_MANY = 16
+"""Tokens from which on it is worth finding out which experts are kept."""
 
 
 class Router(nn.Module, ABC):
@@ -60,6 +64,9 @@ class Router(nn.Module, ABC):
         """
         if removed is None:
             return self.choose(x)
+        kept = _kept(removed) if len(x) >= _MANY else None
+        if kept is not None:
+            return self._choose_among(x, kept)
         tokens = max(1, _MOST_SCORES // removed.shape[-2:].numel())
         parts = torch.split(x, tokens)
         apart = torch.split(removed, tokens) if removed.dim() > 2 else [removed] * len(parts)
@@ -69,6 +76,23 @@ class Router(nn.Module, ABC):
         ]
         scores, index = zip(*best, strict=True)
         return torch.cat(scores), torch.cat(index)
+
+    def _choose_among(self, x: Tensor, kept: Tensor) -> Routed:
+        """Return the best of the kept experts ``(channels, kept)``; see ``forward``."""
+        parts = torch.split(x, max(1, _MOST_SCORES // kept.numel()))
+        best = [self.scores_of(part, kept).topk(self.top_k) for part in parts]
+        scores, place = zip(*best, strict=True)
+        index = torch.cat(place)
+        return torch.cat(scores), kept.expand(len(index), *kept.shape).gather(-1, index)
+
+    @abstractmethod
+    def scores_of(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Return the scores of some experts, ``(tokens, channels, some)``.
+
+        Args:
+            x: ``(tokens, d_model)``.
+            experts: Which of each channel's, int64 ``(channels, some)``.
+        """
 
     def choose(self, x: Tensor) -> Routed:
         """Return the best of all experts of each channel; see ``all_scores``."""
@@ -95,6 +119,11 @@ class DenseRouter(Router):
         """Return the score of every expert; see the base."""
         return _score(self.query(x), self.keys)
 
+    def scores_of(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Return the scores of some experts; see the base."""
+        channel = torch.arange(len(experts), device=experts.device)[:, None]
+        return _score(self.query(x), self.keys[channel, experts])
+
 
 class ProductRouter(Router):
     """A router whose scores are sums, float32 or float64; see the module."""
@@ -107,6 +136,18 @@ class ProductRouter(Router):
         """Return the score of every expert; see the base."""
         first, second = self.tables(x).unbind(1)
         return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+
+    def scores_of(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Return the scores of some experts; see the base."""
+        tables = self.tables(x)
+        side = tables.shape[-1]
+        channel = side * torch.arange(len(experts), device=experts.device)[:, None]
+        places = experts // side + channel, experts % side + channel
+        first, second = (
+            table.flatten(1).index_select(1, place.flatten())
+            for table, place in zip(tables.unbind(1), places, strict=True)
+        )
+        return (first + second).view(len(x), *experts.shape)
 
     def choose(self, x: Tensor) -> Routed:
         """Return the best experts of each channel, of the sums of the best of each table."""
@@ -174,6 +215,18 @@ def make_router(config: SgatlinConfig, d_model: int) -> Router:
         return ProductKeyRouter(config, d_model, config.n_channels)
     made: Any = {"product_dense": ProductDenseRouter, "dense": DenseRouter}[config.router]
     return made(config, d_model)
+
+
+def _kept(removed: Tensor) -> Tensor | None:
+    """Return which experts of each channel all tokens keep, int64 ``(channels, kept)``.
+
+    None where that is not the same for all, or in a graph, whose shapes must not depend on it.
+    """
+    if removed.dim() > 2 or torch.compiler.is_compiling():
+        return None
+    kept = (~removed).nonzero()[:, 1]
+    same = len(kept) % len(removed) == 0 and bool((removed.sum(1) == removed[0].sum()).all())
+    return kept.view(len(removed), -1) if same else None
 
 
 def _in_full(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

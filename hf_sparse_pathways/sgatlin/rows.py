@@ -5,8 +5,9 @@ of the rows would take tokens x rows x d_model. ``embedding_bag`` sums weighted 
 them, and the kernel behind the gradient of its weights takes products of rows with a vector: these
 two, and the one behind the gradient of its table, are the layer and its gradients.
 
-One form for one token and for many: sorting by expert brings nothing, since an expert is one row,
-and then the tokens' rows would be gathered instead (``benchmarks/sgatlin.py`` has the figures).
+One form for one token and for many: an expert is one row, so that there is no matrix product to win
+by sorting pairs by expert, and then the tokens' rows would be copied instead of the experts', as
+many (``benchmarks/sgatlin.py`` has what copying rows takes).
 """
 
 from typing import Any

@@ -83,6 +83,27 @@ def test_route_is_the_top_k_of_all_scores(router, dtype, autocast):
         assert torch.equal(found[1], best.indices)
 
 
+@ROUTERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("even", [False, True])
+def test_among_some_experts_the_best_are_those_of_their_scores(router, dtype, even, monkeypatch):
+    layer, _ = layer_of(f"sgatlin-{router}", dtype)
+    x = torch.randn(200, D_MODEL, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    removed = torch.rand(3, 25, generator=generator).argsort(1) < 18
+    if not even:
+        removed[0, removed[0].nonzero()[0]] = False
+    scores = layer.all_scores(x).masked_fill(removed, -torch.inf)
+    best = scores.topk(layer.config.top_k)
+    for most in (1 << 24, 7 * 75):
+        monkeypatch.setattr("hf_sparse_pathways.sgatlin.routers._MOST_SCORES", most)
+        found, index = layer.router(x, removed)
+        torch.testing.assert_close(found, best.values)
+        if router != "dense" or dtype == torch.float32:  # which has equal scores
+            assert torch.equal(index, best.indices)
+        assert not removed.expand(200, 3, 25).gather(-1, index).any()
+
+
 def test_scores_are_raw_and_signed():
     layer, x = layer_of("sgatlin-odd")
     assert (layer.route(x)[0] < 0).any()
