@@ -1,5 +1,6 @@
-"""Time and memory of FFN layers: sgatlin, among a quarter of its experts, with its rows copied;
-PEER and SwiGLU as near to its FLOPs as their sizes allow, but not above.
+"""Time and memory of sgatlin, with a quarter of its experts, its rows copied, beside other layers.
+
+PEER and SwiGLU are as near to its FLOPs as their sizes allow, but not above.
 
     python benchmarks/sgatlin.py --d-model 256 1024 --tokens 1 64 4096
 
