@@ -114,6 +114,7 @@ LAZY = {
     ("cli.loading", "modeling.causal_lm"),
     ("cli.loading", "modeling.tokenizing"),
     ("cli.loading", "pathways.revision"),
+    ("cli.compare", "pathways.base"),
     ("cli.profile", "discovery.profiling"),
     ("cli.profile", "discovery.text"),
     ("cli.profile", "discovery.windows"),

@@ -55,8 +55,9 @@ def run(  # noqa: PLR0913
     tables show everything that was measured on the same text.
     """
     from hf_sparse_pathways.discovery.goal import check_sparsity
-    from hf_sparse_pathways.measure.comparison import Comparison, compare
+    from hf_sparse_pathways.measure.comparison import Comparison, check_comparable, compare
     from hf_sparse_pathways.measure.contenders import DEFAULT_METHODS
+    from hf_sparse_pathways.pathways.base import BaseModel
 
     chosen = {"compensation": compensation, "allocation": allocation}
     sparsities = parse_sparsities(sparsity)
@@ -86,6 +87,7 @@ def run(  # noqa: PLR0913
     )
     texts = split_texts(parse_texts(domain), held_out, seed, max_tokens + scored_tokens)
     dense, tokenizer = load_dense(model, dtype)
+    check_comparable(BaseModel.of(dense))
     calibration = {name: split[0] for name, split in texts.items()}
     steps = output / "steps"
     profile = take_profile(dense, tokenizer, calibration, sampling, steps, grams=True)

@@ -18,11 +18,12 @@ from hf_sparse_pathways.discovery.passes import product_dtype
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 from hf_sparse_pathways.discovery.windows import resolve_length
-from hf_sparse_pathways.errors import TextError, UnknownNameError
+from hf_sparse_pathways.errors import TextError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.measure.arms import ScoredText
 from hf_sparse_pathways.measure.comparison_report import ComparisonReport, ComparisonRow
 from hf_sparse_pathways.measure.comparison_steps import CONTEXT, Steps, stored_sparsities
 from hf_sparse_pathways.measure.contenders import DEFAULT_METHODS, METHODS, group_methods
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.version import __version__
 
 
@@ -98,8 +99,10 @@ def compare(
     Raises:
         UnknownNameError: An unknown method.
         TextError: All held-out documents of a domain were calibrated on.
+        UnsupportedModelError: The model has no FFN blocks.
     """
     what.check()
+    check_comparable(profile.base)
     length = resolve_length(model, what.max_length)
     texts = {}
     for name, documents in held_out.items():
@@ -125,6 +128,20 @@ def compare(
     settings["products"] = product_dtype(model, what.precision)
     settings["calibration_tokens"] = {n: own.tokens for n, own in profile.by_domain.items()}
     return ComparisonReport(base=profile.base.name, rows=tuple(rows), settings=settings)
+
+
+def check_comparable(base: BaseModel) -> None:
+    """Check that a model has FFN blocks, whose neurons all methods choose.
+
+    Raises:
+        UnsupportedModelError: It has none.
+    """
+    if not base.blocks:
+        raise UnsupportedModelError(
+            f"Methods choose neurons of FFN blocks, and the FFNs of this {base.model_type} model "
+            "are routed experts alone. Keep some of those by `sparse-pathways build --experts`, "
+            "and measure that by `sparse-pathways evaluate`, beside a random choice."
+        )
 
 
 def _leave_out_seen(domain: str, documents: Documents, profile: Profile) -> tuple[Documents, int]:

@@ -65,21 +65,36 @@ class Gates:
     tokenizer: Any
 
     def contexts(self, channel: int, expert: int, count: int = 5) -> list[Context]:
-        """Return the tokens for which an expert's score is highest; fewer if fewer choose it."""
+        """Return the tokens for which an expert's score is highest; fewer if fewer choose it.
+
+        Raises:
+            PathwaysError: There is no such channel or expert.
+        """
+        _check_place("channel", channel, self.index.shape[1])
+        _check_place("expert", expert, self.n_experts)
         chosen = self.index[:, channel] == expert
         values = self.scores[:, channel].masked_fill(~chosen, -torch.inf).amax(1)
         best = values.topk(min(count, int(chosen.any(1).sum())))
         return self._describe(best.indices, best.values)
 
     def neighbours(self, place: int, count: int = 5) -> list[Context]:
-        """Return the tokens whose gates are most alike one token's, by the cosine of all scores."""
+        """Return the tokens whose gates are most alike one token's, by the cosine of all scores.
+
+        Raises:
+            PathwaysError: There is no such token.
+        """
         values = self.cosines(place)
         values[place] = -torch.inf
         best = values.topk(min(count, len(values) - 1))
         return self._describe(best.indices, best.values)
 
     def cosines(self, place: int) -> Tensor:
-        """Return how alike all tokens' gates are to one token's, ``(tokens,)``."""
+        """Return how alike all tokens' gates are to one token's, ``(tokens,)``.
+
+        Raises:
+            PathwaysError: There is no such token.
+        """
+        _check_place("token", place, len(self.index))
         channels = torch.arange(self.index.shape[1])[:, None]
         own = torch.zeros(self.index.shape[1], self.n_experts)
         own[channels, self.index[place]] = self.scores[place]
@@ -160,6 +175,11 @@ def read_gates(  # noqa: PLR0913
     )
 
 
+def _check_place(what: str, number: int, count: int) -> None:
+    if not 0 <= number < count:
+        raise PathwaysError(f"There is no {what} {number}: there are {count}, from 0.")
+
+
 @contextmanager
 def swap_gates(model: Any, layer: int, gates: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Any]:
     """Within the block, give tokens of every pass other gates in one layer, on all threads.
@@ -172,8 +192,19 @@ def swap_gates(model: Any, layer: int, gates: dict[int, tuple[Tensor, Tensor]]) 
 
     Raises:
         UnsupportedModelError: The model has no such layers.
-        PathwaysError: There is no such layer.
+        PathwaysError: There is no such layer or expert, or gates are of another shape.
     """
+    found = find_layer(model, layer)
+    shape = (found.config.n_channels, found.config.top_k)
+    for place, own in gates.items():
+        told = [tuple(part.shape) for part in own]
+        if told != [shape, shape]:
+            raise PathwaysError(
+                f"Gates of token {place} are scores and indices of shapes {told}; both have to be "
+                f"{shape}, (n_channels, top_k)."
+            )
+        for number in (int(own[1].min()), int(own[1].max())):
+            _check_place("expert", number, found.config.n_experts)
 
     def swap(_: Any, __: Any, routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         scores, index = routed[0].clone(), routed[1].clone()
@@ -182,7 +213,7 @@ def swap_gates(model: Any, layer: int, gates: dict[int, tuple[Tensor, Tensor]]) 
                 scores[place], index[place] = own_scores.to(scores), own_index.to(index)
         return scores, index
 
-    hook = find_layer(model, layer).router.register_forward_hook(swap)
+    hook = found.router.register_forward_hook(swap)
     try:
         yield model
     finally:

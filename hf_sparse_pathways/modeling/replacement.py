@@ -67,14 +67,22 @@ def find_layers(model: nn.Module) -> list[FfnLayer]:
 
 
 def forward_with_losses(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a base's forward; what FFN layers add to the loss is added to its output's, if any."""
+    """Run a base's forward; what FFN layers add to the loss is added to its output's, if any.
+
+    Where the loss is a batch's part of that of several, as ``Trainer`` asks for when it adds up
+    gradients, so is what is added.
+    """
     with collect_losses() as losses:
         output = forward(*args, **kwargs)
-    if not losses or kwargs.get("labels") is None:
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if not losses or labels is None:
         return output
+    added = sum(losses)
+    if items is not None:
+        added = added * (labels.ne(-100).sum() / items)
     if isinstance(output, tuple):
-        return (output[0] + sum(losses), *output[1:])
-    output.loss = output.loss + sum(losses)
+        return (output[0] + added, *output[1:])
+    output.loss = output.loss + added
     return output
 
 

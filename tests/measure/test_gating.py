@@ -95,3 +95,24 @@ def test_what_does_not_fit_is_refused(model):
     for ids, place in ((IDS, 9), (IDS[0], 1), (IDS.repeat(2, 1), 1)):
         with pytest.raises(sp.PathwaysError, match="two places among them"):
             sp.swap_effect(model, ids, 0, place, 0)
+
+
+def test_there_are_as_many_experts_as_there_are(model, gates):
+    channels, experts = gates.index.shape[1], gates.n_experts
+    for call, told in (
+        (lambda: gates.contexts(channels, 0), f"no channel {channels}"),
+        (lambda: gates.contexts(-1, 0), "no channel -1"),
+        (lambda: gates.contexts(0, experts), f"there are {experts}, from 0"),
+        (lambda: gates.neighbours(10**6), "no token 1000000"),
+        (lambda: gates.neighbours(-1), "no token -1"),
+    ):
+        with pytest.raises(sp.PathwaysError, match=told):
+            call()
+    scores, index = gates.scores[0], gates.index[0]
+    for own, told in (
+        ((scores, index + experts), "no expert"),
+        ((scores, index - experts), "no expert"),
+        ((scores[:1], index[:1]), "n_channels, top_k"),
+    ):
+        with pytest.raises(sp.PathwaysError, match=told), swap_gates(model, LAYER, {0: own}):
+            pass

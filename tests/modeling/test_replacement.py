@@ -422,8 +422,11 @@ def test_losses_of_a_mixture_are_added_while_it_trains():
     as_tuple = model(IDS, labels=IDS, return_dict=False)
     assert torch.allclose(as_tuple[0], trained, atol=1e-5)
     assert model(IDS).loss is None
+    part = model(IDS, labels=IDS, num_items_in_batch=4 * IDS.numel()).loss
     with torch.no_grad():
         assert torch.equal(model(IDS, labels=IDS).loss, plain)
+        alone = model(IDS, labels=IDS, num_items_in_batch=4 * IDS.numel()).loss
+    assert torch.allclose(part - alone, added / 4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sgatlin", "moe"])

@@ -97,6 +97,8 @@ def test_what_does_not_fit_is_refused(built, texts, tmp_path):
     if name == "olmoe":
         assert_error(run(*asked), "routed experts alone", "--experts")
         assert_error(run(*asked, "--experts", "0.5", "--sparsity", "0.3"), "--sparsity")
+        compared = ("compare", root / "dense", *texts, "--output", tmp_path / "compared")
+        assert_error(run(*compared), "build --experts", "evaluate")
     else:
         asked = ("export", root / "x", "--domain", "code", "--output", tmp_path / "y")
         assert_error(run(*asked))
