@@ -23,7 +23,8 @@ def count_flops(model: Any, tokens: int) -> int:
         tokens: Length of the sequences.
 
     Raises:
-        UnsupportedModelError: It has no such layers.
+        UnsupportedModelError: It has no such layers, or weights outside of them that are no linear
+            leaf's, such as routed experts that stayed or a convolution.
     """
     layers = [module for module in model.modules() if isinstance(module, FfnLayer)]
     if not layers:
@@ -32,17 +33,24 @@ def count_flops(model: Any, tokens: int) -> int:
             "formula. Build it with SparsePathwaysConfig.from_base(config, ffn=...)."
         )
     inside = {id(module) for layer in layers for module in layer.modules()}
-    leaves = [
-        module
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside
-    ]
-    linear = sum(2 * leaf.weight.numel() for leaf in leaves)
+    linear = 0
+    for name, module in model.named_modules():
+        if id(module) in inside or isinstance(module, nn.Embedding):
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            linear += 2 * module.weight.numel()
+        elif any(own.dim() > 1 for own in module.parameters(recurse=False)):
+            raise UnsupportedModelError(
+                f"What {name} ({type(module).__name__}) takes is not known by formula: this counts "
+                "decoders of attention, linear leaves and FFN layers. Use "
+                "torch.utils.flop_counter.FlopCounterMode."
+            )
     return linear + _attention_flops(model.config, tokens) + sum(layer.flops for layer in layers)
 
 
 def _attention_flops(config: Any, tokens: int) -> int:
     """Return what scores and values take of a token, in all layers."""
     heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 4 * width * tokens * int(config.num_hidden_layers)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    widths = [getattr(config, name, None) or width for name in ("qk_head_dim", "v_head_dim")]
+    return 2 * heads * sum(widths) * tokens * int(config.num_hidden_layers)

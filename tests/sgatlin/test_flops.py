@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.sgatlin import linear_experts, peer
 from hf_sparse_pathways.sgatlin.flops import count_flops
-from tests.architectures import LLAMA_LIKE, tiny_llama
+from tests.architectures import ARCHITECTURES, LLAMA_LIKE, build, tiny_llama
 from tests.sgatlin.cases import CONFIGS, D_MODEL, layer_of
 
 
@@ -61,6 +61,20 @@ def test_a_model(kind, base):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ids = torch.randint(3, 99, (2, 10))
     assert _count(model, ids) == 20 * count_flops(model, 10)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_of_every_architecture_it_is_right_or_refused(name):
+    base = build(name).config
+    if name == "deepseek_v3":
+        base.first_k_dense_replace = base.num_hidden_layers  # experts stay where they are
+    config = sp.SparsePathwaysConfig.from_base(base, ffn=CONFIGS["swiglu"])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if name in ("cpmant", "falcon_h1", "qwen3_moe"):
+        with pytest.raises(sp.PathwaysError, match="FlopCounterMode"):
+            count_flops(model, 10)
+        return
+    assert _count(model, torch.randint(3, 90, (2, 10))) == 20 * count_flops(model, 10)
 
 
 def test_a_plain_model_is_refused():
