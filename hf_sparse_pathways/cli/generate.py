@@ -79,5 +79,15 @@ def run(  # noqa: PLR0913
         if guard:
             record["switches"] = [asdict(switch) for switch in output.switches[0]]
         typer.echo(json.dumps(record, ensure_ascii=False))
-    else:
-        typer.echo(text + continuation)
+        return
+    typer.echo(text + continuation)
+    _tell_decisions(output)
+
+
+def _tell_decisions(output: Any) -> None:
+    """Say on standard error what has computed the text, where it was not the caller who decided."""
+    if hasattr(output, "domains"):
+        typer.echo(f"[computed by {output.domains[0] or 'the dense model'}]", err=True)
+    for switch in getattr(output, "switches", [[]])[0]:
+        told = f"[from new token {switch.token} on by {switch.domain or 'the dense model'}]"
+        typer.echo(told, err=True)

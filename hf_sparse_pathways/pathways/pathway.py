@@ -53,7 +53,7 @@ TUNED = "tuned: "
 _DOMAIN_NAME = re.compile(r"\w[\w .+-]{0,63}")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Pathway:
     """One domain's kept neurons.
 
@@ -69,6 +69,11 @@ class Pathway:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     signature: Signature | None = None
     experts: tuple[KeptExperts, ...] = ()
+
+    def __repr__(self) -> str:
+        layers = f", {len(self.experts)} layers of routed experts" if self.experts else ""
+        method = self.provenance.get("method", "of unknown origin")
+        return f"Pathway({len(self.blocks)} FFN blocks{layers}, {method})"
 
     @classmethod
     def from_keep(cls, keep: Iterable[Tensor], provenance: Mapping[str, Any] | None = None) -> Self:

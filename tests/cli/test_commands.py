@@ -17,7 +17,7 @@ from hf_sparse_pathways.version import __version__
 from tests.architectures import build, prompt, random_masks
 from tests.cli.commands import assert_error, run, run_well
 from tests.cli.conftest import save_dense
-from tests.texts import tiny_tokenizer
+from tests.texts import documents, tiny_tokenizer
 
 COMMANDS = ("profile", "build", "heal", "evaluate", "generate", "benchmark", "info")
 
@@ -164,6 +164,17 @@ def test_generate_equals_the_models_own(places):
     assert len(texts) == 2, "the pathway changes what is said"
     watched = run_well("generate", places.built, *options, "--domain", "law", "--guard", "--json")
     assert json.loads(watched)["switches"] == []
+
+
+def test_generate_tells_who_computed_what_others_decided(places):
+    text = documents("law", count=1, words=60, seed=7)[0]
+    options = ("--prompt", text, "--max-new-tokens", 5)
+    ran = run("generate", places.built, *options, "--domain", "auto")
+    assert ran.status == 0
+    record = json.loads(run_well("generate", places.built, *options, "--domain", "auto", "--json"))
+    assert ran.out == f"{text}{record['continuation']}\n"
+    assert f"[computed by {record['domain'] or 'the dense model'}]" in ran.err
+    assert "computed by" not in run("generate", places.built, *options, "--domain", "law").err
 
 
 def test_generate_takes_what_the_prompt_uses(places):
