@@ -32,13 +32,10 @@ from hf_sparse_pathways.ffn.additions import spread
 from hf_sparse_pathways.ffn.copies import WHOLE, Columns, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, PACKED, PLAIN, Form
 from hf_sparse_pathways.ffn.group_products import (
-    Selection,
-    TokenSelection,
+    Selected,
     select_groups,
     selected_incoming,
     selected_outgoing,
-    token_incoming,
-    token_outgoing,
 )
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.mixtures import Mixture
@@ -141,17 +138,15 @@ class Compact:
             return self._incoming_mixed(leaf, x, pathway.on(x.device))
         if isinstance(pathway, Routing):
             return grouped_incoming(leaf, x, pathway, self.form)
-        if isinstance(pathway, Selection):
+        if isinstance(pathway, Selected):
             return selected_incoming(leaf, x, pathway, self.form)
-        if isinstance(pathway, TokenSelection):
-            return token_incoming(leaf, x, pathway)
         return kept_weights(leaf, pathway, self.form)(x)
 
     def skip(self, state: BlockState, x: Tensor, up: Tensor | None, pathway: Any) -> Tensor:
         """Zero what each token skips of the kept neurons."""
         if isinstance(pathway, Routing):
             return skip_in_groups(state, x, up, pathway)
-        if isinstance(pathway, Mixture | Selection | TokenSelection) or pathway == WHOLE:
+        if isinstance(pathway, Mixture | Selected) or pathway == WHOLE:
             return x
         return state.skip_kept(x, up, pathway)
 
@@ -161,10 +156,8 @@ class Compact:
         """Sum over the kept neurons; a bypass adds two thin products of the block's input."""
         if isinstance(pathway, Routing):
             return grouped_outgoing(leaf, x, pathway, self.form, block_input)
-        if isinstance(pathway, Selection):
+        if isinstance(pathway, Selected):
             return selected_outgoing(leaf, x, pathway, self.form, block_input)
-        if isinstance(pathway, TokenSelection):
-            return token_outgoing(leaf, x, pathway, block_input)
         if not isinstance(pathway, Mixture):
             return kept_weights(leaf, pathway, self.form).with_bypass(x, block_input)
         pathway = pathway.on(x.device)

@@ -68,9 +68,10 @@ class TokenSelection:
     weights: Tensor
 
 
-def select_groups(
-    state: "BlockState", pathway: int, x: Tensor, form: Form
-) -> Selection | TokenSelection:
+Selected = Selection | TokenSelection
+
+
+def select_groups(state: "BlockState", pathway: int, x: Tensor, form: Form) -> Selected:
     """Return which groups compute a block's input ``(..., d_in)``.
 
     Args:
@@ -94,8 +95,10 @@ def select_groups(
     return Selection(first, tuple(pairs), weights)
 
 
-def selected_incoming(leaf: "PathwayLeaf", x: Tensor, selection: Selection, form: Form) -> Tensor:
+def selected_incoming(leaf: "PathwayLeaf", x: Tensor, selection: Selected, form: Form) -> Tensor:
     """Return what each token has of the neurons, its groups in their order."""
+    if isinstance(selection, TokenSelection):
+        return _token_incoming(leaf, x, selection)
     tokens, parts = x.flatten(0, -2), leaf.rows_per_neuron
     always = kept_weights(leaf, selection.always, form)(tokens)
     width, size = leaf.state.members.widths[selection.always : selection.always + 2]
@@ -110,9 +113,11 @@ def selected_incoming(leaf: "PathwayLeaf", x: Tensor, selection: Selection, form
 
 
 def selected_outgoing(
-    leaf: "PathwayLeaf", x: Tensor, selection: Selection, form: Form, block_input: Tensor | None
+    leaf: "PathwayLeaf", x: Tensor, selection: Selected, form: Form, block_input: Tensor | None
 ) -> Tensor:
     """Sum over what each token has, its groups weighted."""
+    if isinstance(selection, TokenSelection):
+        return _token_outgoing(leaf, x, selection, block_input)
     tokens = x.flatten(0, -2)
     width, size = leaf.state.members.widths[selection.always : selection.always + 2]
     inputs = None if block_input is None else block_input.flatten(0, -2)
@@ -133,7 +138,7 @@ def _weighted(groups: Tensor, selection: Selection) -> Iterator[tuple[int, Tenso
         yield pairs.member, pairs.tokens, groups[place] * weights
 
 
-def token_incoming(leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection) -> Tensor:
+def _token_incoming(leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection) -> Tensor:
     """Return what a single token has of the neurons, its groups in their order."""
     kept = kept_weights(leaf, selection.pathway, NATIVE)
     parts, width = leaf.rows_per_neuron, leaf.state.members.widths[selection.pathway]
@@ -143,7 +148,7 @@ def token_incoming(leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection) ->
     return kept.product.at(rows)(x, None if kept.bias is None else kept.bias[rows])
 
 
-def token_outgoing(
+def _token_outgoing(
     leaf: "PathwayLeaf", x: Tensor, selection: TokenSelection, block_input: Tensor | None
 ) -> Tensor:
     """Sum over what a single token has, its groups weighted."""

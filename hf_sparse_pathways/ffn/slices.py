@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_sparse_pathways.ffn.additions import needed_input
-from hf_sparse_pathways.ffn.group_products import Selection
+from hf_sparse_pathways.ffn.group_products import Selected
 from hf_sparse_pathways.ffn.layouts import linear_weight
 from hf_sparse_pathways.ffn.routing import Routing
 from hf_sparse_pathways.ffn.runs import Run
@@ -82,9 +82,9 @@ def has_views(leaf: "PathwayLeaf", pathway: int) -> bool:
     return _runs(leaf, pathway) is not None
 
 
-def _runs(leaf: "PathwayLeaf", pathway: int | Routing | Selection) -> tuple[Run, ...] | None:
+def _runs(leaf: "PathwayLeaf", pathway: int | Routing | Selected) -> tuple[Run, ...] | None:
     """Return the runs of neurons of which a leaf has views, or None if it is copied."""
-    if isinstance(pathway, Routing | Selection) or pathway >= len(leaf.state.pathways):  # experts
+    if isinstance(pathway, Routing | Selected) or pathway >= len(leaf.state.pathways):  # experts
         return None
     own = leaf.state.members.all[pathway]
     changes = (own.delta,) if leaf.neuron_dim == 1 else own.incoming[leaf.position :][:1]
