@@ -209,7 +209,7 @@ def test_routing_is_measured_beside_dense_the_right_domain_and_the_pooled_one(
     sizes = {"routing.SCORED": 8, "routing.QUALITY_LENGTH": 16, "routing.HALF": 40}
     for name, value in {**sizes, "guarding.HALF": 40}.items():
         monkeypatch.setattr(f"hf_sparse_pathways.measure.{name}", value)
-    given = ["--cache", cache, "--model", "tiny", "--unknown", "medicine", "--lengths", 8, 16]
+    given = ["--cache", cache, "--models", "tiny", "--unknown", "medicine", "--lengths", 8, 16]
     given += ["--max-tokens", 600, "--prompts", 4, "--quality-prompts", 2, "--page", page]
     monkeypatch.setattr(sys, "argv", ["auto.py", *map(str, given)])
     auto.main()
@@ -218,8 +218,9 @@ def test_routing_is_measured_beside_dense_the_right_domain_and_the_pooled_one(
     assert text.count("| medicine (unknown) |") == 2
     assert "| code, then medicine |" in text
     assert "| tokens | deciding | dense prefill | share |" in text
-    monkeypatch.setattr(sp, "select", None)
+    monkeypatch.setattr(auto, "measure", None)
     auto.main()
+    assert page.read_text() == text
 
 
 @pytest.fixture
