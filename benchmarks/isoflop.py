@@ -76,9 +76,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     add_page(parser)
     given = parser.parse_args()
-    numbers = (*(given.budgets or []), *(given.learning_rates or []), given.processes)
-    if min(numbers) <= 0:
-        parser.error("--budgets, --learning-rates and --processes have to be above 0")
     small = given.small
     plan = Plan(
         kinds=given.kinds,
@@ -89,10 +86,15 @@ def main() -> None:
             d_model=given.d_model,
             layers=given.layers,
             length=given.length,
-            batch=given.batch or (4 if small else 8),
+            batch=(4 if small else 8) if given.batch is None else given.batch,
         ),
-        scored=given.scored or (16384 if small else 131072),
+        scored=(16384 if small else 131072) if given.scored is None else given.scored,
     )
+    numbers = (*plan.budgets, *plan.learning_rates, plan.shape.batch, given.processes)
+    if not all(number > 0 for number in numbers):
+        parser.error("--budgets, --learning-rates, --batch and --processes have to be above 0")
+    if plan.scored < plan.shape.length or len({*plan.seeds}) < len(plan.seeds):
+        parser.error("--scored takes at least a window's --length, and --seeds each seed once")
     text = read_text(given.text)
     text.check(plan.shape.length)
     runs = given.output / "runs" / text.digest

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn import forms, group_products
+from hf_sparse_pathways.ffn.copies import copy_bytes, copy_keys
+from hf_sparse_pathways.ffn.forms import NATIVE
 from hf_sparse_pathways.native import product
 from tests.architectures import ARCHITECTURES, build, compensate, random_masks
 from tests.architectures import repaired as repaired_model
@@ -126,6 +128,7 @@ def test_a_step_reads_only_what_its_token_has(llama, monkeypatch):
     assert sum(asked) == 3 * sum(block.groups.active for block in blocks)
 
 
+@pytest.mark.needs_compiler
 @torch.no_grad()
 def test_in_place_a_step_reads_it_in_one_product_of_each_leaf(llama, monkeypatch):
     _, model, _ = llama
@@ -143,6 +146,48 @@ def test_in_place_a_step_reads_it_in_one_product_of_each_leaf(llama, monkeypatch
     model(IDS[:1, :1], domain="code", use_cache=False)
     active = [block.groups.active for block in model.pathways["code"].blocks]
     assert read == {"linear_rows": [own for own in active for _ in range(2)], "sum_rows": active}
+
+
+def _bytes_of(leaf, keys):
+    """Return the bytes that some copies of a leaf hold, each storage once, but the leaf's own."""
+    parts, own = {}, {leaf.weight.untyped_storage().data_ptr()}
+    if leaf.bias is not None:
+        own.add(leaf.bias.untyped_storage().data_ptr())
+    for key in keys:
+        copy, held = leaf.copies[key], []
+        held += [copy.bias, *(vars(copy.bypass).values() if copy.bypass else ())]
+        held += [part for part in vars(copy.product).values() if isinstance(part, torch.Tensor)]
+        for part in held:
+            if part is not None and part.untyped_storage().data_ptr() not in own:
+                parts[part.untyped_storage().data_ptr()] = part.numel() * part.element_size()
+    return sum(parts.values())
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "phi"])
+@torch.no_grad()
+def test_a_single_token_by_the_kernel(name, dtype, monkeypatch):
+    """Of two pathways with groups, also after the weights have changed; and what copies take."""
+    monkeypatch.setattr(product, "MOST_INPUTS", 32)
+    dense = build(name).to(dtype)
+    made = grouped(compensate(dense, random_masks(dense)))
+    model = make_model(dense, grouped(made, name="law", seed=1))
+    for _ in range(2):
+        for number, domain in enumerate(model.domains):
+            model.set_executor("masked" if dtype == torch.float32 else "compact")
+            expected = model(IDS[:1, :1], domain=domain).logits.float()
+            model.set_executor("indexed")
+            model(IDS, domain=domain)  # which needs the copies of all groups
+            found = model(IDS[:1, :1], domain=domain).logits.float()
+            limit = 5 * TOLERANCE if dtype == torch.float32 else 0.03
+            assert difference(found, expected) <= limit * expected.abs().max(), domain
+            for attached in model._attachment.blocks:
+                for leaf in attached.leaves.values():
+                    keys = [*copy_keys(leaf, number, NATIVE)]
+                    assert _bytes_of(leaf, keys) == copy_bytes(leaf, number, NATIVE)
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
 
 
 @torch.no_grad()
@@ -182,10 +227,17 @@ def test_saved_copied_pickled_and_permuted_is_equal(llama, tmp_path):
     assert difference(permuted(IDS, domain="code").logits, plain(IDS).logits) <= 5 * TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "executor", ["compact", pytest.param("indexed", marks=pytest.mark.needs_compiler)]
+)
 @torch.no_grad()
-def test_compiled_equals_eager(llama):
+def test_compiled_equals_eager(llama, executor):
     _, model, plain = llama
-    model.set_executor("compact")
+    model.set_executor(executor)
+    with model.pathway("code"):
+        model(IDS)
+        held = torch.compile(lambda ids: model(ids).logits, backend="eager", fullgraph=True)
+        assert difference(held(IDS), plain(IDS).logits) <= 10 * TOLERANCE
     compiled = torch.compile(lambda ids: model(ids, domain="code").logits, backend="eager")
     assert difference(compiled(IDS), plain(IDS).logits) <= 10 * TOLERANCE
     rows = torch.compile(lambda ids: model(ids, domain=["code"] * 3).logits, backend="eager")

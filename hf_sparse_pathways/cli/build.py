@@ -312,7 +312,7 @@ def _parse_mixture(
 def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     """Refuse a model that does not fit before minutes are spent on a profile."""
     from hf_sparse_pathways.discovery.allocation import check_multiple
-    from hf_sparse_pathways.discovery.expert_selection import check_options
+    from hf_sparse_pathways.discovery.expert_selection import check_block_options
     from hf_sparse_pathways.modeling.structure import check_convertible
     from hf_sparse_pathways.pathways.base import BaseModel
 
@@ -320,7 +320,7 @@ def _check_model(dense: Any, limits: Limits, rule: dict[str, Any]) -> None:
     base = BaseModel.of(dense)
     _expert_goal(rule).check_base(base)
     shapes = base.blocks
-    check_options(base, {**rule, **asdict(limits)})
+    check_block_options(base, {**rule, **asdict(limits)})
     limits.check(len(shapes) or None)
     check_multiple(rule["multiple"], (shape.d_ff for shape in shapes))
     if limits.max_perplexity_increase is not None:

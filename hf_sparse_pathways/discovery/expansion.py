@@ -76,6 +76,10 @@ def expand(  # noqa: PLR0913
         if name not in (*_PROFILING, *_SELECTING):
             raise UnknownNameError("option", name, (*_PROFILING, *_SELECTING))
     own = {name: options.pop(name) for name in _PROFILING if name in options}
+    if clusters == 1 and pca is not None:
+        raise PathwaysError(
+            f"pca={pca!r} is about clusters of tokens, and clusters=1 makes none: leave it out."
+        )
     clustering = None if clusters == 1 else _clustering(clusters, pca, options)
     shared = {name: options[name] for name in ("precision", "seed") if name in options}
     if experts == NEURONS:
@@ -113,4 +117,6 @@ _PROFILING = (
     "work_folder",
 )
 
-_SELECTING = {*signature(select).parameters} - {"model", "profile", "sparsity", "clusters"}
+_OWN = ("model", "profile", "sparsity", "clusters", "experts")
+
+_SELECTING = tuple(name for name in signature(select).parameters if name not in _OWN)

@@ -60,7 +60,7 @@ _ABOUT_BLOCKS = {
 """Options about the neurons of FFN blocks, with what stands for none."""
 
 
-def check_options(base: BaseModel, options: Mapping[str, Any]) -> None:
+def check_block_options(base: BaseModel, options: Mapping[str, Any]) -> None:
     """Check that nothing is asked of FFN blocks where a model has none.
 
     Args:
@@ -77,9 +77,9 @@ def check_options(base: BaseModel, options: Mapping[str, Any]) -> None:
     ]
     if asked and not base.blocks:
         raise PathwaysError(
-            f"{' and '.join(map(option, asked))} is about FFN blocks, and the FFNs of this "
-            f"{base.model_type} model are routed experts alone: leave it out, and give "
-            f"{option('experts')} or {option('expert_neurons')}."
+            f"Options about FFN blocks: {', '.join(map(option, asked))}. The FFNs of this "
+            f"{base.model_type} model are routed experts alone, of which {option('experts')} or "
+            f"{option('expert_neurons')} keep a share: leave the others out."
         )
 
 

@@ -18,6 +18,7 @@ from hf_sparse_pathways.discovery.passes import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named, option
+from hf_sparse_pathways.shares import is_number
 
 OBS = "obs"
 MEASURED = ("auto", "sensitivity")
@@ -171,7 +172,7 @@ def _resolve_mixture(
 
 def _check_skip(skip: float, method: str, order: str) -> None:
     """Check how much is skipped by token, and that nothing is asked that does not go with it."""
-    if isinstance(skip, bool) or not isinstance(skip, int | float) or not 0.0 <= skip < 1.0:
+    if not is_number(skip) or not 0.0 <= skip < 1.0:
         raise PathwaysError(
             f"{option('skip')} is the share of kept neurons that a token skips, in [0, 1); got "
             f"{skip!r}."

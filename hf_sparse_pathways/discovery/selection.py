@@ -22,7 +22,7 @@ from hf_sparse_pathways.discovery.evidence import gather_evidence
 from hf_sparse_pathways.discovery.expert_selection import (
     AUTO_SCORE,
     ExpertGoal,
-    check_options,
+    check_block_options,
     keep_experts,
 )
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
@@ -163,7 +163,7 @@ def select(  # noqa: PLR0913
         raise PathwaysError("Give a method or a score, not both: a score is a method.")
     goal = ExpertGoal(experts=experts, neurons=expert_neurons, score=expert_score)
     goal.check(profile)
-    check_options(
+    check_block_options(
         profile.base,
         {
             "sparsity": sparsity,

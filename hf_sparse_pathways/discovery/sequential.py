@@ -104,6 +104,10 @@ class Arm:
     leafwise: bool = False
     blocks: list[Kept] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Check that leaves that are pruned by themselves have all tokens."""
+        assert not (self.leafwise and (self.threshold or self.groups))
+
 
 def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tuple[Kept, ...]]:
     """Make several pathways at once, layer by layer.

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_sparse_pathways.discovery.passes import full_precision
 from hf_sparse_pathways.errors import PathwaysError, named
+from hf_sparse_pathways.shares import is_number
 
 UNSTRUCTURED = "unstructured"
 """The pattern that asks for a fraction only."""
@@ -75,7 +76,7 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
     Raises:
         PathwaysError: There is no such pattern, or it removes another fraction.
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+    if not is_number(sparsity):
         raise PathwaysError(f"Weights are removed by one sparsity for all, got {sparsity!r}.")
     if not 0.0 <= sparsity < 1.0:
         raise PathwaysError(f"sparsity has to be in [0, 1), got {sparsity!r}.")

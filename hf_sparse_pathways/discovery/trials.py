@@ -19,7 +19,10 @@ from hf_sparse_pathways.ffn.clusters import Kept
 
 @contextmanager
 def computing(blocks: Sequence[FfnBlock], pathways: Sequence[Kept]) -> Iterator[None]:
-    """Within the block, FFN blocks of a dense model compute pathways; then they are as before."""
+    """Within the block, FFN blocks of a dense model compute pathways; then they are as before.
+
+    Where the model has FFN layers of its own, and so pathways, these are not in use meanwhile.
+    """
     key = ModelKey()
     attached: list[AttachedBlock] = []
     choice = push_choice(key, 0, executor="compact", copies=0)

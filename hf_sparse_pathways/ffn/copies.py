@@ -145,6 +145,8 @@ def _read_in_place(
     if leaf.neuron_dim == 0:
         bias = None if copy.bias is None else copy.bias[index]
         return KeptWeights(NATIVE, product, bias, None, stamp)
+    if isinstance(source, int):  # what is added once is there
+        return KeptWeights(NATIVE, product, copy.bias, copy.bypass, stamp)
     return KeptWeights(NATIVE, product, _added_bias(leaf, own), _bypass(leaf, own), stamp)
 
 
@@ -185,6 +187,9 @@ def copy_bytes(leaf: "PathwayLeaf", key: Key, form: Form) -> int:
 
 
 def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
+    source = _source(leaf, key, form)
+    if source is not None and isinstance(key, int):
+        return _bytes_in_place(leaf, leaf.state.members.all[key], source)
     rows, columns = linear_weight(leaf).shape
     itemsize, extra = leaf.weight.element_size(), 0
     index, own = _neurons(leaf, key)
@@ -194,11 +199,8 @@ def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
     elif index is not None:
         columns = len(index)
     if own is not None and leaf.neuron_dim == 1:
-        extra += 0 if own.bias is None else own.bias.numel()
-        extra += 0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel()
+        extra += _added_once(own)
     whole, extra = index is None, extra * itemsize
-    if _source(leaf, key, form) is not None:
-        return (columns if leaf.neuron_dim else rows) * _INDEX_BYTES + extra
     if is_int8(leaf.weight):
         extra += rows * _SCALE_BYTES
         itemsize = 1
@@ -207,6 +209,23 @@ def _bytes(leaf: "PathwayLeaf", key: Own, form: Form) -> int:
     if form is NATIVE and _is_in_place(leaf, index, own):
         return (0 if whole else rows * _INDEX_BYTES) + extra
     return form.size(rows, columns, itemsize) + extra
+
+
+def _bytes_in_place(leaf: "PathwayLeaf", own: BlockPathway, source: int | Shared) -> int:
+    """Return what a part of another copy takes beside that: an index, and what is its own."""
+    itemsize = leaf.weight.element_size()
+    if leaf.neuron_dim == 0:
+        each = _INDEX_BYTES + (0 if leaf.bias is None else itemsize)
+        each += _SCALE_BYTES if is_int8(leaf.weight) else 0
+        return own.kept * leaf.rows_per_neuron * each
+    added = _added_once(own) * itemsize if isinstance(source, Shared) else 0
+    return own.kept * _INDEX_BYTES + added
+
+
+def _added_once(own: BlockPathway) -> int:
+    """Return how many numbers a pathway's bias and bypass have."""
+    bias = 0 if own.bias is None else own.bias.numel()
+    return bias + (0 if own.bypass is None else own.bypass.outer.numel() + own.bypass.inner.numel())
 
 
 def _neurons(leaf: "PathwayLeaf", key: Own) -> tuple[Tensor | None, BlockPathway | None]:

@@ -90,7 +90,8 @@ class PathwayLeaf(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the leaf's own class, without the weights' copies."""
-        return _new_leaf, type(self).__bases__, {**self.__dict__, "copies": {}}
+        below = None if self.below is None else {**self.below, "copies": {}}
+        return _new_leaf, type(self).__bases__, {**self.__dict__, "copies": {}, "below": below}
 
 
 class IncomingLeaf(PathwayLeaf):
@@ -255,7 +256,7 @@ def swap_leaf(
         position: Which of the incoming leaves it is.
     """
     below = None
-    if isinstance(leaf, PathwayLeaf):
+    if isinstance(leaf, role):
         below = {name: getattr(leaf, name) for name in _OWN}
     else:
         leaf.__class__ = _leaf_class(role, type(leaf))

@@ -110,11 +110,18 @@ class ModelCopies:
         return bool(self.experts) or any(attached.compact_leaves for attached in self.blocks)
 
     def are_traceable(self, pathway: int) -> bool:
-        """Whether all copies of a pathway are there, in a form that a graph can hold."""
-        return all(
-            pathway in leaf.copies and leaf.copies[pathway].form.traceable
-            for leaf in self._leaves_of(pathway)
-        ) and all(attached.state.has_copy(pathway) for attached in self.experts)
+        """Whether all copies of a pathway are there, in a form that a graph can hold.
+
+        Of those that route tokens a graph computes everything, and masks it.
+        """
+        return (
+            pathway not in self.routed
+            and all(
+                pathway in leaf.copies and leaf.copies[pathway].form.traceable
+                for leaf in self._leaves_of(pathway)
+            )
+            and all(attached.state.has_copy(pathway) for attached in self.experts)
+        )
 
     def are_views(self) -> bool:
         """Whether every pathway can be computed on views of the weights alone."""

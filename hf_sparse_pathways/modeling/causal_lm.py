@@ -196,7 +196,7 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
                 domain whose text is not known.
         """
         asked = self._asked(domain)
-        routed = self._route_call(domain, args, kwargs)
+        routed = self._route_call(domain, args, kwargs, whole=True)
         if routed is not None:
             domain = agreed(routed)
         picked = self._pick_from(domain, args, kwargs)

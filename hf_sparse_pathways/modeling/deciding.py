@@ -67,12 +67,15 @@ class Deciding(_Base):
         return router
 
     def _route_call(
-        self, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, domain: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, whole: bool = False
     ) -> list[str | None] | None:
-        """Return what a call computes per row, if it asks for that to be decided; else None."""
+        """Return what a call computes per row, if it asks for that to be decided; else None.
+
+        ``whole`` is as in ``route_call``.
+        """
         domain = self._asked(domain)
         if not asks_router(domain):
             return None
         router = self._router_for(domain)
         compiling = torch.compiler.is_compiling()
-        return route_call(router, domain, args, kwargs, compiling=compiling)
+        return route_call(router, domain, args, kwargs, whole=whole, compiling=compiling)

@@ -104,7 +104,8 @@ class Prompting(_Base):
             priors=[self._prior(find_prior(name)) for name in names],
         )
         picking = Picking(sort_prompts(names, own, counted, ends), picker, blocks)
-        return Picked(picking=picking, names=names, provenance={"rule": settings.rule})
+        method = {"method": f"prompt, {settings.rule}"}
+        return Picked(picking=picking, names=names, provenance=method)
 
     @contextmanager
     def prompted(self, domain: Any, mask: Tensor, lengths: Sequence[int]) -> Iterator[Picked]:

@@ -79,7 +79,7 @@ def forward_with_losses(forward: Callable[..., Any], *args: Any, **kwargs: Any) 
         return output
     added = sum(losses)
     if items is not None:
-        added = added * (labels.ne(-100).sum() / items)
+        added = added * (labels[..., 1:].ne(-100).sum() / items)  # as Trainer counts
     if isinstance(output, tuple):
         return (output[0] + added, *output[1:])
     output.loss = output.loss + added

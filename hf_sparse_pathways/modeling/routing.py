@@ -161,6 +161,7 @@ def route_call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
+    whole: bool,
     compiling: bool,
 ) -> list[str | None]:
     """Return one name per row of a call, with what is decided in place of ``"auto"``.
@@ -170,6 +171,7 @@ def route_call(
         domain: As the call names it, with ``"auto"`` in it.
         args: The call's.
         kwargs: The call's.
+        whole: Whether the call's token ids are all of the text, what is in a cache included.
         compiling: Whether a graph is being traced, in which nothing may depend on token ids.
 
     Raises:
@@ -180,7 +182,7 @@ def route_call(
             f"domain={AUTO!r} cannot be decided within a compiled pass. Decide before it: "
             "domain=model.route(input_ids, attention_mask)."
         )
-    ids, mask = find_prompts(args, kwargs)
+    ids, mask = find_prompts(args, kwargs, whole=whole)
     named = [AUTO] * len(ids) if isinstance(domain, str) else list(domain)
     if len(named) != len(ids):
         raise PathwaysError(
@@ -204,8 +206,15 @@ def tell_domains(output: Any, routed: list[str | None] | None) -> Any:
     return output
 
 
-def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def find_prompts(
+    args: Sequence[Any], kwargs: Mapping[str, Any], *, whole: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return a call's token ids and its attention mask.
+
+    Args:
+        args: The call's.
+        kwargs: The call's.
+        whole: As in ``route_call``.
 
     Raises:
         PathwaysError: There are no token ids, or they continue a text whose beginning is in a
@@ -218,7 +227,8 @@ def find_prompts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
             "no tokens). Pass input_ids, or name the domain: model.route(input_ids) decides apart."
         )
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
+    known = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    if known >= (ids.shape[-1] if whole else 1):
         raise PathwaysError(
             f"domain={AUTO!r} is decided once, from the prompt, and this call continues a text "
             "whose beginning is in the cache. Keep what model.route(input_ids) says of the prompt, "

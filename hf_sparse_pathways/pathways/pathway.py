@@ -323,13 +323,14 @@ class Pathways(ShownAsTables):
             MismatchError: An entry does not fit its layer, or leaves too few to the router.
         """
         own = {}
-        for name, kept in experts.items():
+        for name, entries in experts.items():
+            kept = tuple(entries)
             if not all(isinstance(one, KeptExperts) for one in kept):
                 raise MismatchError(
                     f"Domain {name!r}: every layer's entry has to be sp.KeptExperts(keep=mask), "
-                    f"got {[*kept]!r:.200}."
+                    f"got {kept!r:.200}."
                 )
-            own[name] = replace(self._domain(name), experts=tuple(kept))
+            own[name] = replace(self._domain(name), experts=kept)
         return replace(self, by_domain={**self.by_domain, **own})
 
     def subset(self, domains: Iterable[str]) -> Self:

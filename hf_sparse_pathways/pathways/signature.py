@@ -183,11 +183,10 @@ class Signature:
         )
 
     def _after(self, frame: Tensor, ids: Tensor) -> Tensor:
-        """Return what follows a frame, if a text begins with it, after special tokens or none."""
-        begin = self._leading(ids) - self._leading(frame)
-        end = begin + len(frame)
-        found = len(frame) and begin >= 0 and torch.equal(ids[begin:end], frame.to(ids.dtype))
-        return ids[end:] if found else ids
+        """Return what follows a frame, if a text begins with it; special tokens do not count."""
+        frame, rest = frame[self._leading(frame) :], ids[self._leading(ids) :]
+        found = len(frame) and torch.equal(rest[: len(frame)], frame.to(ids.dtype))
+        return rest[len(frame) :] if found else ids
 
     def _leading(self, ids: Tensor) -> int:
         """Return how many special tokens some ids begin with."""

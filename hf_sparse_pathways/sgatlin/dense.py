@@ -11,6 +11,7 @@ from hf_sparse_pathways.sgatlin.settings import MlpConfig, SwigluConfig
 class SwigluFFN(FfnLayer):
     """A gated dense FFN, without biases."""
 
+    config_class = SwigluConfig
     config: SwigluConfig
 
     def __init__(self, config: SwigluConfig, d_model: int) -> None:
@@ -33,6 +34,7 @@ class SwigluFFN(FfnLayer):
 class MlpFFN(FfnLayer):
     """A dense FFN without gate and biases."""
 
+    config_class = MlpConfig
     config: MlpConfig
 
     def __init__(self, config: MlpConfig, d_model: int) -> None:

@@ -8,21 +8,10 @@ from hf_sparse_pathways.sgatlin.layer import FfnLayer
 from hf_sparse_pathways.sgatlin.linear_experts import SgatlinFFN
 from hf_sparse_pathways.sgatlin.mixture import MoeFFN
 from hf_sparse_pathways.sgatlin.peer import PeerFFN
-from hf_sparse_pathways.sgatlin.settings import (
-    FfnConfig,
-    MlpConfig,
-    MoeConfig,
-    PeerConfig,
-    SgatlinConfig,
-    SwigluConfig,
-)
+from hf_sparse_pathways.sgatlin.settings import FfnConfig
 
 _LAYERS: Mapping[type[FfnConfig], Any] = {
-    SgatlinConfig: SgatlinFFN,
-    PeerConfig: PeerFFN,
-    SwigluConfig: SwigluFFN,
-    MlpConfig: MlpFFN,
-    MoeConfig: MoeFFN,
+    layer.config_class: layer for layer in (SgatlinFFN, PeerFFN, SwigluFFN, MlpFFN, MoeFFN)
 }
 
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any, get_type_hints
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -18,8 +18,10 @@ class FfnLayer(nn.Module, ABC):
     Attributes:
         config: What it is made of.
         d_model: Width of its input and output.
+        config_class: Of its configurations.
     """
 
+    config_class: ClassVar[type[FfnConfig]]
     config: FfnConfig
     d_model: int
 
@@ -30,7 +32,7 @@ class FfnLayer(nn.Module, ABC):
             PathwaysError: The configuration is another layer's, or the width is no width.
         """
         super().__init__()
-        wanted = get_type_hints(type(self))["config"]
+        wanted = self.config_class
         if not isinstance(config, wanted) or type(d_model) is not int or d_model < 1:
             raise PathwaysError(
                 f"{type(self).__name__} is made of a {wanted.__name__} and a width of at least 1; "

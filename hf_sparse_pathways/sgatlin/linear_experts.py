@@ -28,6 +28,7 @@ class SgatlinFFN(FfnLayer):
         router: Scores experts.
     """
 
+    config_class = SgatlinConfig
     config: SgatlinConfig
 
     def __init__(self, config: SgatlinConfig, d_model: int) -> None:

@@ -22,6 +22,7 @@ class MoeFFN(FfnLayer):
         down: ``(n_experts, d_model, d_ff)``.
     """
 
+    config_class = MoeConfig
     config: MoeConfig
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:

@@ -25,6 +25,7 @@ class PeerFFN(FfnLayer):
         router: Scores the pool for every head.
     """
 
+    config_class = PeerConfig
     config: PeerConfig
 
     def __init__(self, config: PeerConfig, d_model: int) -> None:

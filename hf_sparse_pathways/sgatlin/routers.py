@@ -13,7 +13,8 @@ often be equal, and of equal ones it is not said which are the best.
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,26 +65,23 @@ class Router(nn.Module, ABC):
         """
         if removed is None:
             return self.choose(x)
-        kept = _kept(removed) if len(x) >= _MANY else None
-        if kept is not None:
-            return self._choose_among(x, kept)
-        tokens = max(1, _MOST_SCORES // removed.shape[-2:].numel())
+        kept = _kept(removed, self.top_k) if len(x) >= _MANY else None
+        scored = removed.shape[-2:] if kept is None else kept.shape
+        tokens = max(1, _MOST_SCORES // scored.numel())
         parts = torch.split(x, tokens)
+        if kept is not None:
+            scores, place = self._best(self.scores_of(part, kept) for part in parts)
+            return scores, kept.expand(len(x), *kept.shape).gather(-1, place)
         apart = torch.split(removed, tokens) if removed.dim() > 2 else [removed] * len(parts)
-        best = [
-            self.all_scores(part).masked_fill(without, -math.inf).topk(self.top_k)
+        return self._best(
+            self.all_scores(part).masked_fill(without, -math.inf)
             for part, without in zip(parts, apart, strict=True)
-        ]
-        scores, index = zip(*best, strict=True)
-        return torch.cat(scores), torch.cat(index)
+        )
 
-    def _choose_among(self, x: Tensor, kept: Tensor) -> Routed:
-        """Return the best of the kept experts ``(channels, kept)``; see ``forward``."""
-        parts = torch.split(x, max(1, _MOST_SCORES // kept.numel()))
-        best = [self.scores_of(part, kept).topk(self.top_k) for part in parts]
-        scores, place = zip(*best, strict=True)
-        index = torch.cat(place)
-        return torch.cat(scores), kept.expand(len(index), *kept.shape).gather(-1, index)
+    def _best(self, parts: Iterable[Tensor]) -> Routed:
+        """Return the best of each channel's scores, of some tokens after others."""
+        scores, places = zip(*(part.topk(self.top_k) for part in parts), strict=True)
+        return torch.cat(scores), torch.cat(places)
 
     @abstractmethod
     def scores_of(self, x: Tensor, experts: Tensor) -> Tensor:
@@ -217,16 +215,18 @@ def make_router(config: SgatlinConfig, d_model: int) -> Router:
     return made(config, d_model)
 
 
-def _kept(removed: Tensor) -> Tensor | None:
+def _kept(removed: Tensor, least: int) -> Tensor | None:
     """Return which experts of each channel all tokens keep, int64 ``(channels, kept)``.
 
-    None where that is not the same for all, or in a graph, whose shapes must not depend on it.
+    None where that is not the same for all, or less than ``least``; or in a graph, whose shapes
+    must not depend on it.
     """
     if removed.dim() > 2 or torch.compiler.is_compiling():
         return None
-    kept = (~removed).nonzero()[:, 1]
-    same = len(kept) % len(removed) == 0 and bool((removed.sum(1) == removed[0].sum()).all())
-    return kept.view(len(removed), -1) if same else None
+    numbers = (~removed).sum(1)
+    if bool((numbers != numbers[0]).any()) or numbers[0] < least:
+        return None
+    return (~removed).nonzero()[:, 1].view(len(removed), -1)
 
 
 def _in_full(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +237,8 @@ def _in_full(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Within the block, products are of their operands' dtype."""
-    return torch.autocast(x.device.type, enabled=False)
+    known = torch.amp.is_autocast_available(x.device.type)  # not on "meta"
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def _score(query: Tensor, keys: Tensor) -> Tensor:

@@ -187,6 +187,8 @@ def test_expand_by_one_cluster_is_one_static_choice():
     for own, other in zip(pathways["expanded"].blocks, same["expanded"].blocks, strict=True):
         assert torch.equal(own.keep, other.keep)
         assert torch.equal(own.delta, other.delta)
+    with pytest.raises(PathwaysError, match="clusters=1 makes none"):
+        sp.expand(MODEL, TOKENIZER, text, clusters=1, pca=5)
     with pytest.raises(UnknownNameError, match="Did you mean 'compensation'"):
         sp.expand(MODEL, TOKENIZER, text, compensatoin="bias")
 

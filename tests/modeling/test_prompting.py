@@ -177,7 +177,7 @@ def test_what_was_picked_is_told(case):
     first, *others = output.picked.pathways
     assert others == [None, None]
     assert all(map(torch.equal, first.keep, griffin_masks(dense, IDS[:1])))
-    assert first.provenance == {"rule": "griffin", "sparsity": 0.5, "tokens": 12}
+    assert first.provenance == {"method": "prompt, griffin", "sparsity": 0.5, "tokens": 12}
     mine = sp.Pathways(base=model.pathways.base, by_domain={"mine": first})
     named = sp.SparsePathwaysForCausalLM.from_dense(dense, mine)
     assert named.pathways.sparsity("mine") == 0.5

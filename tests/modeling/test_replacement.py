@@ -422,11 +422,20 @@ def test_losses_of_a_mixture_are_added_while_it_trains():
     as_tuple = model(IDS, labels=IDS, return_dict=False)
     assert torch.allclose(as_tuple[0], trained, atol=1e-5)
     assert model(IDS).loss is None
-    part = model(IDS, labels=IDS, num_items_in_batch=4 * IDS.numel()).loss
     with torch.no_grad():
         assert torch.equal(model(IDS, labels=IDS).loss, plain)
-        alone = model(IDS, labels=IDS, num_items_in_batch=4 * IDS.numel()).loss
-    assert torch.allclose(part - alone, added / 4, atol=1e-5)
+
+
+def test_losses_of_a_batchs_parts_add_up_to_their_mean(tmp_path):
+    """Parts of a batch, whose gradients ``Trainer`` adds up, divide by its number of items."""
+    ffn = sp.MoeConfig(n_experts=4, top_k=2, d_ff=8, load_balancing=0.5, z_loss=0.25)
+    model = make(ffn).train()
+    arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[])
+    parts = [{"input_ids": ids, "labels": ids} for ids in prompt(4, 9, seed=3).split(1)]
+    items = Trainer(model=model, args=arguments)._get_num_items_in_batch(parts, "cpu")
+    losses = [(model(**one, num_items_in_batch=items).loss, model(**one).loss) for one in parts]
+    summed, total = (sum(own) for own in zip(*losses, strict=True))
+    assert torch.allclose(summed, total / len(parts), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sgatlin", "moe"])

@@ -79,6 +79,20 @@ def test_generate_keeps_the_choice_that_the_prompt_made(case, form):
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
+@torch.no_grad()
+def test_a_cache_of_the_texts_beginning_does_not_decide(case):
+    """As Transformers caches a prefix: generate is given the whole text beside it."""
+    model, tokenizer, texts = case
+    inputs = dict(tokenizer(texts[1], return_tensors="pt"))
+    begin = {name: value[:, :10] for name, value in inputs.items()}
+    cache = model(**begin, domain="law", use_cache=True).past_key_values
+    options = {**QUIET, "return_dict_in_generate": True}
+    found = model.generate(**inputs, past_key_values=cache, domain="auto", **options)
+    assert found.domains == ["law"]
+    whole = model.generate(**inputs, domain="law", **options)
+    assert torch.equal(found.sequences, whole.sequences)
+
+
 def test_an_assistant_has_the_domain_that_was_decided(case):
     model, inputs = case[0], _encode(case)
     row = {name: tensor[:1] for name, tensor in inputs.items()}

@@ -178,12 +178,17 @@ def test_what_was_added_together_is_there_as_a_whole_or_not_at_all(saved, part):
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 0), (0, 4)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 0), (0, 4), (2, 5)])
 def test_a_template_says_nothing_whatever_padding_stands_beside_it(special, before, after):
     begin = [1, 5, 6] if special else [5, 6]
-    signature = replace(make_signature(), prefix=torch.tensor(begin, dtype=torch.int32))
+    finish = [7, 1] if special else [7]
+    frame = {"prefix": begin, "suffix": finish}
+    frame = {name: torch.tensor(ids, dtype=torch.int32) for name, ids in frame.items()}
+    signature = replace(make_signature(), **frame)
     text = [8, 9, 10, 5, 6, 11]
-    ids = torch.tensor([0] * before + begin + text + [7] + [0] * after)
+    ids = torch.tensor([0] * before + begin + text + finish + [0] * after)
     assert signature.read(ids) == signature.read(torch.tensor(text))
     assert signature.read(ids).count == len(text)
+    bare = torch.tensor([5, 6, *text, 7])  # without what is special of the template
+    assert signature.read(bare).count == len(text)
     assert signature.read(torch.tensor([0, 8, *begin])).count == 3  # not where a text begins

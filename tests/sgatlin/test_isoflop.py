@@ -95,9 +95,16 @@ def test_another_text_and_near_budgets_are_other_runs(run):
 def test_what_does_not_fit_is_said(run, capsys):
     with pytest.raises(PathwaysError, match="smaller --length"):
         run("--length", 100_000)
-    with pytest.raises(SystemExit):
-        run("--budgets", -1)
-    assert "above 0" in capsys.readouterr().err
+    for options, told in (
+        (("--budgets", -1), "above 0"),
+        (("--batch", 0), "above 0"),
+        (("--learning-rates", "nan"), "above 0"),
+        (("--scored", 8), "--scored takes"),
+        (("--seeds", 0, 0), "each seed once"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*options)
+        assert told in capsys.readouterr().err
 
 
 def test_several_runs_at_a_time_are_the_same_runs(isoflop, run, monkeypatch):

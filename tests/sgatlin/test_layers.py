@@ -153,6 +153,12 @@ def test_another_width_is_refused(name):
         type(layer)(other, D_MODEL)
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "moe"])
+def test_shapes_are_found_on_meta(name):
+    layer, x = layer_of(name, torch.float32)
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+
+
 @KINDS
 def test_views_that_are_not_contiguous(name):
     layer, _ = layer_of(name, torch.float32)

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(model, profile):
         sp.select(model, profile)
     with pytest.raises(sp.PathwaysError, match="single neurons"):
         sp.select(model, profile, experts=0.5, expert_neurons=0.5)
-    with pytest.raises(sp.PathwaysError, match="is about FFN blocks"):
+    with pytest.raises(sp.PathwaysError, match="about FFN blocks: sparsity"):
         sp.select(model, profile, experts=0.5, sparsity=0.5)
     with pytest.raises(sp.PathwaysError, match="Made for"):
         sp.select(build("llama"), profile, experts=0.5)
