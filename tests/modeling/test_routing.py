@@ -87,7 +87,7 @@ def test_a_cache_of_the_texts_beginning_does_not_decide(case):
     begin = {name: value[:, :10] for name, value in inputs.items()}
     cache = model(**begin, domain="law", use_cache=True).past_key_values
     options = {**QUIET, "return_dict_in_generate": True}
-    found = model.generate(**inputs, past_key_values=cache, domain="auto", **options)
+    found = model.generate(**inputs, cache=cache, domain="auto", **options)
     assert found.domains == ["law"]
     whole = model.generate(**inputs, domain="law", **options)
     assert torch.equal(found.sequences, whole.sequences)

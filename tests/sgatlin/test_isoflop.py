@@ -94,7 +94,7 @@ def test_another_text_and_near_budgets_are_other_runs(run):
 
 def test_what_does_not_fit_is_said(run, capsys):
     with pytest.raises(PathwaysError, match="smaller --length"):
-        run("--length", 100_000)
+        run("--length", 100_000, "--scored", 100_000)
     for options, told in (
         (("--budgets", -1), "above 0"),
         (("--batch", 0), "above 0"),
