@@ -70,12 +70,14 @@ def check_block_options(base: BaseModel, options: Mapping[str, Any]) -> None:
     Raises:
         PathwaysError: Something is.
     """
+    if base.blocks:
+        return
     asked = [
         name
         for name, usual in _ABOUT_BLOCKS.items()
-        if (value := options.get(name, usual)) is not None and value != usual
+        if (value := options.get(name)) is not None and not (is_number(value) and value == usual)
     ]
-    if asked and not base.blocks:
+    if asked:
         raise PathwaysError(
             f"Options about FFN blocks: {', '.join(map(option, asked))}. The FFNs of this "
             f"{base.model_type} model are routed experts alone, of which {option('experts')} or "
