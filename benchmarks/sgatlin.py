@@ -46,11 +46,14 @@ class Gathered(sp.SgatlinFFN):
 class Quarter(sp.SgatlinFFN):
     """sgatlin as a domain computes it that keeps a quarter of each channel's experts."""
 
+    def __init__(self, config: sp.SgatlinConfig, d_model: int) -> None:
+        super().__init__(config, d_model)
+        drawn = torch.rand(config.n_channels, config.n_experts).argsort(1)
+        self._removed = drawn >= config.n_experts // 4
+
     def removed(self, h: Tensor) -> Tensor:  # noqa: ARG002
         """Return which experts tokens may not get."""
-        generator = torch.Generator().manual_seed(0)
-        order = torch.rand(self.config.n_channels, self.config.n_experts, generator=generator)
-        return order.argsort(1) >= self.config.n_experts // 4
+        return self._removed
 
 
 def make(name: str, d_model: int) -> Any:
