@@ -14,13 +14,11 @@ from typing import Any
 
 from fetching import fetch
 from materials import Materials
-from publishing import Section, add_page
+from publishing import Section, add_page, to_markdown
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.files import write_atomically
-from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import measure_routing
-from hf_sparse_pathways.measure.routing_report import RoutingReport
 
 SECTION = Section("auto", "benchmark-auto")
 
@@ -77,7 +75,7 @@ def measure(given: Any, materials: Materials, pathways: sp.Pathways) -> str:
         f"**{materials.model}**, pathways of {' and '.join(given.domains)} at {given.sparsity:.0%} "
         f"sparsity, from {given.max_tokens} tokens each."
     )
-    return to_markdown(caption, report)
+    return to_markdown(caption, report.sections())
 
 
 def select(materials: Materials, sparsity: float, max_tokens: int) -> sp.Pathways:
@@ -92,15 +90,6 @@ def select(materials: Materials, sparsity: float, max_tokens: int) -> sp.Pathway
         ridge=RIDGE,
         precision="fastest",
     )
-
-
-def to_markdown(caption: str, report: RoutingReport) -> str:
-    """Return the report's tables below a caption, without headings."""
-    parts = [caption]
-    for section in report.sections():
-        told = f"{section.title}. {section.note}".strip()
-        parts += [told, markdown_table(section.header, section.rows)]
-    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

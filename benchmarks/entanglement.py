@@ -10,12 +10,11 @@ from pathlib import Path
 
 from fetching import fetch
 from materials import Materials
-from publishing import Section, add_page
+from publishing import Section, add_page, to_markdown
 
 from hf_sparse_pathways.measure.entangled_rows import relate_entanglement
 from hf_sparse_pathways.measure.entanglement import summarise_entanglement
 from hf_sparse_pathways.measure.entanglement_report import measured_sections
-from hf_sparse_pathways.measure.figures import markdown_table
 
 SECTION = Section("entanglement", "benchmark-entanglement")
 
@@ -48,10 +47,8 @@ def measure(materials: Materials, max_tokens: int, scored_tokens: int) -> str:
         max_tokens=scored_tokens,
     )
     measured = replace(known, relations=relations, harms=harms)
-    parts = [f"**{materials.model}**, calibrated on {max_tokens} tokens per domain."]
-    for one in measured_sections(measured):
-        parts += [f"{one.title}. {one.note}", markdown_table(one.header, one.rows)]
-    return "\n\n".join(parts)
+    caption = f"**{materials.model}**, calibrated on {max_tokens} tokens per domain."
+    return to_markdown(caption, measured_sections(measured))
 
 
 if __name__ == "__main__":

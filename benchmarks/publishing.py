@@ -1,10 +1,13 @@
 """Where a benchmark's tables go: printed, and into its section of a Markdown page."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_sparse_pathways.files import write_between
+from hf_sparse_pathways.measure.figures import markdown_table
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Section:
         print(text)
         if page is not None:
             write_between(page, self.start, self.end, text)
+
+
+def to_markdown(caption: str, sections: Iterable[Any]) -> str:
+    """Return the tables of a report's sections below a caption, without headings."""
+    parts = [caption]
+    for one in sections:
+        parts += [f"{one.title}. {one.note}".strip(), markdown_table(one.header, one.rows)]
+    return "\n\n".join(parts)
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:

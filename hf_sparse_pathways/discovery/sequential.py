@@ -17,7 +17,6 @@ Source: sequential least squares on the pruned model's own inputs as in Frantar 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +121,7 @@ def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tu
     blocks = find_blocks(model)
     streams = _Streams.of(arms)
     layers = list(dict.fromkeys(block.layer for block in blocks))
+    leafwise = all(arm.leafwise for arm in arms)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(all_dense())
@@ -133,8 +133,7 @@ def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tu
         ):
             own = [(number, block) for number, block in enumerate(blocks) if block.layer is layer]
             step = _Layer(runner, index, own)
-            needed = not all(arm.leafwise for arm in arms)
-            dense = step.run_dense(streams) if needed else streams.dense
+            dense = streams.dense if leafwise else step.run_dense(streams)
             for position, arm in enumerate(arms):
                 step.prune(streams, position, arm, dense)
             streams.dense = list(dense)
@@ -232,8 +231,10 @@ class _Layer:
     def _make_probes(self, streams: _Streams, position: int, arm: Arm) -> list[AnyProbe]:
         """Return what will see the blocks; where tokens differ, as it is found now."""
         if arm.threshold is None and arm.clustering is None and arm.groups is None:
-            kind = partial(Probe, inputs=arm.inputs, leafwise=arm.leafwise)
-            return [kind(block, self.spaces) for _, block in self.blocks]
+            return [
+                Probe(block, self.spaces, inputs=arm.inputs, leafwise=arm.leafwise)
+                for _, block in self.blocks
+            ]
         samples = self._see_sample(streams, position, arm)
         return [
             self._make_probe(arm, number, block, seen)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.copies import WHOLE, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Rows, Sums
 
@@ -60,4 +59,4 @@ def active_outgoing(
     if not isinstance(kept.product, Sums):
         return kept.with_bypass(x, block_input)
     output = kept.product.at(active)(x.index_select(-1, active), kept.bias)
-    return output if kept.bypass is None else output + kept.bypass(needed_input(block_input))
+    return kept.bypassed(output, block_input)

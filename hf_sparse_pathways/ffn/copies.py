@@ -92,7 +92,10 @@ class KeptWeights:
 
     def with_bypass(self, x: Tensor, block_input: Tensor | None) -> Tensor:
         """Return the product, and what the bypass makes of the block's input."""
-        output = self(x)
+        return self.bypassed(self(x), block_input)
+
+    def bypassed(self, output: Tensor, block_input: Tensor | None) -> Tensor:
+        """Return a product with what the bypass makes of the block's input."""
         return output if self.bypass is None else output + self.bypass(needed_input(block_input))
 
 

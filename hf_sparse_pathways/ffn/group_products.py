@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.ffn.additions import needed_input
 from hf_sparse_pathways.ffn.copies import in_parts, kept_weights
 from hf_sparse_pathways.ffn.forms import NATIVE, Form, Rows, Sums
 
@@ -160,5 +159,4 @@ def _token_outgoing(
     if not isinstance(kept.product, Sums):
         whole = x.new_zeros(*x.shape[:-1], leaf.state.members.widths[selection.pathway])
         return kept.with_bypass(whole.index_copy_(-1, selection.places, x), block_input)
-    output = kept.product.at(selection.places)(x, kept.bias)
-    return output if kept.bypass is None else output + kept.bypass(needed_input(block_input))
+    return kept.bypassed(kept.product.at(selection.places)(x, kept.bias), block_input)

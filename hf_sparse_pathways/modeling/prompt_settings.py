@@ -49,5 +49,5 @@ class PromptSettings:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a configuration holds, and the provenance of what was picked."""
+        """Return what a configuration holds."""
         return asdict(self)

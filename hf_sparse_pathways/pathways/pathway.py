@@ -322,15 +322,9 @@ class Pathways(ShownAsTables):
             UnknownNameError: An unknown domain.
             MismatchError: An entry does not fit its layer, or leaves too few to the router.
         """
-        own = {}
-        for name, entries in experts.items():
-            kept = tuple(entries)
-            if not all(isinstance(one, KeptExperts) for one in kept):
-                raise MismatchError(
-                    f"Domain {name!r}: every layer's entry has to be sp.KeptExperts(keep=mask), "
-                    f"got {kept!r:.200}."
-                )
-            own[name] = replace(self._domain(name), experts=kept)
+        own = {
+            name: replace(self._domain(name), experts=tuple(kept)) for name, kept in experts.items()
+        }
         return replace(self, by_domain={**self.by_domain, **own})
 
     def subset(self, domains: Iterable[str]) -> Self:
@@ -422,6 +416,11 @@ def check_experts(name: str, experts: tuple[KeptExperts, ...], base: BaseModel) 
             f"{len(base.experts)} layers with routed experts. Give one entry per layer."
         )
     for kept, shape in zip(experts, base.experts, strict=True):
+        if not isinstance(kept, KeptExperts):
+            raise MismatchError(
+                f"Domain {name!r}: a layer's entry has to be sp.KeptExperts(keep=mask), got "
+                f"{kept!r:.200}."
+            )
         try:
             kept.check(shape)
         except MismatchError as error:

@@ -173,8 +173,8 @@ class Signature:
             ids: int64 ``(tokens,)``, on the CPU; padding with a special token may stand on either
                 side.
         """
-        ids = self._after(self.prefix, ids)
-        ids = self._after(self.suffix.flip(0), ids.flip(0)).flip(0)
+        begin, end = self._frames
+        ids = self._after(end, self._after(begin, ids).flip(0)).flip(0)
         counted = (ids >= 0) & (ids < len(self.tokens)) & ~torch.isin(ids, self.ignored)
         return Reading(
             count=int(counted.sum()),
@@ -184,9 +184,16 @@ class Signature:
 
     def _after(self, frame: Tensor, ids: Tensor) -> Tensor:
         """Return what follows a frame, if a text begins with it; special tokens do not count."""
-        frame, rest = frame[self._leading(frame) :], ids[self._leading(ids) :]
+        rest = ids[self._leading(ids) :]
         found = len(frame) and torch.equal(rest[: len(frame)], frame.to(ids.dtype))
         return rest[len(frame) :] if found else ids
+
+    @cached_property
+    def _frames(self) -> tuple[Tensor, Tensor]:
+        """The prefix, and the suffix from its end, without what is special before other tokens."""
+        frames = (self.prefix, self.suffix.flip(0))
+        begin, end = (frame[self._leading(frame) :] for frame in frames)
+        return begin, end
 
     def _leading(self, ids: Tensor) -> int:
         """Return how many special tokens some ids begin with."""
