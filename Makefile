@@ -5,7 +5,7 @@ DOMAINS ?=
 SPARSITY ?= 0.3
 BIN = .venv/bin
 
-.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-auto benchmark-prompt benchmark-mixture benchmark-sgatlin benchmark-isoflop benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
+.PHONY: install demo test test-real lint format results benchmark benchmark-healing benchmark-expansion benchmark-entanglement benchmark-routing benchmark-auto benchmark-prompt benchmark-mixture benchmark-sgatlin benchmark-isoflop benchmark-distil benchmark-memory benchmark-speed benchmark-token-speed benchmark-int8 benchmark-engines docs clean
 
 install: .venv/installed
 
@@ -52,6 +52,9 @@ benchmark-sgatlin: install
 benchmark-isoflop: install
 	$(BIN)/python demo/fetch.py --cache "$(CACHE)" --texts code law medicine
 	$(BIN)/python benchmarks/isoflop.py --text $(foreach name,code law medicine,"$(CACHE)/texts/$(name)") --output "$(CACHE)/benchmarks/isoflop" --processes 2 --page docs/measured.md
+
+benchmark-distil: install
+	$(BIN)/python benchmarks/distillation.py --cache "$(CACHE)" --page docs/measured.md
 
 benchmark-memory: install
 	$(BIN)/python benchmarks/memory.py

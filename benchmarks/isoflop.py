@@ -13,7 +13,9 @@ import argparse
 import json
 import math
 import multiprocessing
+import signal
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from hf_sparse_pathways.measure.plotting import load_plots
 SECTION = Section("isoflop", "benchmark-isoflop")
 
 HELD_OUT = 0.2
-FULL, SMALL = (1e12, 3e12, 9e12), (5e10, 1.5e11, 4.5e11)
+FULL, SMALL = (1e12, 2e12, 4e12), (5e10, 1.5e11, 4.5e11)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def main() -> None:
         parser.error("--budgets, --learning-rates, --batch and --processes have to be above 0")
     if plan.scored < plan.shape.length or len({*plan.seeds}) < len(plan.seeds):
         parser.error("--scored takes at least a window's --length, and --seeds each seed once")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # and its processes with it
     text = read_text(given.text)
     text.check(plan.shape.length)
     runs = given.output / "runs" / text.digest

@@ -95,6 +95,25 @@ def test_picking_from_a_prompt_is_timed_beside_dense(load, monkeypatch, tmp_path
     assert [row.split("|")[1].strip() for row in rows[2:]] == [f"prompt, {r}" for r in prompt.RULES]
 
 
+def test_blocks_are_distilled_beside_dense(load, monkeypatch, cache):
+    distillation, page = load("distillation"), cache / "page.md"
+    page.write_text(f"{distillation.SECTION.start}\n{distillation.SECTION.end}\n")
+    monkeypatch.setattr(distillation, "fetch", lambda *_: None)
+    given = ["--cache", cache, "--model", "tiny", "--blocks", 0, 2, "--experts", 64]
+    given += ["--channels", 2, "--max-tokens", 400, "--steps", 3, "--together", 2]
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *map(str, given), "--page", str(page)])
+    distillation.main()
+    rows = [line.split(" |")[:2] for line in page.read_text().splitlines() if " |" in line]
+    assert [row[1] for row in rows if "layers." in row[0]] == 2 * [
+        " sgatlin",
+        " linear map",
+        " mean output",
+    ]
+    assert "| dense |" in page.read_text()
+    assert "n_channels 2" in page.read_text()
+    assert not list((cache / "benchmarks" / "distillation").rglob("*.tmp"))
+
+
 @pytest.fixture
 def _quick(monkeypatch):
     """Take profiles without the model's own text, which routers alone need."""

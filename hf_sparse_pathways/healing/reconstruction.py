@@ -86,7 +86,7 @@ def _fit(layer: SgatlinFFN, x: Tensor, y: Tensor, settings: Reconstruction) -> N
     if not settings.steps:
         return
     scale = (y - y.mean(0)).square().mean()
-    optimizer = torch.optim.Adam(layer.parameters(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     generator = torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.steps):

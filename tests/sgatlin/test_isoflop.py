@@ -1,9 +1,12 @@
 """The iso-FLOP experiment: equal FLOPs, stored runs, a table and a picture."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hf_sparse_pathways.errors import PathwaysError
@@ -134,6 +137,22 @@ def test_a_run_that_fails_ends_the_others(isoflop, tmp_path):
     with pytest.raises(KeyError, match="nonsense"):
         isoflop.train_all({tmp_path / "x": run("nonsense", 9e15), **endless}, text, 64, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_process_outlives_one_that_is_stopped(tmp_path):
+    (tmp_path / "text").mkdir()
+    for index in range(20):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"document {index:02} " * 50)
+    command = [sys.executable, ROOT / "benchmarks" / "isoflop.py", "--text", tmp_path / "text"]
+    command += ["--output", tmp_path / "out", "--processes", "2", "--budgets", "1e15"]
+    with subprocess.Popen(command) as started:
+        own = psutil.Process(started.pid)
+        while len(running := own.children(recursive=True)) < 3:  # a tracker of theirs is one
+            assert started.poll() is None
+            time.sleep(0.1)
+        started.terminate()
+        assert started.wait(60) == 1
+    assert not psutil.wait_procs(running, timeout=30)[1]
 
 
 def test_no_document_is_in_two_parts(isoflop, tmp_path):
