@@ -59,7 +59,7 @@ def _describe_one(pathways: "Pathways", name: str) -> list[str]:
     text = text_of(pathway)
     shares = pathways.sparsity(name, per_block=True)
     return [
-        format_share(pathways.sparsity(name), 1),
+        format_share(pathways.sparsity(name), 1) if shares else "-",
         f"{format_share(min(shares))}-{format_share(max(shares))}" if shares else "-",
         format_share(pathways.flops(name), 1),
         describe_compensation(pathway),

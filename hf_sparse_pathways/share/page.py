@@ -147,6 +147,7 @@ def render_page(pathways: Pathways, measured: Measured, *, plots: bool = True) -
         base=base,
         short=_short(base.name),
         base_id=base.name if is_hub_id(base.name) else None,
+        kept="Neurons" if base.blocks else "Experts",
         neurons=sum(block.d_ff for block in base.blocks),
         domains=pathways.domains,
         summary=replace(

@@ -182,4 +182,8 @@ def test_by_commands(model, tmp_path, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "y")
     assert loaded.pathways.expert_sparsity("law") == 0.5
     sp.write_html_report(folder, tmp_path / "page.html", plots=False)
-    assert "Routed experts kept" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Routed experts kept" in page
+    assert "the experts that it needs" in page
+    assert ">0.0%<" not in page
+    assert "FFN neurons" not in page
