@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 15, 28])
     parser.add_argument("--experts", type=int, default=1024)
     parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=65_536)
-    parser.add_argument("--steps", type=int, default=1000, help="of each block by itself")
+    parser.add_argument("--max-tokens", type=int, default=131_072)
+    parser.add_argument("--scored-tokens", type=int, default=16_384, help="held out")
+    parser.add_argument("--steps", type=int, default=800, help="of each block by itself")
     parser.add_argument("--together", type=int, default=32, help="of all blocks")
     add_page(parser)
     given = parser.parse_args()
@@ -47,6 +48,7 @@ def main() -> None:
         ffn,
         blocks=given.blocks,
         max_tokens=given.max_tokens,
+        scored_tokens=given.scored_tokens,
         reconstruction=alone,
         end_to_end=together,
         work_folder=materials.work / "unfinished",
@@ -54,8 +56,8 @@ def main() -> None:
     result = json.dumps(made.to_dict(), indent=1, allow_nan=False)
     write_atomically(materials.work / "distillation.json", result.encode())
     caption = (
-        f"**{given.model}**, {given.domain}: sgatlin of {_say(ffn.to_dict())}; each block by itself: "
-        f"{_say(vars(alone))}; end to end: {_say(vars(together))}."
+        f"**{given.model}**, {given.domain}: sgatlin of {_say(ffn.to_dict())}; each block by "
+        f"itself: {_say(vars(alone))}; end to end: {_say(vars(together))}."
     )
     SECTION.publish(to_markdown(caption, made.sections()), given.page)
 

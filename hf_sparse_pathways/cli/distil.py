@@ -40,6 +40,7 @@ def run(  # noqa: PLR0913
         str, typer.Option(help="product_dense, product_key or dense.")
     ] = USUAL.router,
     max_tokens: Annotated[int, typer.Option(help="Tokens to learn from.")] = 65_536,
+    scored_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure on.")] = 16_384,
     max_length: opt.MaxLength = None,
     steps: Annotated[int, typer.Option(help="Steps of each block by itself.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Of these, the first.")] = 3e-3,
@@ -69,6 +70,7 @@ def run(  # noqa: PLR0913
     settings: dict[str, Any] = {
         "blocks": numbers,
         "max_tokens": max_tokens,
+        "scored_tokens": scored_tokens,
         "max_length": max_length,
         "reconstruction": Reconstruction(steps=steps, learning_rate=learning_rate, seed=seed),
         "end_to_end": EndToEnd(

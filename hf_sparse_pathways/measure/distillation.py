@@ -165,6 +165,7 @@ def distil(  # noqa: PLR0913
     *,
     blocks: Sequence[int],
     max_tokens: int = 65_536,
+    scored_tokens: int = 16_384,
     max_length: int | None = None,
     reconstruction: Reconstruction | None = None,
     end_to_end: EndToEnd | None = None,
@@ -182,6 +183,7 @@ def distil(  # noqa: PLR0913
         ffn: What the layers are made of.
         blocks: Which of its FFN blocks, from 0.
         max_tokens: Most tokens to train on.
+        scored_tokens: Most held-out tokens to measure on.
         max_length: Most tokens of a window.
         reconstruction: How each layer is trained on its block.
         end_to_end: How all are trained together afterwards.
@@ -201,7 +203,7 @@ def distil(  # noqa: PLR0913
             "configuration. Distil the dense model, and name all blocks at once."
         )
     chosen = _choose(find_blocks(model), blocks)
-    train, test = _draw(model, tokenizer, text, (max_tokens, max_length, seed))
+    train, test = _draw(model, tokenizer, text, (max_tokens, scored_tokens), max_length, seed)
     alone, together = reconstruction or Reconstruction(), end_to_end or EndToEnd()
     with ExitStack() as stack:
         folder = Path(work_folder or stack.enter_context(TemporaryDirectory()))
@@ -256,7 +258,12 @@ def _choose(found: Sequence[FfnBlock], blocks: Sequence[int]) -> dict[int, FfnBl
 
 
 def _draw(
-    model: Any, tokenizer: Any, text: "TextSource", drawing: tuple[int, int | None, int]
+    model: Any,
+    tokenizer: Any,
+    text: "TextSource",
+    tokens: tuple[int, int],
+    max_length: int | None,
+    seed: int,
 ) -> tuple[list[Window], list[Window]]:
     """Return windows to train on, and held-out ones.
 
@@ -264,14 +271,15 @@ def _draw(
         model: The model.
         tokenizer: Its tokenizer.
         text: The text.
-        drawing: Most tokens, of a window too, and the seed.
+        tokens: Most of each.
+        max_length: Most tokens of a window.
+        seed: Decides which text is drawn.
     """
-    most, max_length, seed = drawing
     length = resolve_length(model, max_length)
-    parts = read_documents(text, seed=seed, tokens=most).split(HELD_OUT, seed)
+    parts = read_documents(text, seed=seed, tokens=sum(tokens)).split(HELD_OUT, seed)
     drawn = []
-    for part, tokens in zip(parts, (most, int(HELD_OUT * most)), strict=True):
-        windows = draw_windows(part, tokenizer, max_tokens=tokens, max_length=length, seed=seed)
+    for part, most in zip(parts, tokens, strict=True):
+        windows = draw_windows(part, tokenizer, max_tokens=most, max_length=length, seed=seed)
         drawn.append([window for window in windows if len(window.ids) > 1])
     if not all(drawn):
         raise TextError("The text is too short to hold a part of it out. Give more.")

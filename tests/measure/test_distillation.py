@@ -47,7 +47,7 @@ def made():
 
 def _perplexity(model):
     """Score the held-out windows one by one."""
-    _, test = _draw(model, tiny_tokenizer(), TEXT, (65_536, None, 0))
+    _, test = _draw(model, tiny_tokenizer(), TEXT, (65_536, 16_384), None, 0)
     total = tokens = 0
     with torch.no_grad():
         for window in test:
@@ -82,7 +82,7 @@ def test_the_start_is_the_best_of_its_rank():
 
 def test_a_layer_begins_better_than_drawn_and_learns():
     model = build("llama")
-    train, _ = _draw(model, tiny_tokenizer(), TEXT, (65_536, None, 0))
+    train, _ = _draw(model, tiny_tokenizer(), TEXT, (65_536, 16_384), None, 0)
     x, y = observe(model, find_blocks(model)[1], _batches(train))
     drawn = sp.SgatlinFFN(FFN, 32)
     errors = [_error(drawn, x, y)]
@@ -153,8 +153,10 @@ def test_the_student_is_the_dense_model_but_for_its_blocks(made):
 
 def test_end_to_end_training_brings_the_predictions_nearer(made):
     model, found = made
-    apart = take(model, end_to_end=EndToEnd(steps=0))
-    train, _ = _draw(model, tiny_tokenizer(), TEXT, (65_536, None, 0))
+    apart = take(model, end_to_end=EndToEnd(steps=0), scored_tokens=90)
+    assert apart.tokens[0] == found.tokens[0]
+    assert apart.tokens[1] <= 90 < found.tokens[1]
+    train, _ = _draw(model, tiny_tokenizer(), TEXT, (65_536, 16_384), None, 0)
     divergences = []
     for student in (apart.model, found.model):
         total = 0.0
