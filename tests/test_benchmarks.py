@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.discovery.expansion import COPIES
+from hf_sparse_pathways.measure.figures import format_figure
 from tests.cli.conftest import save_dense
 from tests.texts import save_documents
 
@@ -103,15 +105,17 @@ def test_blocks_are_distilled_beside_dense(load, monkeypatch, cache):
     given += ["--channels", 2, "--max-tokens", 400, "--steps", 3, "--together", 2]
     monkeypatch.setattr(sys, "argv", ["distillation.py", *map(str, given), "--page", str(page)])
     distillation.main()
-    rows = [line.split(" |")[:2] for line in page.read_text().splitlines() if " |" in line]
-    assert [row[1] for row in rows if "layers." in row[0]] == 2 * [
-        " sgatlin",
-        " linear map",
-        " mean output",
-    ]
-    assert "| dense |" in page.read_text()
-    assert "n_channels 2" in page.read_text()
-    assert not list((cache / "benchmarks" / "distillation").rglob("*.tmp"))
+    written = page.read_text()
+    stored = cache / "benchmarks" / "distillation" / "tiny" / "distillation.json"
+    result = json.loads(stored.read_text())
+    assert [one["name"] for one in result["stands"]] == 2 * ["sgatlin", "linear map", "mean output"]
+    for one in result["stands"]:
+        shown = f"| {one['flops']:.1%} | {format_figure(one['error'])} | "
+        assert f"| {one['block']} | {one['name']} {shown}{format_figure(one['ratio'])} |" in written
+    for one in result["wholes"]:
+        assert f"| {one['name']} | {format_figure(one['perplexity'])} | " in written
+    assert "n_channels 2" in written
+    assert result["tokens"][0] <= 400
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from hf_sparse_pathways.discovery.windows import (
     make_batches,
     resolve_length,
 )
-from hf_sparse_pathways.errors import PathwaysError, TextError, UnsupportedModelError
+from hf_sparse_pathways.errors import PathwaysError, TextError, UnsupportedModelError, option
 from hf_sparse_pathways.ffn.blocks import FfnBlock, find_blocks
 from hf_sparse_pathways.healing.checkpoints import Checkpoints
 from hf_sparse_pathways.healing.distilling import EndToEnd, assemble, train_together
@@ -193,7 +193,7 @@ def distil(  # noqa: PLR0913
 
     Raises:
         UnsupportedModelError: The model has no FFN blocks, or some were replaced already.
-        PathwaysError: There is no such block.
+        PathwaysError: There is no such block, or a number of tokens is below 2.
         TextError: There is too little text.
     """
     check_convertible(model)
@@ -203,6 +203,11 @@ def distil(  # noqa: PLR0913
             "configuration. Distil the dense model, and name all blocks at once."
         )
     chosen = _choose(find_blocks(model), blocks)
+    for name, most in (("max_tokens", max_tokens), ("scored_tokens", scored_tokens)):
+        if type(most) is not int or most < 2:  # the first of a window is not predicted
+            raise PathwaysError(
+                f"{option(name)} has to be a whole number from 2, got {most!r:.200}."
+            )
     train, test = _draw(model, tokenizer, text, (max_tokens, scored_tokens), max_length, seed)
     alone, together = reconstruction or Reconstruction(), end_to_end or EndToEnd()
     with ExitStack() as stack:

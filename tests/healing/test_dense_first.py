@@ -107,7 +107,7 @@ def test_the_teacher_at_the_cut_has_all_neurons(how, precision, monkeypatch):
 
 
 def test_what_is_cut_is_not_stopped_before():
-    settings = {"steps": 40, "validations": 20, "patience": 1, "learning_rate": 3.0}
+    settings = {"steps": 40, "validations": 20, "patience": 1, "learning_rate": 30.0}  # diverges
     last = [
         heal(_whole(), dense_first=first, dense_partner=True, **settings)
         .reports["code"]
@@ -115,7 +115,7 @@ def test_what_is_cut_is_not_stopped_before():
         .step
         for first in (0.0, 0.5)
     ]
-    assert last[0] < 40, "it stops early; how early depends on the machine's rounding"
+    assert last[0] < 20
     assert last[1] >= 22, "a validation is given to what goes on from the cut"
 
 

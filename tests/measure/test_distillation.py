@@ -264,6 +264,9 @@ def test_what_does_not_fit_is_refused():
     for options, message in (
         ({"blocks": [3]}, "no block 3: the model has 3"),
         ({"blocks": []}, "No block was named"),
+        ({"max_tokens": 1}, "max_tokens .* from 2, got 1"),
+        ({"scored_tokens": 0}, "scored_tokens .* from 2, got 0"),
+        ({"scored_tokens": 2.5}, "scored_tokens .* from 2, got 2.5"),
     ):
         with pytest.raises(sp.PathwaysError, match=message):
             take(build("llama"), **options)

@@ -152,7 +152,10 @@ def test_no_process_outlives_one_that_is_stopped(tmp_path):
             time.sleep(0.1)
         started.terminate()
         assert started.wait(60) == 1
-    assert not psutil.wait_procs(running, timeout=30)[1]
+    _, alive = psutil.wait_procs(running, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_no_document_is_in_two_parts(isoflop, tmp_path):
