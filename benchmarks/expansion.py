@@ -157,7 +157,7 @@ class Benchmark:
         if step.way in (COPIES, LABEL_COPIES):
             clustering = None if step.clusters == 1 else sp.Clustering(count=step.clusters)
             pattern = parse_pattern(self.arguments.pattern, step.sparsity)
-            recipe = CopyRecipe(pattern=pattern, clustering=clustering)
+            recipe = CopyRecipe(pattern=pattern, clustering=clustering, precision="fastest")
             labelled = step.way == LABEL_COPIES
             made = make_copies(self.materials.dense, own if labelled else pooled, recipe)
             return made, None if labelled else EXPANDED
@@ -167,6 +167,7 @@ class Benchmark:
             own if labelled else pooled,
             sparsity=step.sparsity,
             clusters=step.clusters,
+            precision="fastest",
             controls=False,
         )
         return made, None if labelled else EXPANDED
@@ -175,7 +176,9 @@ class Benchmark:
         """Return the profile that all steps share, as many tokens of each domain."""
         given = self.arguments
         tokens = given.max_tokens // len(given.domains)
-        return self.materials.profile(max_tokens=tokens, grams=grams, inputs=False)
+        return self.materials.profile(
+            max_tokens=tokens, grams=grams, inputs=False, precision="fastest"
+        )
 
     def table(self, results: dict[Step, dict[str, Any]]) -> str:
         """Return the caption and the table."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.clustering import ClusteredTask
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, STORED_DTYPE, BlockTask, Repair
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock

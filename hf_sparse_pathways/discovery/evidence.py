@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.obs import rank_by_obs
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import Recipe
 from hf_sparse_pathways.discovery.removal import Removal

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.passes import bfloat16_products
+from hf_sparse_pathways.discovery.precision import bfloat16_products
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.files import check_finite, give_usual_mode
 from hf_sparse_pathways.reading import open_regular

@@ -26,7 +26,7 @@ from torch.nn import functional
 from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.grams import GramAccumulator
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.discovery.probes import Observer, Seen
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.skipping import add_left

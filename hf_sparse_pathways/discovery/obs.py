@@ -16,7 +16,7 @@ applied to columns as in Kurtic et al. 2023, "ZipLM", arXiv:2302.04089; batches 
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.discovery.removal import Removal
 from hf_sparse_pathways.discovery.repair import LEAST_RIDGE, BlockTask, Repair, metric_root
 

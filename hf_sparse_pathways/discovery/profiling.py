@@ -24,7 +24,7 @@ from hf_sparse_pathways.discovery.collection import Collection, Sample, cut_grou
 from hf_sparse_pathways.discovery.documents import FEW_DOCUMENTS, ROUTER_TOKENS, Documents
 from hf_sparse_pathways.discovery.entanglement import measure_entanglement
 from hf_sparse_pathways.discovery.expert_profiling import collect_experts
-from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import (
@@ -93,7 +93,8 @@ def profile(  # noqa: PLR0913
             looks like; the model does not run over them. No more than ``max_tokens``: it learns
             from the calibration text.
         precision: Of the model's products: ``"model"``, ``"bfloat16"``, or ``"fastest"``, which is
-            bfloat16 where the processor is built for it.
+            bfloat16 where the processor is built for it, and goes through float32 where it only
+            emulates the model's dtype.
         max_memory: Most bytes (or ``"4GB"``) of Gram matrices in memory at a time. Fewer mean
             more passes over the text.
         work_folder: Where unfinished sums, and the Gram matrices of finished groups, are stored. A

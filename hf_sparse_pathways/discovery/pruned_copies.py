@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.grams import Gram
-from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.selection import BATCH_SIZE, dense_of

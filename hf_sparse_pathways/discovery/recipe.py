@@ -14,7 +14,7 @@ from typing import Any
 from hf_sparse_pathways.discovery.allocation import resolve_allocation
 from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.grouping import Grouping
-from hf_sparse_pathways.discovery.passes import PRECISIONS
+from hf_sparse_pathways.discovery.precision import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named, option

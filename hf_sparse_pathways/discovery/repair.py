@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.grams import Gram
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank, Skipping
 from hf_sparse_pathways.ffn.neuron_groups import NeuronGroups

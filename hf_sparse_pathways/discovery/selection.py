@@ -28,8 +28,8 @@ from hf_sparse_pathways.discovery.expert_selection import (
 from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.grouping import Grouped, Grouping
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
-from hf_sparse_pathways.discovery.passes import calibration_precision
 from hf_sparse_pathways.discovery.planning import make_draft
+from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.probes import Seen
 from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
@@ -124,7 +124,7 @@ def select(  # noqa: PLR0913
         multiple: Widths are rounded down to multiples of this; a user's allocation has to return
             multiples.
         precision: Of the model's products while it runs over calibration text: ``"model"``,
-            ``"bfloat16"``, or ``"fastest"``, which is bfloat16 where the processor is built for it.
+            ``"bfloat16"``, or ``"fastest"``, as in ``profile``.
         seed: For scores that draw numbers, and labels that are drawn.
         controls: Whether to make the ``pooled`` control.
         made: Pathways of some domains that are there already; they are taken as they are.

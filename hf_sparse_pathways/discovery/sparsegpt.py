@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse_pathways.discovery.passes import full_precision
+from hf_sparse_pathways.discovery.precision import full_precision
 from hf_sparse_pathways.errors import PathwaysError, named
 from hf_sparse_pathways.shares import is_number
 

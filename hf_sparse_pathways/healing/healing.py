@@ -18,10 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hf_sparse_pathways.discovery.passes import (
-    PRECISIONS,
-    calibration_precision,
-)
+from hf_sparse_pathways.discovery.precision import PRECISIONS, calibration_precision
 from hf_sparse_pathways.discovery.repair import STORED_DTYPE
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.trials import mean_loss

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hf_sparse_pathways.discovery.passes import calibration_precision
+from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.discovery.windows import Window, count_tokens, make_batches
 from hf_sparse_pathways.errors import PathwaysError

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse_pathways.discovery.documents import Documents
-from hf_sparse_pathways.discovery.passes import product_dtype
+from hf_sparse_pathways.discovery.precision import product_dtype
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS, make_recipe
 from hf_sparse_pathways.discovery.windows import resolve_length

@@ -12,10 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse_pathways.discovery.passes import (
-    calibration_precision,
-    evaluation_mode,
-)
+from hf_sparse_pathways.discovery.passes import evaluation_mode
+from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.recipe import OBS
 from hf_sparse_pathways.discovery.resumption import digest_plan

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery import collectors, passes
+from hf_sparse_pathways.discovery import collectors
 from hf_sparse_pathways.discovery.grams import Gram, GramAccumulator, SumOfGrams, merge_grams
-from hf_sparse_pathways.discovery.passes import bfloat16_products
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from tests.architectures import build, random_masks, tiny_llama
@@ -121,21 +120,6 @@ def test_unmixed_the_activation_and_the_rest_stand_alone(d_in):
     rest = torch.cat([inputs.double(), torch.ones(700, 1)], 1)
     expected = torch.block_diag(activation.double().T @ activation.double(), rest.T @ rest)
     _close(accumulator.gram().total, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_processors_units_are_set_within_only(monkeypatch, dtype):
-    monkeypatch.setattr(passes, "has_fast_bfloat16", lambda _: True)
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-
-    def fail():
-        assert settings.fp32_precision == ("bf16" if dtype == torch.bfloat16 else before)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), bfloat16_products(torch.ones(1, dtype=dtype)):
-        fail()
-    assert settings.fp32_precision == before
 
 
 def test_merging_adds_without_changing_either():
