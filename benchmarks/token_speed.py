@@ -6,6 +6,7 @@ tokens spread over clusters and groups, depends on both. They are kept in the ca
 """
 
 import argparse
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery.precision import slow_dtypes
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
 from hf_sparse_pathways.measure.speed.results import Spread
@@ -94,7 +96,8 @@ class Benchmark:
                 notes.append(f" Not timed: {executor}, since {model.execution.reason}.")
         caption = (
             f"**{given.model}**, {given.domain}, calibrated on {given.max_tokens} tokens; {dtype}, "
-            f"{given.threads} thread(s): median (quartiles) of {given.rounds} alternating rounds. "
+            f"{given.threads} thread(s) of {_processor(dtype)}: median (quartiles) of "
+            f"{given.rounds} alternating rounds. "
             f"Decoding {given.new_tokens} tokens after {PROMPT} at batch 1, each arm its own, and "
             f"passes of {', '.join(map(str, given.passes))} tokens, as speeds over those of dense "
             "with the same executor. What is stored is the pathway alone." + "".join(notes)
@@ -153,6 +156,14 @@ class Benchmark:
 
         name = f"{given.domain}-{given.sparsity:g}-{given.max_tokens}-{arm}"
         return self.materials.pathways(name, make)
+
+
+def _processor(dtype: str) -> str:
+    """Return what the processor is called, and whether it only emulates the dtype."""
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    name = known.get("cpu_name") or platform.machine()
+    emulates = getattr(torch, dtype) in slow_dtypes()
+    return f"{name}, which emulates {dtype}" if emulates else str(name)
 
 
 def _over(figures: dict[str, tuple[float, ...]], arm: str, other: str) -> str:

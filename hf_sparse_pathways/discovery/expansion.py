@@ -14,10 +14,14 @@ from torch import nn
 from hf_sparse_pathways.discovery.clustering import Clustering
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.pruned_copies import CopyRecipe, make_copies
-from hf_sparse_pathways.discovery.selection import select
+from hf_sparse_pathways.discovery.recipe import OBS
+from hf_sparse_pathways.discovery.selection import decide, select
 from hf_sparse_pathways.discovery.sparsegpt import UNSTRUCTURED, parse_pattern
 from hf_sparse_pathways.discovery.text import TextSource
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.discovery.windows import check_seed
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
+from hf_sparse_pathways.ffn.blocks import find_blocks
+from hf_sparse_pathways.pathways.base import BaseModel
 from hf_sparse_pathways.pathways.pathway import Pathways
 
 EXPANDED = "expanded"
@@ -75,14 +79,17 @@ def expand(  # noqa: PLR0913
     for name in options:
         if name not in (*_PROFILING, *_SELECTING):
             raise UnknownNameError("option", name, (*_PROFILING, *_SELECTING))
+    check_seed(options.get("seed", 0))
     own = {name: options.pop(name) for name in _PROFILING if name in options}
     if clusters == 1 and pca is not None:
         raise PathwaysError(
             f"pca={pca!r} is about clusters of tokens, and clusters=1 makes none: leave it out."
         )
     clustering = None if clusters == 1 else _clustering(clusters, pca, options)
+    _check_model(model)
     shared = {name: options[name] for name in ("precision", "seed") if name in options}
     if experts == NEURONS:
+        _check_selection(model, {**options, "sparsity": sparsity, "clusters": clustering or 1})
         taken = profile(model, tokenizer, {EXPANDED: text}, inputs=False, **own, **shared)
         return select(model, taken, sparsity=sparsity, clusters=clustering or 1, **options)
     _check_options({*options} - {*shared})
@@ -97,6 +104,22 @@ def expand(  # noqa: PLR0913
 
 def _clustering(clusters: int, pca: int | None, options: Mapping[str, Any]) -> Clustering:
     return Clustering(count=clusters, dimensions=pca, seed=options.get("seed", 0))
+
+
+def _check_model(model: nn.Module) -> None:
+    if not find_blocks(model):
+        raise UnsupportedModelError(
+            f"The FFNs of this {BaseModel.of(model).model_type} model are routed experts alone, "
+            "which are chosen per token already. To keep some of them, take its profile, and call "
+            "sp.select(model, profile, experts=0.5)."
+        )
+
+
+def _check_selection(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse before the text is run what ``select`` would refuse after that."""
+    usual = {name: one.default for name, one in signature(select).parameters.items()}
+    method = "mean_abs" if options.get("percentile") is not None else OBS
+    decide(BaseModel.of(model), [EXPANDED], method, {**usual, **options})
 
 
 def _check_options(others: set[str]) -> None:

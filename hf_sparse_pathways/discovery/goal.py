@@ -127,7 +127,9 @@ def check_sparsity(sparsity: float | Sequence[float], blocks: int) -> list[float
     """
     if hasattr(sparsity, "tolist"):  # a tensor or an array
         sparsity = sparsity.tolist()
-    fractions = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity] * blocks
+    fractions: list[Any] = [sparsity] * blocks
+    if isinstance(sparsity, Sequence) and not isinstance(sparsity, (str, bytes)):
+        fractions = [*sparsity]
     if len(fractions) != blocks:
         raise PathwaysError(
             f"{len(fractions)} sparsities were given for {blocks} FFN blocks. Give one per block, "

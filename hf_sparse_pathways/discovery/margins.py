@@ -25,7 +25,7 @@ from hf_sparse_pathways.discovery.signatures import (
     weigh_tokens,
 )
 from hf_sparse_pathways.discovery.windows import Window
-from hf_sparse_pathways.errors import PathwaysError, option
+from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.pathways.pairs import share_seen
 from hf_sparse_pathways.pathways.signature import LENGTHS, USUAL_MARGIN, Signature
 from hf_sparse_pathways.shares import is_number
@@ -42,7 +42,7 @@ def check_target(target_error: float) -> None:
     """
     if not is_number(target_error) or not 0.0 < target_error < 1.0:
         raise PathwaysError(
-            f"{option('target_error')} has to be between 0 and 1, got {target_error!r}: it is the "
+            f"target_error has to be between 0 and 1, got {target_error!r}: it is the "
             "share of a domain's prompts that may go to a wrong domain."
         )
 

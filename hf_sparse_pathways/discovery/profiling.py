@@ -29,6 +29,7 @@ from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.text import TextSource, read_documents
 from hf_sparse_pathways.discovery.windows import (
     Window,
+    check_seed,
     count_tokens,
     draw_windows,
     list_digests,
@@ -116,6 +117,7 @@ def profile(  # noqa: PLR0913
     base = BaseModel.of(model)
     if not texts:
         raise TextError("No domains were given. Pass a dictionary {domain: text source}.")
+    check_seed(seed)
     max_length = resolve_length(model, max_length)
     samples = {}
     for domain, source in texts.items():

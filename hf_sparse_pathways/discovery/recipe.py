@@ -17,6 +17,7 @@ from hf_sparse_pathways.discovery.grouping import Grouping
 from hf_sparse_pathways.discovery.precision import PRECISIONS
 from hf_sparse_pathways.discovery.repair import Repair
 from hf_sparse_pathways.discovery.scores import SCORES, ScoreFunction
+from hf_sparse_pathways.discovery.windows import check_seed
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, named, option
 from hf_sparse_pathways.shares import is_number
 
@@ -119,6 +120,7 @@ def make_recipe(  # noqa: PLR0913
     compensation = usual[1] if compensation is None else compensation
     if order not in ORDERS:
         raise UnknownNameError("order", order, ORDERS)
+    check_seed(seed)
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)
     if type(multiple) is not int or multiple < 1:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hf_sparse_pathways.discovery.expert_selection import (
     check_block_options,
     keep_experts,
 )
-from hf_sparse_pathways.discovery.goal import check_division, make_goals, mean_goal
+from hf_sparse_pathways.discovery.goal import Goal, check_division, make_goals, mean_goal
 from hf_sparse_pathways.discovery.grouping import Grouped, Grouping
 from hf_sparse_pathways.discovery.margins import TARGET_ERROR, check_target
 from hf_sparse_pathways.discovery.planning import make_draft
@@ -159,44 +160,28 @@ def select(  # noqa: PLR0913
         UnsupportedModelError: ``order="sequential"``, but the layers cannot be run one at a time;
             or weights are offloaded.
     """
-    if method is not None and score is not None:
-        raise PathwaysError("Give a method or a score, not both: a score is a method.")
     goal = ExpertGoal(experts=experts, neurons=expert_neurons, score=expert_score)
     goal.check(profile)
-    check_block_options(
-        profile.base,
-        {
-            "sparsity": sparsity,
-            "percentile": percentile,
-            "pool": pool,
-            "method": method,
-            "score": score,
-            "allocation": allocation,
-            "compensation": compensation,
-            "clusters": clusters,
-            "skip": skip,
-            "mixture": mixture,
-        },
-    )
-    recipe = make_recipe(
-        method or score or usual_method(profile, percentile),
-        allocation=allocation,
-        compensation=compensation,
-        ridge=ridge,
-        order=order,
-        multiple=multiple,
-        precision=precision,
-        seed=seed,
-        clusters=clusters,
-        skip=skip,
-        mixture=mixture,
-    )
-    check_target(target_error)
-    check_division(sparsity, percentile, allocation, multiple)
-    check_multiple(multiple, (block.d_ff for block in profile.base.blocks))
-    goals = make_goals(
-        sparsity, percentile, pool, domains=profile.domains, blocks=len(profile.base.blocks) or 1
-    )
+    options = {
+        "sparsity": sparsity,
+        "percentile": percentile,
+        "pool": pool,
+        "method": method,
+        "score": score,
+        "allocation": allocation,
+        "compensation": compensation,
+        "ridge": ridge,
+        "order": order,
+        "multiple": multiple,
+        "precision": precision,
+        "seed": seed,
+        "clusters": clusters,
+        "skip": skip,
+        "mixture": mixture,
+        "target_error": target_error,
+    }
+    usual = OBS if method or score else usual_method(profile, percentile)
+    recipe, goals = decide(profile.base, profile.domains, usual, options)
     profile.base.check_same(BaseModel.of(model))
     check_in_memory(model)
     dense = dense_of(model)
@@ -230,6 +215,42 @@ def select(  # noqa: PLR0913
         },
         controls={name: pathways[name] for name in pooled},
     )
+
+
+def decide(
+    base: BaseModel,
+    domains: Sequence[str],
+    usual: str,
+    options: Mapping[str, Any],
+) -> tuple[Recipe, dict[str, Goal]]:
+    """Return how neurons are chosen and repaired, and how many of each domain.
+
+    Args:
+        base: The model.
+        domains: Their names.
+        usual: The method where the options have none.
+        options: As those of ``select``, all of them that are about FFN blocks, and its
+            ``target_error``.
+
+    Raises:
+        PathwaysError: A number is out of range, or two options contradict each other.
+        UnknownNameError: A name is unknown.
+    """
+    if options["method"] is not None and options["score"] is not None:
+        raise PathwaysError("Give a method or a score, not both: a score is a method.")
+    check_block_options(base, options)
+    own = {name: options[name] for name in _RECIPE}
+    recipe = make_recipe(options["method"] or options["score"] or usual, **own)
+    check_target(options["target_error"])
+    sparsity, percentile, multiple = options["sparsity"], options["percentile"], recipe.multiple
+    check_division(sparsity, percentile, options["allocation"], multiple)
+    check_multiple(multiple, (block.d_ff for block in base.blocks))
+    blocks = len(base.blocks) or 1
+    goals = make_goals(sparsity, percentile, options["pool"], domains=domains, blocks=blocks)
+    return recipe, goals
+
+
+_RECIPE = tuple(name for name in signature(make_recipe).parameters if name != "method")
 
 
 def _without_blocks(profile: Profile, pooled: Mapping[str, DomainProfile]) -> dict[str, Pathway]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_pathways.discovery.precision import full_precision
-from hf_sparse_pathways.errors import PathwaysError, named
+from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.shares import is_number
 
 UNSTRUCTURED = "unstructured"
@@ -63,7 +63,7 @@ class Pattern:
         if columns % self.group:
             raise PathwaysError(
                 f"Pattern {self} needs a multiple of {self.group} columns, but a weight has "
-                f"{columns}. Choose {named('pattern', UNSTRUCTURED)}."
+                f"{columns}. Choose pattern={UNSTRUCTURED!r}."
             )
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ def parse_pattern(pattern: str, sparsity: float) -> Pattern:
     if not math.isclose(own, sparsity, abs_tol=1e-6):
         raise PathwaysError(
             f"Pattern {pattern} removes {own:g} of the weights, not {sparsity:g}: choose "
-            f"{named('sparsity', own)}, or {named('pattern', UNSTRUCTURED)}."
+            f"sparsity={own:g}, or pattern={UNSTRUCTURED!r}."
         )
     return Pattern(own, group)
 

@@ -8,6 +8,7 @@ corpus costs no more than a small one. Each window starts as the tokenizer start
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from hf_sparse_pathways.errors import PathwaysError, option
 
 CHARACTERS_PER_TOKEN = 3
 """Cautious: English prose has 4 to 5, code about 3. A span that is too long is halved."""
-
 
 DEFAULT_LENGTH = 512
 
@@ -87,6 +87,16 @@ def resolve_length(model: Any, max_length: int | None) -> int:
             f"positions. Give at most {positions}."
         )
     return max_length
+
+
+def check_seed(seed: object) -> None:
+    """Check the seed of what is drawn.
+
+    Raises:
+        PathwaysError: It is no whole number.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise PathwaysError(f"{option('seed')} has to be a whole number, got {seed!r}.")
 
 
 def draw_windows(

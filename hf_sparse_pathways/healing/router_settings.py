@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_sparse_pathways.errors import PathwaysError, option
 from hf_sparse_pathways.healing.settings import HealingSettings, parse_loss
+from hf_sparse_pathways.shares import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class RouterSettings:
     def __post_init__(self) -> None:
         for name in ("balance", "z_loss", "learning_rate", "refit_rate"):
             value, factor = getattr(self, name), name in ("balance", "z_loss")
-            if not (0.0 if factor else 1e-12) <= value < math.inf:
+            if not is_number(value) or not (0.0 if factor else 1e-12) <= value < math.inf:
                 raise PathwaysError(
                     f"{option(name)} has to be a {'number from 0' if factor else 'positive number'}"
                     f", got {value!r}."

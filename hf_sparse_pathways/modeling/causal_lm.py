@@ -239,9 +239,10 @@ class SparsePathwaysForCausalLM(SparsePathwaysModel):
         """Return what watches a generation.
 
         Raises:
-            PathwaysError: The text of a row's domain is not known, or there is no dense model.
+            PathwaysError: The text of a row's domain is not known, or there is no dense model; or
+                a row's neurons were picked from a prompt.
         """
-        if choice.call is not None:
+        if choice.call is not None or choice.picked is not None:
             raise PathwaysError(
                 "A guard watches whether a text leaves its domain, and what is picked from a "
                 "prompt has none: name the domain, or leave out guard."

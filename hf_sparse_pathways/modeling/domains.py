@@ -45,7 +45,7 @@ def resolve_domain(
     """
     if domain is None:
         return None
-    if isinstance(domain, str):
+    if isinstance(domain, (str, bytes)):
         return _index(domain, names, controls)
     if isinstance(domain, Tensor):
         return _checked_indices(domain, len(names) + len(controls))

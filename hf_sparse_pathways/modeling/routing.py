@@ -253,10 +253,11 @@ def check_prompts(input_ids: Any) -> Tensor:
     """
     fits = isinstance(input_ids, Tensor) and input_ids.dim() == 2
     if not fits or input_ids.is_floating_point():
-        told = f"{input_ids.dtype} {tuple(input_ids.shape)}" if hasattr(input_ids, "dtype") else ""
+        told = type(input_ids).__name__
+        if isinstance(input_ids, Tensor):
+            told = f"{input_ids.dtype} {tuple(input_ids.shape)}"
         raise PathwaysError(
-            f"Token ids have to be whole numbers of shape (rows, tokens), got "
-            f"{told or type(input_ids).__name__}."
+            f"Token ids have to be a tensor (rows, tokens) of whole numbers, got {told}."
         )
     checked: Tensor = input_ids
     return checked

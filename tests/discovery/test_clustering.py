@@ -8,17 +8,19 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 import hf_sparse_pathways as sp
+from hf_sparse_pathways.discovery import expansion
 from hf_sparse_pathways.discovery.clustering import Clustering, ClusterProbe
 from hf_sparse_pathways.discovery.collectors import Workspaces
 from hf_sparse_pathways.discovery.probes import Change, Probe, attached, make_change
 from hf_sparse_pathways.discovery.trials import computing, run_model
 from hf_sparse_pathways.discovery.windows import make_batches
-from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
+from hf_sparse_pathways.errors import PathwaysError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, TokenRouter
 from tests.architectures import build, prompt
 from tests.clustered import clustered
 from tests.discovery.untouched import remember
+from tests.moe.architectures import build_moe
 from tests.texts import documents, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -204,3 +206,29 @@ def test_expand_is_one_domain_of_any_text(tmp_path):
     assert pathways["expanded"].provenance["clustering"]["seed"] == 3
     pathways.save_pretrained(tmp_path)
     assert sp.Pathways.from_pretrained(tmp_path)["expanded"].clusters == 3
+
+
+@pytest.mark.parametrize("experts", ["neurons", "copies"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sparsity": 1.5}, "1.5"),
+        ({"sparsity": "half"}, "'half'"),
+        ({"method": "nope"}, "nope|no method"),
+        ({"mixture": 8}, "mixture"),
+        ({"compensation": "x"}, "compensation"),
+        ({"seed": "a"}, r"seed .* whole number, got 'a'"),
+    ],
+)
+def test_expand_refuses_before_it_reads_the_text(monkeypatch, experts, options, told):
+    monkeypatch.setattr(expansion, "profile", lambda *_, **__: pytest.fail("the text was run"))
+    with pytest.raises(PathwaysError, match=told):
+        sp.expand(MODEL, TOKENIZER, ["text"], clusters=2, experts=experts, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clusters": 1}, {"experts": "copies"}, {"experts": "copies", "clusters": 1}]
+)
+def test_a_mixture_has_no_blocks_to_expand(options):
+    with pytest.raises(UnsupportedModelError, match=r"sp\.select\(model, profile, experts=0\.5\)"):
+        sp.expand(build_moe("mixtral"), TOKENIZER, documents("code", 20, 60), **options)

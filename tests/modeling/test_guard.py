@@ -379,3 +379,19 @@ def test_domains_that_come_after_are_guarded_by_what_is_saved(case, tmp_path):
     loaded = sp.SparsePathwaysForCausalLM.from_pretrained(tmp_path).eval()
     for other in (loaded, copy.deepcopy(model)):
         assert _forced(other, prompt, [new], domain="law").switches == expected
+
+
+def test_what_was_picked_from_a_prompt_cannot_be_guarded(case):
+    model, tokenizer = case
+    ids = torch.stack([_text(tokenizer, name)[:40] for name in DOMAINS])
+    for asked in ("prompt", ["prompt", DOMAINS[0]]):
+        with pytest.raises(sp.PathwaysError, match="what is picked from a prompt has none"):
+            _generate(model, ids, domain=asked, max_new_tokens=2, guard=True)
+        picked = _generate(model, ids, domain=asked, max_new_tokens=2).picked
+        with pytest.raises(sp.PathwaysError, match="what is picked from a prompt has none"):
+            _generate(model, ids, domain=picked, max_new_tokens=2, guard=True)
+        with (
+            pytest.raises(sp.PathwaysError, match="what is picked from a prompt has none"),
+            model.pathway(picked),
+        ):
+            _generate(model, ids, max_new_tokens=2, guard=True)

@@ -200,6 +200,7 @@ REFUSED = {
     ),
     "a guard": (lambda model, inputs: model(**inputs, domain="code", guard=True), "generate"),
     "a float": (lambda model, inputs: model.route(inputs["input_ids"].float()), "whole numbers"),
+    "an array": (lambda model, inputs: model.route(inputs["input_ids"].numpy()), "ndarray"),
     "a typo": (lambda model, inputs: model(**inputs, domain=["auto", "lwa"] * 2), "law"),
 }
 
