@@ -68,10 +68,11 @@ class Gates:
         """Return the tokens for which an expert's score is highest; fewer if fewer choose it.
 
         Raises:
-            PathwaysError: There is no such channel or expert.
+            PathwaysError: There is no such channel or expert, or the count is below 0.
         """
         _check_place("channel", channel, self.index.shape[1])
         _check_place("expert", expert, self.n_experts)
+        _check_count(count)
         chosen = self.index[:, channel] == expert
         values = self.scores[:, channel].masked_fill(~chosen, -torch.inf).amax(1)
         best = values.topk(min(count, int(chosen.any(1).sum())))
@@ -81,8 +82,9 @@ class Gates:
         """Return the tokens whose gates are most alike one token's, by the cosine of all scores.
 
         Raises:
-            PathwaysError: There is no such token.
+            PathwaysError: There is no such token, or the count is below 0.
         """
+        _check_count(count)
         values = self.cosines(place)
         values[place] = -torch.inf
         best = values.topk(min(count, len(values) - 1))
@@ -173,6 +175,11 @@ def read_gates(  # noqa: PLR0913
         starts=(sizes.cumsum(0) - sizes).repeat_interleave(sizes),
         tokenizer=tokenizer,
     )
+
+
+def _check_count(count: int) -> None:
+    if type(count) is not int or count < 0:
+        raise PathwaysError(f"count is how many tokens are wanted, got {count!r}.")
 
 
 def _check_place(what: str, number: int, count: int) -> None:

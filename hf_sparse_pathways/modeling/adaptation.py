@@ -34,6 +34,7 @@ def adapt(
         PathwaysError: A setting is out of range.
     """
     if isinstance(model, SparsePathwaysForCausalLM):
+        model.check_has_blocks()
         raise UnsupportedModelError(
             "This model has pathways already, and takes domain='prompt' as it is. Its "
             "set_prompt_pathways says how neurons are picked."

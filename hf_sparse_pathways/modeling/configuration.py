@@ -88,7 +88,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
 
         Raises:
             UnsupportedModelError: The base is not an architecture of Transformers.
-            UnknownNameError: An unknown field, or a default that is no domain.
+            UnknownNameError: An unknown field or executor, or a default that is no domain.
             PathwaysError: ``ffn`` is no FFN layer's configuration.
         """
         known = ("domains", "default_domain", "executor", "ffn", "ffn_blocks")
@@ -105,6 +105,7 @@ class SparsePathwaysConfig(PreTrainedConfig):
             setattr(config, name, value)
         config.check_ffn()
         config.check_default_domain(config.domains)
+        check_executor(config.executor)
         return config
 
     @classmethod

@@ -78,7 +78,9 @@ class Prompting(_Base):
 
         Raises:
             PathwaysError: One is unknown, or out of range.
+            UnsupportedModelError: The model has no FFN blocks.
         """
+        self.check_has_blocks()
         self.config.prompt_pathways = PromptSettings.from_dict(settings).to_dict()
 
     def _pick_from(
@@ -150,6 +152,21 @@ class Prompting(_Base):
             )
         return blocks
 
+    def check_has_blocks(self) -> None:
+        """Check that there are FFN blocks, of whose neurons a prompt could choose.
+
+        Raises:
+            UnsupportedModelError: There are none.
+        """
+        self._attachment.settle()
+        if not self._attachment.blocks:
+            ffn = self.config.ffn
+            what = "routed experts" if ffn is None else f"{ffn.kind} layers"
+            raise UnsupportedModelError(
+                f"domain={PROMPT!r} picks neurons of FFN blocks, and this model has none: its FFNs "
+                f"are {what}. {'Name a domain' if self.domains else 'Leave it out'}."
+            )
+
     def _check_pickable(self, domain: Any) -> None:
         """Check that neurons can be picked from prompts, and that every name is known.
 
@@ -168,12 +185,7 @@ class Prompting(_Base):
             else:
                 self._resolve([name])
         self.check_no_adapters(f"{PROMPT!r} is no domain that they could follow")
-        self._attachment.settle()
-        if not self._attachment.blocks:
-            raise UnsupportedModelError(
-                f"domain={PROMPT!r} picks neurons of FFN blocks, and this model has none: its FFNs "
-                "are routed experts. Name a domain."
-            )
+        self.check_has_blocks()
         if any(attached.state.shard is not None for attached in self._attachment.blocks):
             raise UnsupportedModelError(
                 "The weights are sharded over several processes, and no process sees all neurons "

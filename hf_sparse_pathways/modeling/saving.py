@@ -71,7 +71,8 @@ class Saving(_Base):
             PathwaysError: There are no pathways, or one domain's neurons were loaded alone.
         """
         bare = self.config.ffn is not None and self._pathways is None and self._partial is None
-        pathways = None if bare and not self.config.domains else self.pathways
+        named = self.config.domains or self.config.default_domain
+        pathways = None if bare and not named else self.pathways
         self.check_no_adapters("they are PEFT's own folders and are not saved with the model")
         names = ("repo_id", "commit_message", "private", "revision", "create_pr")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -24,7 +24,8 @@ def count_flops(model: Any, tokens: int) -> int:
 
     Raises:
         UnsupportedModelError: It has no such layers, or weights outside of them that are no linear
-            leaf's, such as routed experts that stayed or a convolution.
+            leaf's, such as routed experts that stayed or a convolution; or it is known to multiply
+            otherwise.
     """
     layers = [module for module in model.modules() if isinstance(module, FfnLayer)]
     if not layers:
@@ -32,6 +33,7 @@ def count_flops(model: Any, tokens: int) -> int:
             f"{type(model).__name__} has no FFN layers of this package, whose FLOPs are known by "
             "formula. Build it with SparsePathwaysConfig.from_base(config, ffn=...)."
         )
+    _check_attention(model)
     inside = {id(module) for layer in layers for module in layer.modules()}
     linear = 0
     for name, module in model.named_modules():
@@ -46,6 +48,27 @@ def count_flops(model: Any, tokens: int) -> int:
                 "torch.utils.flop_counter.FlopCounterMode."
             )
     return linear + _attention_flops(model.config, tokens) + sum(layer.flops for layer in layers)
+
+
+def _check_attention(model: Any) -> None:
+    """Check that nothing is known by which the architecture multiplies otherwise."""
+    kind = model.config.base_config.model_type
+    reason = next((why for name, why in _OTHERWISE.items() if kind.startswith(name)), None)
+    if any(name.endswith("encoder_attn") for name, _ in model.named_modules()):
+        reason = "has attention to an encoder, which a decoder by itself does not run"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{kind} {reason}, which is not known by formula. Use "
+            "torch.utils.flop_counter.FlopCounterMode."
+        )
+
+
+_OTHERWISE = {
+    "diffllama": "multiplies the values of each head by two maps",
+    "gemma3n": "mixes several streams between its layers by products of activations",
+    "gemma4": "has heads of several widths",
+}
+"""Beginning of a model type -> what it does."""
 
 
 def _attention_flops(config: Any, tokens: int) -> int:

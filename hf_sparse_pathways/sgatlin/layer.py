@@ -59,11 +59,14 @@ class FfnLayer(nn.Module, ABC):
         Raises:
             PathwaysError: The input is of another width.
         """
-        if x.shape[-1:] != (self.d_model,):
-            raise PathwaysError(
-                f"The layer takes inputs (..., {self.d_model}), and was given {tuple(x.shape)}."
-            )
+        self._check_width(x, "...")
         return self.compute(x.reshape(-1, self.d_model)).view(x.shape)
+
+    def _check_width(self, x: Tensor, rows: str) -> None:
+        if x.shape[-1:] != (self.d_model,) or (rows != "..." and x.dim() != 2):
+            raise PathwaysError(
+                f"The layer takes inputs ({rows}, {self.d_model}), and was given {tuple(x.shape)}."
+            )
 
     def extra_repr(self) -> str:
         """Say what it is made of."""

@@ -53,7 +53,11 @@ class SgatlinFFN(FfnLayer):
 
         Returns:
             Two tensors ``(tokens, n_channels, top_k)``; an index counts within its channel.
+
+        Raises:
+            PathwaysError: ``h`` is of another shape.
         """
+        self._check_width(h, "tokens")
         scores, index = self.router(h, self.removed(h))
         return scores, index
 
@@ -65,7 +69,11 @@ class SgatlinFFN(FfnLayer):
 
         Args:
             h: ``(tokens, d_model)``.
+
+        Raises:
+            PathwaysError: It is of another shape.
         """
+        self._check_width(h, "tokens")
         scores, removed = self.router.all_scores(h), self.removed(h)
         return scores if removed is None else scores.masked_fill(removed, -torch.inf)
 

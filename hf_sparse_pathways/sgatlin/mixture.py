@@ -47,7 +47,7 @@ class MoeFFN(FfnLayer):
         output = torch.zeros_like(x)
         for expert in range(self.config.n_experts):
             token, place = (index == expert).nonzero(as_tuple=True)
-            if len(token):
+            if len(token) or not len(x):  # of no tokens, too, the output is made from the weights
                 made = self._compute_expert(expert, x[token]) * weights[token, place, None]
                 output = output.index_add(0, token, made.to(output.dtype))
         return output
@@ -65,6 +65,8 @@ class MoeFFN(FfnLayer):
         """
         config, logits = self.config, logits.float()
         counts = index.flatten().bincount(minlength=config.n_experts)
+        if not len(logits):
+            return logits.sum()  # 0, where means would be NaN
         shares, probabilities = counts / index.numel(), logits.softmax(-1).mean(0)
         balance = config.n_experts * (shares * probabilities).sum()
         z = logits.logsumexp(-1).square().mean()

@@ -105,6 +105,8 @@ def test_there_are_as_many_experts_as_there_are(model, gates):
         (lambda: gates.contexts(0, experts), f"there are {experts}, from 0"),
         (lambda: gates.neighbours(10**6), "no token 1000000"),
         (lambda: gates.neighbours(-1), "no token -1"),
+        (lambda: gates.neighbours(0, -1), "count .* got -1"),
+        (lambda: gates.contexts(0, 0, -1), "count .* got -1"),
     ):
         with pytest.raises(sp.PathwaysError, match=told):
             call()

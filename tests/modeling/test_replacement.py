@@ -269,14 +269,36 @@ def test_executors_and_domains_of_other_layers_are_refused(tmp_path):
         AutoModelForCausalLM.from_config(config)
 
 
-def test_domains_that_were_announced_have_to_come_before_a_model_is_saved(tmp_path):
-    config = sp.SparsePathwaysConfig.from_base(
-        LlamaConfig(**LLAMA_LIKE), ffn=SGATLIN, domains=["code"]
-    )
+@pytest.mark.parametrize(
+    "announced", [{"domains": ["code"]}, {"default_domain": "auto"}, {"default_domain": "prompt"}]
+)
+def test_domains_that_were_announced_have_to_come_before_a_model_is_saved(announced, tmp_path):
+    config = sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), ffn=SGATLIN, **announced)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(sp.PathwaysError, match=r"sp\.select and model\.set_pathways"):
         model.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("fields", [{}, {"ffn": SGATLIN}])
+def test_an_unknown_executor_is_refused_before_a_model_is_made(fields):
+    with pytest.raises(sp.PathwaysError, match="Unknown executor 'zzz'"):
+        sp.SparsePathwaysConfig.from_base(LlamaConfig(**LLAMA_LIKE), executor="zzz", **fields)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model(IDS, domain="prompt"),
+        lambda model: model.set_prompt_pathways(sparsity=0.5),
+        sp.adapt,
+    ],
+    ids=["domain", "settings", "adapt"],
+)
+@pytest.mark.parametrize("kind", ["swiglu", "sgatlin"])
+def test_neurons_of_other_layers_are_not_picked_from_prompts(use, kind):
+    with pytest.raises(sp.PathwaysError, match=f"FFNs are {kind} layers"):
+        use(make(KINDS[kind]))
 
 
 def test_other_layers_do_not_stand_in_for_the_blocks_of_those_before():

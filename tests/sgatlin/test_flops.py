@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    DiffLlamaConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.sgatlin import linear_experts, peer
@@ -75,6 +81,26 @@ def test_of_every_architecture_it_is_right_or_refused(name):
             count_flops(model, 10)
         return
     assert _count(model, torch.randint(3, 90, (2, 10))) == 20 * count_flops(model, 10)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        DiffLlamaConfig(**LLAMA_LIKE),
+        BartConfig(
+            d_model=32,
+            decoder_layers=2,
+            decoder_ffn_dim=48,
+            decoder_attention_heads=4,
+            vocab_size=99,
+        ),
+    ],
+    ids=["diffllama", "bart"],
+)
+def test_what_is_known_to_multiply_otherwise_is_refused(base):
+    config = sp.SparsePathwaysConfig.from_base(base, ffn=CONFIGS["swiglu"])
+    with pytest.raises(sp.PathwaysError, match="known by formula"):
+        count_flops(AutoModelForCausalLM.from_config(config), 10)
 
 
 def test_a_plain_model_is_refused():

@@ -233,6 +233,31 @@ def test_new_weights_are_drawn_in_place_and_by_the_seed(name):
     assert torch.equal(layer(x), again(x))
 
 
+@KINDS
+def test_of_no_tokens_the_output_is_empty_and_has_gradients(name):
+    layer, _ = layer_of(name)
+    x = torch.randn(0, D_MODEL, dtype=next(layer.parameters()).dtype, requires_grad=True)
+    output = layer(x)
+    assert output.shape == x.shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_losses_of_no_tokens_are_none():
+    layer, _ = layer_of("moe")
+    logits = torch.zeros(0, layer.config.n_experts)
+    assert layer.losses(logits, torch.zeros(0, layer.config.top_k, dtype=torch.long)) == 0.0
+
+
+@ROUTERS
+@pytest.mark.parametrize("shape", [(3, D_MODEL - 1), (2, 3, D_MODEL), (D_MODEL,)])
+def test_routers_say_which_shape_they_take(router, shape):
+    layer, _ = layer_of(f"sgatlin-{router}")
+    for call in (layer.route, layer.all_scores):
+        with pytest.raises(sp.PathwaysError, match=rf"\(tokens, {D_MODEL}\), and was given"):
+            call(torch.randn(shape))
+
+
 def test_losses_of_a_mixture_are_the_papers():
     layer, x = layer_of("moe")
     logits = layer.router(x)
