@@ -21,7 +21,7 @@ from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery.precision import slow_dtypes
+from hf_sparse_pathways.discovery.precision import capabilities, slow_dtypes
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
 from hf_sparse_pathways.measure.speed.results import Spread
@@ -160,8 +160,7 @@ class Benchmark:
 
 def _processor(dtype: str) -> str:
     """Return what the processor is called, and whether it only emulates the dtype."""
-    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    name = known.get("cpu_name") or platform.machine()
+    name = capabilities().get("cpu_name") or platform.machine()
     emulates = getattr(torch, dtype) in slow_dtypes()
     return f"{name}, which emulates {dtype}" if emulates else str(name)
 

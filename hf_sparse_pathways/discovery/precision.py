@@ -52,8 +52,13 @@ def has_fast_bfloat16(device: str) -> bool:
     """Whether a kind of device multiplies bfloat16 numbers in hardware."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
-    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cpu" and bool(known.get("amx_bf16"))
+    return device == "cpu" and bool(capabilities().get("amx_bf16"))
+
+
+def capabilities() -> Mapping[str, Any]:
+    """Return what PyTorch tells of the processor: its name, and what it has; some versions tell nothing."""
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known
 
 
 UNITS = {
@@ -68,7 +73,7 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
     A product in them takes several times as long as in float32.
     """
-    known: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    known = capabilities()
     if known.get("architecture") != "x86_64":
         return frozenset()
     return frozenset(dtype for dtype, units in UNITS.items() if not any(map(known.get, units)))
