@@ -56,7 +56,7 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def capabilities() -> Mapping[str, Any]:
-    """Return what PyTorch tells of the processor: its name, and what it has; some versions tell nothing."""
+    """Return what PyTorch tells of the processor: its name and units; nothing in old versions."""
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return known
 
