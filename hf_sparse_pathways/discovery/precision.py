@@ -31,7 +31,7 @@ def calibration_precision(model: nn.Module, precision: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced))
         if precision == "fastest":
-            stack.enter_context(quick_products())
+            stack.enter_context(quick_products(model))
         yield
 
 
@@ -80,14 +80,17 @@ def slow_dtypes() -> frozenset[torch.dtype]:
 
 
 @contextmanager
-def quick_products() -> Iterator[None]:
+def quick_products(model: nn.Module) -> Iterator[None]:
     """Within the block, products on the CPU in dtypes that it only emulates go through float32.
 
     Factors are widened for each product, and its result is rounded once: what is emulated adds up
     in float32, too. Weights and activations keep their dtypes.
+
+    Args:
+        model: What runs within; without weights of such a dtype nothing is changed.
     """
     slow = slow_dtypes()
-    if not slow:
+    if all(weight.dtype not in slow for weight in model.parameters()):
         yield
         return
     with _ThroughFloat32(slow):

@@ -187,7 +187,7 @@ def _score(
     total = sum(int(batch.mask.sum()) for batch in batches) * len(arms)
     silent = None if processes.is_first else True
     bar = tqdm(total=total, desc=f"evaluate {text.domain}", unit="tok", disable=silent)
-    with bar, torch.no_grad(), quick_products(), watching(model) as watch:
+    with bar, torch.no_grad(), quick_products(model), watching(model) as watch:
         for batch in batches:
             dense: Passed | None = None
             for arm, own in zip(arms, scores, strict=True):

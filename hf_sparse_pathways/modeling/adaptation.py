@@ -29,7 +29,8 @@ def adapt(
         settings: As in ``set_prompt_pathways``.
 
     Raises:
-        UnsupportedModelError: It is no causal LM of Transformers, or has pathways already.
+        UnsupportedModelError: It is no causal LM of Transformers, has pathways already, or has no
+            FFN blocks, as where all are routed experts.
         UnknownNameError: An unknown executor or rule.
         PathwaysError: A setting is out of range.
     """

@@ -33,7 +33,7 @@ def count_flops(model: Any, tokens: int) -> int:
             f"{type(model).__name__} has no FFN layers of this package, whose FLOPs are known by "
             "formula. Build it with SparsePathwaysConfig.from_base(config, ffn=...)."
         )
-    _check_attention(model)
+    _check_known(model)
     inside = {id(module) for layer in layers for module in layer.modules()}
     linear = 0
     for name, module in model.named_modules():
@@ -42,25 +42,25 @@ def count_flops(model: Any, tokens: int) -> int:
         if isinstance(module, nn.Linear | Conv1D):
             linear += 2 * module.weight.numel()
         elif any(own.dim() > 1 for own in module.parameters(recurse=False)):
-            raise UnsupportedModelError(
-                f"What {name} ({type(module).__name__}) takes is not known by formula: this counts "
-                "decoders of attention, linear leaves and FFN layers. Use "
-                "torch.utils.flop_counter.FlopCounterMode."
-            )
+            raise _refuse(f"{name} ({type(module).__name__}) is no linear leaf")
     return linear + _attention_flops(model.config, tokens) + sum(layer.flops for layer in layers)
 
 
-def _check_attention(model: Any) -> None:
+def _check_known(model: Any) -> None:
     """Check that nothing is known by which the architecture multiplies otherwise."""
     kind = model.config.base_config.model_type
     reason = next((why for name, why in _OTHERWISE.items() if kind.startswith(name)), None)
     if any(name.endswith("encoder_attn") for name, _ in model.named_modules()):
         reason = "has attention to an encoder, which a decoder by itself does not run"
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{kind} {reason}, which is not known by formula. Use "
-            "torch.utils.flop_counter.FlopCounterMode."
-        )
+        raise _refuse(f"{kind} {reason}")
+
+
+def _refuse(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The FLOPs are not known by formula: {reason}, and this counts decoders of softmax "
+        "attention, linear leaves and FFN layers. Use torch.utils.flop_counter.FlopCounterMode."
+    )
 
 
 _OTHERWISE = {

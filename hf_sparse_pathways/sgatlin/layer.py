@@ -59,14 +59,14 @@ class FfnLayer(nn.Module, ABC):
         Raises:
             PathwaysError: The input is of another width.
         """
-        self._check_width(x, "...")
+        if x.shape[-1:] != (self.d_model,):
+            raise self._refuse(x, "...")
         return self.compute(x.reshape(-1, self.d_model)).view(x.shape)
 
-    def _check_width(self, x: Tensor, rows: str) -> None:
-        if x.shape[-1:] != (self.d_model,) or (rows != "..." and x.dim() != 2):
-            raise PathwaysError(
-                f"The layer takes inputs ({rows}, {self.d_model}), and was given {tuple(x.shape)}."
-            )
+    def _refuse(self, x: Tensor, rows: str) -> PathwaysError:
+        return PathwaysError(
+            f"The layer takes inputs ({rows}, {self.d_model}), and was given {tuple(x.shape)}."
+        )
 
     def extra_repr(self) -> str:
         """Say what it is made of."""

@@ -57,7 +57,8 @@ class SgatlinFFN(FfnLayer):
         Raises:
             PathwaysError: ``h`` is of another shape.
         """
-        self._check_width(h, "tokens")
+        if h.shape[1:] != (self.d_model,):
+            raise self._refuse(h, "tokens")
         scores, index = self.router(h, self.removed(h))
         return scores, index
 
@@ -73,7 +74,8 @@ class SgatlinFFN(FfnLayer):
         Raises:
             PathwaysError: It is of another shape.
         """
-        self._check_width(h, "tokens")
+        if h.shape[1:] != (self.d_model,):
+            raise self._refuse(h, "tokens")
         scores, removed = self.router.all_scores(h), self.removed(h)
         return scores if removed is None else scores.masked_fill(removed, -torch.inf)
 

@@ -64,9 +64,9 @@ class MoeFFN(FfnLayer):
             index: int64, of the experts that tokens get, ``(tokens, top_k)``.
         """
         config, logits = self.config, logits.float()
-        counts = index.flatten().bincount(minlength=config.n_experts)
         if not len(logits):
             return logits.sum()  # 0, where means would be NaN
+        counts = index.flatten().bincount(minlength=config.n_experts)
         shares, probabilities = counts / index.numel(), logits.softmax(-1).mean(0)
         balance = config.n_experts * (shares * probabilities).sum()
         z = logits.logsumexp(-1).square().mean()

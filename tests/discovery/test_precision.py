@@ -1,5 +1,7 @@
 """Products run in the format that was asked for, within the block only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,13 @@ from hf_sparse_pathways.discovery.precision import (
     quick_products,
     slow_dtypes,
 )
+from hf_sparse_pathways.discovery.text import read_documents
+from hf_sparse_pathways.discovery.trials import run_model
+from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms
+from tests.architectures import build
+from tests.texts import documents, tiny_tokenizer
+
+HALF = nn.Linear(1, 1, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -52,7 +61,7 @@ def _products(dtype):
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_emulated_products_are_those_of_float32_rounded_once(dtype, inference):
-    with torch.inference_mode(inference), quick_products():
+    with torch.inference_mode(inference), quick_products(nn.Linear(1, 1, dtype=dtype)):
         computed, expected = _products(dtype)
     assert all(map(torch.equal, computed, expected))
     assert {found.dtype for found in computed} == {dtype}
@@ -63,7 +72,7 @@ def test_no_product_is_changed_that_the_processor_has_or_may_have(monkeypatch, k
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     assert torch.bfloat16 not in slow_dtypes()
     monkeypatch.setattr(precision, "slow_dtypes", lambda: frozenset())
-    with quick_products():
+    with quick_products(HALF):
         assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
@@ -79,17 +88,38 @@ def test_what_is_emulated_is_told_by_the_processor(monkeypatch):
 def test_other_dtypes_and_factors_of_two_dtypes_are_as_they_were():
     whole = _draw(8, 8, dtype=torch.float32)
     expected = whole @ whole
-    with quick_products():
+    with quick_products(HALF):
         assert torch.equal(whole @ whole, expected)
         with pytest.raises(RuntimeError, match="dtype"):
             linear(whole, whole.bfloat16())
 
 
 @pytest.mark.usefixtures("emulated")
+def test_models_of_other_dtypes_run_as_they_do():
+    with quick_products(nn.Linear(1, 1)):
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_scored_takes_the_way_round_where_that_is_quicker(dtype):
+    model, tokenizer = build("llama").to(dtype), tiny_tokenizer()
+    documents_read = read_documents(documents("code", 4, 20))
+    text = ScoredText.draw("code", documents_read, tokenizer, max_tokens=40, max_length=16, seed=0)
+    modes = []
+    current = torch.utils._python_dispatch._get_current_dispatch_mode
+    model.register_forward_pre_hook(lambda *_: modes.append(current()))
+    dense = replace(DENSE, forward=run_model)
+    measure_arms(model, text, [dense], batch_size=2, seed=0)
+    assert modes
+    assert all((mode is not None) == (dtype == torch.bfloat16) for mode in modes)
+
+
+@pytest.mark.usefixtures("emulated")
 def test_gradients_pass():
     weight = nn.Parameter(_draw(5, 7, dtype=torch.bfloat16))
     inputs = _draw(11, 7, dtype=torch.bfloat16)
-    with quick_products():
+    with quick_products(HALF):
         linear(inputs, weight).sum().backward()
     expected = torch.ones(5, 11) @ inputs.float()
     torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-2, atol=1e-2)

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     DiffLlamaConfig,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
 )
@@ -94,8 +96,18 @@ def test_of_every_architecture_it_is_right_or_refused(name):
             decoder_attention_heads=4,
             vocab_size=99,
         ),
+        Gemma3nTextConfig(
+            **LLAMA_LIKE,
+            head_dim=8,
+            vocab_size_per_layer_input=99,
+            laurel_rank=4,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            activation_sparsity_pattern=None,
+        ),
+        Gemma4TextConfig(**LLAMA_LIKE, head_dim=8),
     ],
-    ids=["diffllama", "bart"],
+    ids=["diffllama", "bart", "gemma3n", "gemma4"],
 )
 def test_what_is_known_to_multiply_otherwise_is_refused(base):
     config = sp.SparsePathwaysConfig.from_base(base, ffn=CONFIGS["swiglu"])
