@@ -155,6 +155,17 @@ class LayerRunner:
             yield
 
 
+def stacked_layers(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return every layer of the stacks that hold given layers, those without an FFN included."""
+    wanted = set(map(id, layers))
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and any(id(child) in wanted for child in module)
+    ]
+    return list(dict.fromkeys(layer for stack in stacks for layer in stack))
+
+
 class _Stub:
     """Stands in for a layer's forward and returns kept hidden states in the layer's structure."""
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse_pathways.discovery.arms import Arm
 from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.grams import Gram
 from hf_sparse_pathways.discovery.precision import calibration_precision
 from hf_sparse_pathways.discovery.profiles import Profile
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.selection import BATCH_SIZE, dense_of
-from hf_sparse_pathways.discovery.sequential import Arm, prune_sequentially
+from hf_sparse_pathways.discovery.sequential import prune_sequentially
 from hf_sparse_pathways.discovery.sparsegpt import InverseFactor, Pattern, prune_weights
 from hf_sparse_pathways.discovery.weights import check_in_memory
 from hf_sparse_pathways.discovery.windows import make_batches

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_pathways.discovery.allocation import check_multiple
+from hf_sparse_pathways.discovery.arms import Arm, FindGroups, FindThreshold, PruneBlock
 from hf_sparse_pathways.discovery.clustering import ClusteredTask, Clustering
 from hf_sparse_pathways.discovery.common_repair import repair_together
 from hf_sparse_pathways.discovery.drafts import Draft
@@ -36,13 +37,7 @@ from hf_sparse_pathways.discovery.profiles import DomainProfile, Profile
 from hf_sparse_pathways.discovery.recipe import OBS, Recipe, make_recipe
 from hf_sparse_pathways.discovery.repair import BlockTask
 from hf_sparse_pathways.discovery.scores import ScoreFunction
-from hf_sparse_pathways.discovery.sequential import (
-    Arm,
-    FindGroups,
-    FindThreshold,
-    PruneBlock,
-    prune_sequentially,
-)
+from hf_sparse_pathways.discovery.sequential import prune_sequentially
 from hf_sparse_pathways.discovery.skipping import find_threshold
 from hf_sparse_pathways.discovery.weights import check_in_memory
 from hf_sparse_pathways.discovery.windows import Batch, make_batches

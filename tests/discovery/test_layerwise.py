@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse_pathways.discovery.layerwise import LayerRunner
+from hf_sparse_pathways.discovery.layerwise import LayerRunner, stacked_layers
 from hf_sparse_pathways.discovery.passes import run_decoder
-from hf_sparse_pathways.discovery.sequential import _all_layers
 from hf_sparse_pathways.discovery.windows import Window, make_batches
 from hf_sparse_pathways.errors import UnsupportedModelError
 from hf_sparse_pathways.ffn.blocks import find_blocks
@@ -21,7 +20,7 @@ PROFILED = sorted(set(ARCHITECTURES) - {"cpmant"})  # its prompt tokens are in n
 
 
 def _layers(model):
-    return _all_layers(model, [block.layer for block in find_blocks(model)])
+    return stacked_layers(model, [block.layer for block in find_blocks(model)])
 
 
 def _behind(model, batch):

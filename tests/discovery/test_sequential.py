@@ -5,17 +5,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from hf_sparse_pathways.discovery.layerwise import LayerRunner
+from hf_sparse_pathways.discovery.arms import Arm
+from hf_sparse_pathways.discovery.layerwise import stacked_layers
 from hf_sparse_pathways.discovery.passes import run_decoder
 from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.repair import Repair, repair
 from hf_sparse_pathways.discovery.selection import select
-from hf_sparse_pathways.discovery.sequential import (
-    Arm,
-    _all_layers,
-    _Layer,
-    prune_sequentially,
-)
+from hf_sparse_pathways.discovery.sequential import prune_sequentially
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.trials import computing, mean_loss
 from hf_sparse_pathways.discovery.windows import draw_windows, make_batches
@@ -60,7 +56,7 @@ def _pass(model, pathways):
         block the number of its layer.
     """
     blocks = find_blocks(model)
-    layers = _all_layers(model, [block.layer for block in blocks])
+    layers = stacked_layers(model, [block.layer for block in blocks])
     parts, behind = [([], []) for _ in blocks], [[] for _ in layers]
     with ExitStack() as stack:
         stack.enter_context(computing(blocks[: len(pathways)], pathways))
@@ -220,44 +216,6 @@ def test_with_norms_behind_the_ffn_repair_still_helps(architecture):
 
     repaired, masked = (_final_error(model, _prune(model, prune)) for prune in (refit, plain))
     assert repaired < masked
-
-
-def _derivative(layer, batch, hidden):
-    """Return d(layer) / d(output) of the same token and channel, by autograd."""
-    outputs = []
-
-    def watch(_module, _args, output):
-        outputs.append(output.detach().requires_grad_())
-        return outputs[-1]
-
-    handle = layer.blocks[-1][1].outgoing.register_forward_hook(watch)
-    with torch.enable_grad():
-        behind = layer.runner.run(layer.index, batch, hidden)
-        rows = [
-            torch.autograd.grad(behind[..., c].sum(), outputs, retain_graph=True)[0][..., c]
-            for c in range(behind.shape[-1])
-        ]
-    handle.remove()
-    return torch.stack(rows, -1).flatten(0, -2)
-
-
-@pytest.mark.parametrize("architecture", [*POST_NORM, "llama", "granite"])
-@torch.no_grad()
-def test_the_measured_gain_is_the_layers_derivative(architecture):
-    model = build(architecture)
-    blocks = find_blocks(model)
-    runner = LayerRunner(model, _all_layers(model, [block.layer for block in blocks]))
-    layer, batch = _Layer(runner, 1, [(1, blocks[1])]), BATCHES[0]
-    hidden = runner.run(0, batch, None)
-    behind = runner.run(1, batch, hidden)
-    expected = _derivative(layer, batch, hidden)
-    constant = layer._constant_gain(batch, hidden, behind)
-    assert (constant is None) == (architecture in POST_NORM)
-    if constant is not None:
-        assert constant == pytest.approx(float(expected.mean()), rel=1e-3)
-    real = batch.mask.flatten()
-    error = (layer._gain(batch, hidden, behind, None) - expected)[real].norm()
-    assert error < 0.3 * expected[real].norm()
 
 
 @pytest.mark.parametrize("architecture", POST_NORM)

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from hf_sparse_pathways.discovery import sequential
-from hf_sparse_pathways.discovery.layerwise import LayerRunner
+from hf_sparse_pathways.discovery.arms import Arm
+from hf_sparse_pathways.discovery.layerwise import LayerRunner, stacked_layers
 from hf_sparse_pathways.discovery.repair import Repair, repair
-from hf_sparse_pathways.discovery.sequential import Arm, _all_layers, prune_sequentially
+from hf_sparse_pathways.discovery.sequential import prune_sequentially
 from hf_sparse_pathways.discovery.tapes import Recorder, replaced_forwards
 from hf_sparse_pathways.discovery.windows import Window, make_batches
 from hf_sparse_pathways.ffn.blocks import find_blocks
@@ -26,7 +27,7 @@ POST_NORM = ["gemma2", "gemma3", "olmo2", "glm4"]
 
 def _runner(model):
     blocks = find_blocks(model)
-    runner = LayerRunner(model, _all_layers(model, [block.layer for block in blocks]))
+    runner = LayerRunner(model, stacked_layers(model, [block.layer for block in blocks]))
     runner.check(PADDED)
     return runner, blocks
 
