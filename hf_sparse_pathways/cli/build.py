@@ -282,7 +282,7 @@ class _Job:
 
 
 def _check_default(domain: str | None, known: Iterable[str]) -> None:
-    from hf_sparse_pathways.pathways.pathway import AUTO
+    from hf_sparse_pathways.pathways.names import AUTO
 
     if domain not in (None, AUTO, *known):
         raise UnknownNameError("default domain", domain, known)

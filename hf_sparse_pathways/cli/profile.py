@@ -178,7 +178,7 @@ def split_texts(
         tokens: How many are going to be drawn per domain, which says how far a stream is read.
     """
     from hf_sparse_pathways.discovery.text import read_documents
-    from hf_sparse_pathways.pathways.pathway import check_domain_name
+    from hf_sparse_pathways.pathways.names import check_domain_name
 
     for name in texts:
         check_domain_name(name)

@@ -50,7 +50,8 @@ from hf_sparse_pathways.errors import (
 from hf_sparse_pathways.ffn.clusters import ClusteredBlock, Kept
 from hf_sparse_pathways.ffn.layouts import outgoing_weight
 from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.pathways.names import POOLED
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,8 @@ from hf_sparse_pathways.healing.training import (
     train,
 )
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.pathway import TUNED, Pathway, Pathways
+from hf_sparse_pathways.pathways.names import TUNED
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.tables import ShownAsTables, Table
 
 

@@ -35,7 +35,8 @@ from hf_sparse_pathways.measure.peers import PEERS
 from hf_sparse_pathways.measure.prompted import PROMPTED, WITH_DOMAIN, prompt_arm
 from hf_sparse_pathways.measure.quality import random_partner
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.pathways.names import POOLED
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from hf_sparse_pathways.version import __version__
 
 if TYPE_CHECKING:

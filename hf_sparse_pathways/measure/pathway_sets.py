@@ -13,7 +13,8 @@ from typing import Any, Self
 from hf_sparse_pathways.errors import MismatchError, PathwaysError
 from hf_sparse_pathways.measure.arms import MeasuredArm, pathway_arm
 from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.pathway import POOLED, TUNED, Pathway, Pathways
+from hf_sparse_pathways.pathways.names import POOLED, TUNED
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 
 logger = logging.getLogger(__name__)
 

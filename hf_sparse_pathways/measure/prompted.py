@@ -16,7 +16,8 @@ from hf_sparse_pathways.discovery.windows import Batch
 from hf_sparse_pathways.measure.arms import MeasuredArm
 from hf_sparse_pathways.measure.fidelity import first_scored
 from hf_sparse_pathways.modeling.picked import PRIOR
-from hf_sparse_pathways.pathways.pathway import PROMPT, Pathways
+from hf_sparse_pathways.pathways.names import PROMPT
+from hf_sparse_pathways.pathways.pathway import Pathways
 
 WITH_DOMAIN = "prompt+domain"
 """The method that starts from the domain's pathway."""

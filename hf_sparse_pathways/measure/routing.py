@@ -31,7 +31,7 @@ from hf_sparse_pathways.measure.routing_report import (
 from hf_sparse_pathways.measure.speed.clock import now
 from hf_sparse_pathways.modeling.causal_lm import SparsePathwaysForCausalLM
 from hf_sparse_pathways.modeling.routing import Router
-from hf_sparse_pathways.pathways.pathway import POOLED
+from hf_sparse_pathways.pathways.names import POOLED
 from hf_sparse_pathways.pathways.signature import LENGTHS
 
 PROMPTS = (8, 32, 64, 128, 512)

@@ -23,7 +23,7 @@ from hf_sparse_pathways.ffn.execution import check_executor
 from hf_sparse_pathways.files import write_atomically
 from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
 from hf_sparse_pathways.pathways.entry import AUTO_MAP, MODEL_TYPE, MODULE, MODULE_NAME, base_of
-from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
+from hf_sparse_pathways.pathways.names import AUTO, PROMPT
 from hf_sparse_pathways.sgatlin.settings import FfnConfig, read_ffn
 
 if TYPE_CHECKING:

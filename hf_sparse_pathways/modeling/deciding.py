@@ -9,7 +9,8 @@ from torch import Tensor
 from hf_sparse_pathways.modeling.partial import Partial
 from hf_sparse_pathways.modeling.picked import without_prompts
 from hf_sparse_pathways.modeling.routing import Decision, Router, asks_router, route_call
-from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
+from hf_sparse_pathways.pathways.names import AUTO
+from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base

@@ -11,7 +11,8 @@ from hf_sparse_pathways.ffn.executors import EXECUTORS
 from hf_sparse_pathways.ffn.picking import Picking
 from hf_sparse_pathways.ffn.rest import REST
 from hf_sparse_pathways.memory import format_memory, parse_memory
-from hf_sparse_pathways.pathways.pathway import PROMPT, Pathways
+from hf_sparse_pathways.pathways.names import PROMPT
+from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base

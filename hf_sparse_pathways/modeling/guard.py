@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.modeling.routing import Router, find_ids
-from hf_sparse_pathways.pathways.pathway import AUTO
+from hf_sparse_pathways.pathways.names import AUTO
 
 NEEDED = 0.3
 """Nats that a token has to give on average so that evidence does not shrink."""

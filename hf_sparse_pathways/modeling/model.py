@@ -53,7 +53,8 @@ from hf_sparse_pathways.modeling.routing import Router, agreed, asks_router
 from hf_sparse_pathways.modeling.saving import Saving
 from hf_sparse_pathways.modeling.structure import check_whole
 from hf_sparse_pathways.pathways.base import BaseModel
-from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
+from hf_sparse_pathways.pathways.names import AUTO
+from hf_sparse_pathways.pathways.pathway import Pathways
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base

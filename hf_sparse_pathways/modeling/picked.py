@@ -17,7 +17,8 @@ from transformers.utils.generic import ModelOutput
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.ffn.picking import Picking, Prompts
 from hf_sparse_pathways.modeling.routing import tell_domains
-from hf_sparse_pathways.pathways.pathway import PROMPT, Pathway
+from hf_sparse_pathways.pathways.names import PROMPT
+from hf_sparse_pathways.pathways.pathway import Pathway
 
 LEAST_TOKENS = 8
 """Of a prompt; of fewer nothing is picked, and its row is computed densely."""

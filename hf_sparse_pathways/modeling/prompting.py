@@ -31,7 +31,7 @@ from hf_sparse_pathways.modeling.picked import (
     sort_prompts,
 )
 from hf_sparse_pathways.modeling.prompt_settings import PromptSettings
-from hf_sparse_pathways.pathways.pathway import PROMPT
+from hf_sparse_pathways.pathways.names import PROMPT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base

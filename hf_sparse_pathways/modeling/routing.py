@@ -18,7 +18,8 @@ from transformers.utils.generic import ModelOutput
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.modeling.kinds import KINDS, check_kinds, nearest
-from hf_sparse_pathways.pathways.pathway import AUTO, Pathways
+from hf_sparse_pathways.pathways.names import AUTO
+from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.signature import LENGTHS, Signature
 
 logger = logging.getLogger(__name__)

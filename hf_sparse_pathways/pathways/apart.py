@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_sparse_pathways.errors import ArtefactError, PathwaysError
 from hf_sparse_pathways.limits import MOST_DOMAINS
-from hf_sparse_pathways.pathways.pathway import check_domain_name
+from hf_sparse_pathways.pathways.names import check_domain_name
 
 FIELD = "apart"
 PARENT = "pathways"

@@ -15,8 +15,9 @@ from torch import Tensor
 from hf_sparse_pathways.errors import ArtefactError
 from hf_sparse_pathways.ffn.kept_experts import EXPERT_PARTS, KeptExperts
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.checks import check_experts
 from hf_sparse_pathways.pathways.description import base_from_json
-from hf_sparse_pathways.pathways.pathway import Pathway, check_experts
+from hf_sparse_pathways.pathways.pathway import Pathway
 
 FIELD = "experts"
 """Of a domain's description: what it holds of each layer's experts, a list of parts."""

@@ -24,8 +24,9 @@ from hf_sparse_pathways.ffn.clusters import (
 )
 from hf_sparse_pathways.files import check_finite
 from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.checks import check_block
 from hf_sparse_pathways.pathways.description import base_from_json, check_entries
-from hf_sparse_pathways.pathways.pathway import Pathway, check_block
+from hf_sparse_pathways.pathways.pathway import Pathway
 
 KNOWN = (*PARTS, *ROUTER_PARTS, SHARED)
 """Kinds of parts that this version reads."""

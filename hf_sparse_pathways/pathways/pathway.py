@@ -7,7 +7,6 @@ them. Besides the domains' pathways there may be *controls* (``pooled``: all dom
 together), which stand beside them in every measurement and are no domains.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,18 +15,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_pathways.errors import (
-    MismatchError,
-    PathwaysError,
-    UnknownNameError,
-    UnsupportedModelError,
-)
+from hf_sparse_pathways.errors import MismatchError, UnknownNameError, UnsupportedModelError
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway
 from hf_sparse_pathways.ffn.clusters import Kept, experts_of
 from hf_sparse_pathways.ffn.kept_experts import KeptExperts
-from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
+from hf_sparse_pathways.pathways.base import BaseModel
+from hf_sparse_pathways.pathways.checks import check_pathway
 from hf_sparse_pathways.pathways.entry import write_adapter_files
 from hf_sparse_pathways.pathways.expert_summary import describe_experts
+from hf_sparse_pathways.pathways.names import check_domain_name
 from hf_sparse_pathways.pathways.signature import Signature
 from hf_sparse_pathways.pathways.summary import describe_pathways
 from hf_sparse_pathways.shares import format_share
@@ -35,22 +31,6 @@ from hf_sparse_pathways.tables import ShownAsTables, Table
 
 if TYPE_CHECKING:
     from os import PathLike
-
-POOLED = "pooled"
-"""Name of the control that is selected from all domains' statistics together."""
-
-AUTO = "auto"
-"""In place of a domain's name: whichever the prompt is of."""
-
-PROMPT = "prompt"
-"""In place of a domain's name: the neurons that the prompt itself has used."""
-
-RESERVED = (AUTO, POOLED, PROMPT)
-
-TUNED = "tuned: "
-"""Before a domain's name: the control that is the dense model, tuned as the domain was healed."""
-
-_DOMAIN_NAME = re.compile(r"\w[\w .+-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -147,7 +127,7 @@ class Pathways(ShownAsTables):
         for name in self.by_domain:
             check_domain_name(name)
         for name, pathway in [*self.by_domain.items(), *self.controls.items()]:
-            _check_shapes(name, pathway, self.base)
+            check_pathway(name, pathway, self.base)
 
     @classmethod
     def from_masks(cls, model: nn.Module, masks: Mapping[str, Sequence[Tensor]]) -> Self:
@@ -312,16 +292,23 @@ class Pathways(ShownAsTables):
         """Return a copy with more controls. Pure."""
         return replace(self, controls={**self.controls, **controls})
 
-    def with_experts(self, experts: Mapping[str, Sequence[KeptExperts]]) -> Self:
+    def with_experts(self, experts: Mapping[str, Iterable[KeptExperts]]) -> Self:
         """Return a copy in which some domains keep some of the routed experts. Pure.
 
         Args:
-            experts: Domain name -> one entry per layer with routed experts, in layer order.
+            experts: Domain name -> one entry per layer with routed experts, in layer order; none
+                to keep all of them.
 
         Raises:
             UnknownNameError: An unknown domain.
             MismatchError: An entry does not fit its layer, or leaves too few to the router.
         """
+        for name, kept in experts.items():
+            if not isinstance(kept, Iterable):
+                raise MismatchError(
+                    f"Domain {name!r}: give a list of sp.KeptExperts, one per layer with routed "
+                    f"experts, or an empty one to keep all of them; got {kept!r:.200}."
+                )
         own = {
             name: replace(self._domain(name), experts=tuple(kept)) for name, kept in experts.items()
         }
@@ -365,63 +352,3 @@ def _active(block: BlockPathway) -> float:
     if block.groups is not None:
         return block.groups.active / block.kept
     return 1.0 if block.skipping is None else float(block.skipping.active)
-
-
-def check_domain_name(name: object) -> None:
-    """Check that a name can be a domain's.
-
-    Raises:
-        PathwaysError: It cannot.
-    """
-    if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name) or name in RESERVED:
-        raise PathwaysError(
-            f"{name!r} cannot be a domain's name. Use 1 to 64 letters, digits, spaces or ._+- "
-            f"that start with a letter or digit; {', '.join(map(repr, RESERVED))} are reserved."
-        )
-
-
-def _check_shapes(name: str, pathway: Pathway, base: BaseModel) -> None:
-    if len(pathway.blocks) != len(base.blocks):
-        raise MismatchError(
-            f"Domain {name!r} has {len(pathway.blocks)} masks, but {base.name!r} has "
-            f"{len(base.blocks)} FFN blocks. Give one mask per block, in layer order."
-        )
-    for block, shape in zip(pathway.blocks, base.blocks, strict=True):
-        check_block(name, block, shape)
-    if pathway.experts:
-        check_experts(name, pathway.experts, base)
-
-
-def check_block(name: str, block: Kept, shape: BlockShape) -> None:
-    """Check that what a domain's pathway keeps of a block fits it; see ``BlockPathway.check``.
-
-    Raises:
-        MismatchError: It does not; the message names the domain and the block.
-    """
-    try:
-        block.check(shape.name, shape.d_in, shape.d_ff, shape.d_out, shape.branches)
-    except MismatchError as error:
-        raise MismatchError(f"Domain {name!r}: {error}") from error
-
-
-def check_experts(name: str, experts: tuple[KeptExperts, ...], base: BaseModel) -> None:
-    """Check that what a domain's pathway keeps of routed experts fits them.
-
-    Raises:
-        MismatchError: It does not; the message names the domain and the layer.
-    """
-    if len(experts) != len(base.experts):
-        raise MismatchError(
-            f"Domain {name!r} keeps experts of {len(experts)} layers, but {base.name!r} has "
-            f"{len(base.experts)} layers with routed experts. Give one entry per layer."
-        )
-    for kept, shape in zip(experts, base.experts, strict=True):
-        if not isinstance(kept, KeptExperts):
-            raise MismatchError(
-                f"Domain {name!r}: a layer's entry has to be sp.KeptExperts(keep=mask), got "
-                f"{kept!r:.200}."
-            )
-        try:
-            kept.check(shape)
-        except MismatchError as error:
-            raise MismatchError(f"Domain {name!r}: {error}") from error

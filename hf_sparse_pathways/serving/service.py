@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from hf_sparse_pathways.errors import PathwaysError, UnknownNameError
 from hf_sparse_pathways.measure.speed.workloads import most_tokens
 from hf_sparse_pathways.modeling.domains import UNSET, Unset
-from hf_sparse_pathways.pathways.pathway import AUTO, PROMPT
+from hf_sparse_pathways.pathways.names import AUTO, PROMPT
 from hf_sparse_pathways.serving.generation import Generation
 from hf_sparse_pathways.serving.limits import Limits
 from hf_sparse_pathways.serving.requests import (

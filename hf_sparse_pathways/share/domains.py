@@ -17,7 +17,8 @@ from hf_sparse_pathways.errors import ArtefactError, PathwaysError, UnknownNameE
 from hf_sparse_pathways.files import as_json, read_json
 from hf_sparse_pathways.pathways.apart import FIELD, folder_for, list_apart
 from hf_sparse_pathways.pathways.description import base_from_json, check_entries
-from hf_sparse_pathways.pathways.pathway import Pathways, check_domain_name
+from hf_sparse_pathways.pathways.names import check_domain_name
+from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.storage import (
     JSON_NAME,
     TENSORS_NAME,

@@ -8,7 +8,7 @@ from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.discovery.trials import mean_loss
 from hf_sparse_pathways.ffn.blocks import find_blocks
-from hf_sparse_pathways.pathways.pathway import POOLED
+from hf_sparse_pathways.pathways.names import POOLED
 from tests.architectures import build
 from tests.texts import documents, tiny_tokenizer
 

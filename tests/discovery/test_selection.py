@@ -19,7 +19,8 @@ from hf_sparse_pathways.discovery.scores import SCORES, ScoreInput
 from hf_sparse_pathways.discovery.selection import select
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameError
 from hf_sparse_pathways.ffn.blocks import find_blocks
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
+from hf_sparse_pathways.pathways.names import POOLED
+from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build, tiny_llama
 from tests.discovery.profiles import random_profile
 from tests.texts import documents, tiny_tokenizer

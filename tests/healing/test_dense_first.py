@@ -5,7 +5,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.healing.losses import Objective
-from hf_sparse_pathways.pathways.pathway import TUNED
+from hf_sparse_pathways.pathways.names import TUNED
 from tests.architectures import build, prompt, random_masks
 from tests.healing.healings import heal, same, sparse, watch_batches
 

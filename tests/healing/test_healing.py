@@ -11,7 +11,7 @@ import hf_sparse_pathways as sp
 from hf_sparse_pathways.discovery.trials import batch_loss, run_model
 from hf_sparse_pathways.discovery.windows import make_batches
 from hf_sparse_pathways.healing import checkpoints, healing, training
-from hf_sparse_pathways.pathways.pathway import TUNED
+from hf_sparse_pathways.pathways.names import TUNED
 from tests.architectures import build, compensate, prompt, random_masks
 from tests.healing.healings import TEXTS, heal, parts, same, sparse, text, watch_batches
 from tests.texts import documents, tiny_tokenizer

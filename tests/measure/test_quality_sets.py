@@ -12,7 +12,8 @@ from hf_sparse_pathways.discovery.profiling import profile
 from hf_sparse_pathways.errors import MismatchError, PathwaysError, TextError
 from hf_sparse_pathways.measure.figures import format_figure
 from hf_sparse_pathways.measure.quality import evaluate
-from hf_sparse_pathways.pathways.pathway import TUNED, Pathways
+from hf_sparse_pathways.pathways.names import TUNED
+from hf_sparse_pathways.pathways.pathway import Pathways
 from tests.architectures import build, random_masks
 from tests.measure.test_quality import CALIBRATION, TEXTS, TOKENIZER
 from tests.texts import documents

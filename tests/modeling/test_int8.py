@@ -12,6 +12,7 @@ from hf_sparse_pathways.ffn.stored import Stored, is_int8, quantise
 from hf_sparse_pathways.native import product
 from tests.architectures import build, compensate, prompt, random_masks
 from tests.clustered import clustered
+from tests.grouped import grouped
 from tests.skipping import skipping
 
 torchao = pytest.importorskip("torchao.quantization")
@@ -52,6 +53,25 @@ def test_kept_rows_compute_what_the_mask_does(quantised, executor, inputs, monke
     copies = [kept.product for leaf in _leaves(model) for kept in leaf.copies.values()]
     assert copies
     assert {kept.weight.dtype for kept in copies} == {torch.int8}
+
+
+@pytest.mark.parametrize("inputs", [0, 10**6], ids=["tiles", "kernel"])
+@pytest.mark.parametrize("executor", ["compact", "sliced", NATIVE])
+@torch.no_grad()
+def test_groups_compute_what_the_mask_does(quantised, executor, inputs, monkeypatch):
+    monkeypatch.setattr(product, "MOST_INPUTS", inputs)
+    plain = build(quantised.config.model_type)
+    paths = grouped(sp.Pathways.from_masks(plain, random_masks(plain)))
+    model, reference = (
+        sp.SparsePathwaysForCausalLM.from_dense(quantised, paths, executor=name)
+        for name in (executor, "masked")
+    )
+    for ids in (prompt(), prompt()[:1, :1]):
+        for domain in ("code", ["code", "law"][: len(ids)]):
+            found, expected = (m(ids, domain=domain).logits for m in (model, reference))
+            assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+    whole = _sparse(quantised, False, "masked")(prompt(), domain="code").logits
+    assert (whole - reference(prompt(), domain="code").logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("executor", ["compact", NATIVE])

@@ -227,6 +227,9 @@ def test_what_is_refused():
         paths.with_experts({"code": [[0, 1], [0, 1]]})
     with pytest.raises(PathwaysError, match="one entry per layer"):
         paths.with_experts({"code": [sp.KeptExperts(keep=~few)]})
+    with pytest.raises(PathwaysError, match="empty one to keep all of them; got None"):
+        paths.with_experts({"code": None})
+    assert paths.with_experts({"code": ()})["code"].experts == ()
 
 
 @pytest.mark.parametrize("name", sorted(MOE))

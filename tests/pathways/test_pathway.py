@@ -12,7 +12,8 @@ from hf_sparse_pathways.errors import MismatchError, PathwaysError, UnknownNameE
 from hf_sparse_pathways.ffn.block_pathway import BlockPathway, LowRank
 from hf_sparse_pathways.ffn.blocks import find_blocks
 from hf_sparse_pathways.pathways.base import BaseModel, BlockShape
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathway, Pathways
+from hf_sparse_pathways.pathways.names import POOLED
+from hf_sparse_pathways.pathways.pathway import Pathway, Pathways
 from tests.architectures import build, random_masks, tiny_llama
 
 MODEL = tiny_llama()

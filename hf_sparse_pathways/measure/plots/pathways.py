@@ -15,7 +15,8 @@ from hf_sparse_pathways.measure.plots.drawing import (
     short_name,
 )
 from hf_sparse_pathways.measure.plots.overlaps import draw_overlaps
-from hf_sparse_pathways.pathways.pathway import POOLED, Pathways
+from hf_sparse_pathways.pathways.names import POOLED
+from hf_sparse_pathways.pathways.pathway import Pathways
 
 
 def plot_sparsity(pathways: Pathways) -> Figure:
