@@ -4,7 +4,32 @@ import copy
 
 import torch
 
+import hf_sparse_pathways as sp
 from hf_sparse_pathways.ffn.blocks import find_blocks
+from tests.architectures import build, compensate, prompt, random_masks
+
+IDS = prompt(3, 12)
+
+
+def quiet(model):
+    """Let a model generate as long as it is told to; return it."""
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_case():
+    """Return a dense model, and the model with pathways of every compensation."""
+    dense = quiet(build("llama"))
+    paths = compensate(dense, random_masks(dense))
+    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="compact")
+    model.set_prompt_pathways(rule="griffin")
+    return dense, model
+
+
+def griffin(dense, ids, sparsity=0.5):
+    """Return a plain model that computes what follows one prompt as it should be."""
+    return reference(dense, griffin_masks(dense, ids, sparsity), ids.shape[1])
 
 
 def griffin_masks(model, ids, sparsity=0.5):

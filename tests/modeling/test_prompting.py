@@ -1,46 +1,25 @@
-"""``domain="prompt"`` in every form of a call: what a prompt has used computes what follows."""
+"""``domain="prompt"``: what a prompt has used computes what follows, in every form of decoding."""
 
 import copy
 import pickle
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
+from transformers import AutoModelForCausalLM
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.modeling.picked import LEAST_TOKENS
 from tests.architectures import build, compensate, prompt, random_masks, repaired
 from tests.clustered import clustered
 from tests.clustered import reference as clustered_reference
 from tests.modeling.test_generate import FORMS, _generate
-from tests.prompted import griffin_masks, reference
-from tests.texts import tiny_tokenizer
-
-IDS = prompt(3, 12)
-
-
-def _quiet(model):
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
+from tests.prompted import IDS, griffin, griffin_masks, make_case, quiet, reference
 
 
 @pytest.fixture(scope="module")
 def case():
-    """A dense model, and the model with pathways of every compensation."""
-    dense = _quiet(build("llama"))
-    paths = compensate(dense, random_masks(dense))
-    model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="compact")
-    model.set_prompt_pathways(rule="griffin")
-    return dense, model
-
-
-def _reference(dense, ids, sparsity=0.5):
-    """Return a plain model that computes what follows one prompt as it should be."""
-    return reference(dense, griffin_masks(dense, ids, sparsity), ids.shape[1])
+    return make_case()
 
 
 def _picked(model, ids, **arguments):
@@ -53,7 +32,7 @@ def _picked(model, ids, **arguments):
 def test_every_form_equals_zeroed_weights(case, executor, form):
     dense, model = case
     model.set_executor(executor)
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], **FORMS[form])
+    expected = _generate(griffin(dense, IDS[:1]), IDS[:1], **FORMS[form])
     assert torch.equal(_generate(model, IDS[:1], domain="prompt", **FORMS[form]), expected)
     if not FORMS[form]["do_sample"]:
         assert not torch.equal(_generate(dense, IDS[:1], **FORMS[form]), expected)
@@ -69,7 +48,7 @@ def test_rows_of_a_padded_batch_pick_their_own(case, form, told):
     for row, length in enumerate(lengths):
         text = prompt(1, length, seed=row)
         ids[row, 14 - length :] = text[0]
-        expected = _generate(_reference(dense, text), text, **FORMS[form])
+        expected = _generate(griffin(dense, text), text, **FORMS[form])
         alone.append(expected[:, length:])
     given = {"attention_mask": (ids != 0).long()} if told else {}  # else it is inferred
     settings = {**given, **FORMS[form], "max_new_tokens": 6}
@@ -82,8 +61,8 @@ def test_rows_stand_beside_other_domains(case):
     references = {name: repaired(dense, model.pathways[name]) for name in model.domains}
     rows = prompt(5, 12)
     names = ["law", "prompt", None, "code", "prompt"]
-    plain = [references["law"], _reference(dense, rows[1:2]), dense, references["code"]]
-    plain.append(_reference(dense, rows[4:5]))
+    plain = [references["law"], griffin(dense, rows[1:2]), dense, references["code"]]
+    plain.append(griffin(dense, rows[4:5]))
     for form in ("greedy", "no_cache", "beams", "prompt_lookup"):
         some = rows[1:2] if form == "prompt_lookup" else rows
         expected = [
@@ -104,7 +83,7 @@ def test_rows_stand_beside_a_domain_with_clusters(case):
     paths = clustered(dense)
     model = sp.SparsePathwaysForCausalLM.from_dense(dense, paths, executor="compact")
     model.set_prompt_pathways(rule="griffin")
-    plain = [clustered_reference(dense, paths["code"]), _reference(dense, IDS[1:2])]
+    plain = [clustered_reference(dense, paths["code"]), griffin(dense, IDS[1:2])]
     for form in ("greedy", "no_cache"):
         pairs = zip(plain, IDS[:2], strict=True)
         expected = torch.cat([_generate(own, ids[None], **FORMS[form]) for own, ids in pairs])
@@ -115,7 +94,7 @@ def test_rows_stand_beside_a_domain_with_clusters(case):
 @pytest.fixture(scope="module")
 def fitted():
     """A dense model, and one with the default rule, whose pathways have a refit and a bias."""
-    dense = _quiet(build("llama"))
+    dense = quiet(build("llama"))
     paths = compensate(dense, random_masks(dense))
     plain = {
         name: sp.Pathway(blocks=tuple(replace(b, bypass=None, incoming=()) for b in pathway.blocks))
@@ -187,168 +166,37 @@ def test_what_was_picked_is_told(case):
 def test_sparsity_is_a_setting_that_is_saved(case, tmp_path):
     dense, model = copy.deepcopy(case)
     model.set_prompt_pathways(rule="griffin", sparsity=0.25)
-    expected = _generate(_reference(dense, IDS[:1], 0.25), IDS[:1], do_sample=False)
+    expected = _generate(griffin(dense, IDS[:1], 0.25), IDS[:1], do_sample=False)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for other in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.prompt_settings == model.prompt_settings
         assert torch.equal(
-            _generate(_quiet(other), IDS[:1], domain="prompt", do_sample=False), expected
+            _generate(quiet(other), IDS[:1], domain="prompt", do_sample=False), expected
         )
     assert "prompt_pathways" not in model.to_dense().config.to_dict()
 
 
 def test_a_model_without_domains(tmp_path):
-    dense = _quiet(build("llama"))
+    dense = quiet(build("llama"))
     model = sp.adapt(dense, rule="griffin", sparsity=0.4, default_domain="prompt")
-    expected = _generate(_reference(dense, IDS[:1], 0.4), IDS[:1], do_sample=False)
+    expected = _generate(griffin(dense, IDS[:1], 0.4), IDS[:1], do_sample=False)
     assert torch.equal(_generate(model, IDS[:1], do_sample=False), expected)
     assert torch.equal(
         _generate(model, IDS[:1], domain=None, do_sample=False),
         _generate(dense, IDS[:1], do_sample=False),
     )
     model.save_pretrained(tmp_path)
-    loaded = _quiet(AutoModelForCausalLM.from_pretrained(tmp_path))
+    loaded = quiet(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert loaded.domains == []
     assert torch.equal(_generate(loaded, IDS[:1], do_sample=False), expected)
     with pytest.raises(sp.PathwaysError, match="set_prompt_pathways"):
         sp.adapt(model)
 
 
-def test_a_forward_pass_is_dense_and_picks(case):
-    dense, model = case
-    output = model(IDS, domain="prompt")
-    assert torch.equal(output.logits, dense(IDS).logits)
-    for row, pathway in enumerate(output.picked.pathways):
-        masks = griffin_masks(dense, IDS[row : row + 1])
-        assert all(map(torch.equal, pathway.keep, masks))
-
-
-@torch.no_grad()
-def test_a_loop_of_passes_goes_on_with_what_was_picked(case):
-    dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)[:, 12:]
-    output = model(IDS[:1], domain="prompt", use_cache=True)
-    picked, tokens = output.picked, []
-    for _ in range(expected.shape[1]):
-        tokens.append(output.logits[:, -1:].argmax(-1))
-        output = model(tokens[-1], cache=output.past_key_values, domain=picked)
-    assert torch.equal(torch.cat(tokens, dim=1), expected)
-    assert "prompt" not in model.resident
-    with model.pathway(picked):
-        model(IDS[:1])
-        assert model.resident["prompt"] > 0
-        again = model(IDS[:1]).logits
-    assert torch.equal(again, model(IDS[:1], domain=picked).logits)
-    assert "prompt" not in model.resident
-
-
-def test_a_text_in_a_cache_goes_on_with_what_was_picked_before(case):
-    dense, model = case
-    first = _generate(
-        model, IDS[:1], domain="prompt", do_sample=False, return_dict_in_generate=True
-    )
-    longer = torch.cat([first.sequences, prompt(1, 3, seed=9)], dim=1)
-    masks = [block.keep for block in first.picked.pathways[0].blocks]
-    expected = _generate(reference(dense, masks, 12), longer, do_sample=False)
-    cache = first.past_key_values
-    with pytest.raises(sp.PathwaysError, match="domain=picked"):
-        _generate(model, longer, domain="prompt", past_key_values=cache, do_sample=False)
-    found = _generate(model, longer, domain=first.picked, past_key_values=cache, do_sample=False)
-    assert torch.equal(found, expected)
-
-
-def test_prompts_of_few_tokens_are_dense(case):
-    dense, model = case
-    for length in (1, LEAST_TOKENS - 1):
-        ids = prompt(1, length)
-        output = _generate(
-            model, ids, domain="prompt", do_sample=False, return_dict_in_generate=True
-        )
-        assert output.domains == [None]
-        assert output.picked.pathways == (None,)
-        assert torch.equal(output.sequences, _generate(dense, ids, do_sample=False))
-
-
-def test_embeddings_instead_of_tokens(case):
-    dense, model = case
-    embeds = model.get_input_embeddings()(IDS[:1]).detach()
-    settings = {"inputs_embeds": embeds, "max_new_tokens": 6, "do_sample": False}
-    found = model.generate(**settings, domain="prompt", attention_mask=torch.ones(1, 12))
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)[:, 12:]
-    assert torch.equal(found, expected)
-
-
-def test_a_prompt_in_parts_is_seen_whole(case):
-    dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)
-    config = GenerationConfig(prefill_chunk_size=5, do_sample=False, max_new_tokens=6)
-    found = model.generate(IDS[:1], generation_config=config, domain="prompt")
-    assert torch.equal(found, expected)
-
-
-def test_an_assistant_guesses_and_the_result_stays(case):
-    dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)
-    for assistant in (dense, copy.deepcopy(model)):
-        found = _generate(
-            model, IDS[:1], domain="prompt", do_sample=False, assistant_model=assistant
-        )
-        assert torch.equal(found, expected)
-    with pytest.raises(sp.PathwaysError, match="assistant_early_exit"):
-        _generate(model, IDS[:1], domain="prompt", assistant_early_exit=1)
-
-
-def test_scopes_ask_each_call(case):
-    dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)
-    with model.pathway("prompt"):
-        assert torch.equal(_generate(model, IDS[:1], do_sample=False), expected)
-        law = _generate(model, IDS[:1], domain="law", do_sample=False)
-    assert torch.equal(law, _generate(model, IDS[:1], domain="law", do_sample=False))
-
-
-def test_threads_pick_apart(case):
-    dense, model = case
-    model.set_executor("compact")
-    rows = [IDS[row : row + 1] for row in range(3)]
-    expected = [_generate(_reference(dense, ids), ids, do_sample=False) for ids in rows]
-    wrong, gate = [], threading.Barrier(6)
-
-    def work(number):
-        gate.wait()
-        for _ in range(4):
-            row, settings = number % 3, {"do_sample": False, "max_new_tokens": 6}
-            mask = torch.ones_like(rows[row])
-            found = model.generate(rows[row], attention_mask=mask, domain="prompt", **settings)
-            if not torch.equal(found, expected[row]):
-                wrong.append(row)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert "prompt" not in model.resident
-
-
-def test_streaming_from_another_thread(case):
-    dense, model = case
-    tokenizer = tiny_tokenizer()
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    arguments = {"domain": "prompt", "do_sample": False, "max_new_tokens": 6, "streamer": streamer}
-    thread = threading.Thread(target=model.generate, args=(IDS[:1],), kwargs=arguments)
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)[0, 12:]
-    assert text == tokenizer.decode(expected)
-
-
 def test_copies_that_do_not_fit_are_masked(case):
     dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)
+    expected = _generate(griffin(dense, IDS[:1]), IDS[:1], do_sample=False)
     before = model.max_resident_bytes
     try:
         model.max_resident_bytes = 1
@@ -375,7 +223,7 @@ def test_copies_are_counted_while_a_call_runs(case):
 @torch.no_grad()
 def test_wrapped_leaves_are_masked(case):
     dense, model = case
-    expected = _generate(_reference(dense, IDS[:1]), IDS[:1], do_sample=False)
+    expected = _generate(griffin(dense, IDS[:1]), IDS[:1], do_sample=False)
     for target in ("down_proj", "up_proj"):
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=[target]))
         for form in ("greedy", "no_cache"):
