@@ -57,14 +57,15 @@ class LayerOutput:
         self.gain: float | None = None
         self.tape_bytes: int | None = None
 
-    def learn(self, batch: Batch, hidden: Tensor | None) -> None:
+    def learn(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> None:
         """Find the gain, and what a tape takes where there is none.
 
         Args:
             batch: Some text.
             hidden: The hidden states before the layer; None for the first layer.
+            behind: Those behind it.
         """
-        self.gain = self._constant_gain(batch, hidden)
+        self.gain = self._constant_gain(batch, hidden, behind)
         if self.gain is None:
             size = self.runner.tape_size(self.index, batch, hidden, self.leaf)
             self.tape_bytes = None if size is None else -(-size // batch.ids.numel())
@@ -119,13 +120,12 @@ class LayerOutput:
         assert passed.tape is not None  # or the layer would be run in full
         return self._replayed(batch, hidden, passed.tape, added)
 
-    def _constant_gain(self, batch: Batch, hidden: Tensor | None) -> float | None:
+    def _constant_gain(self, batch: Batch, hidden: Tensor | None, behind: Tensor) -> float | None:
         """Return the factor with which the output enters the layer's result; None if it varies.
 
         The output is changed at random, by as much as the layer's own result. What is left of the
         factor are the digits that do not depend on the text.
         """
-        behind = self.runner.run(self.index, batch, hidden)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(behind.shape, generator=generator).to(behind)
         noise *= behind.float().square().mean().sqrt()

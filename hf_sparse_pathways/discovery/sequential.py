@@ -62,11 +62,9 @@ def prune_sequentially(model: nn.Module, arms: Sequence[Arm]) -> Mapping[str, tu
         ):
             own = [(number, block) for number, block in enumerate(blocks) if block.layer is layer]
             step = _Layer(runner, index, own, streams) if own else None
-            dense = streams.dense
-            if not leafwise:
-                dense = streams.run_dense(runner, index)
-                if step is not None:
-                    step.learn()
+            dense = streams.dense if leafwise else streams.run_dense(runner, index)
+            if step is not None and dense[0] is not None:
+                step.learn(dense[0])
             for position, arm in enumerate(arms):
                 if step is None:
                     streams.run_pruned(runner, index, position)
@@ -132,11 +130,11 @@ class _Layer:
         self.output = LayerOutput(runner, index, blocks[-1][1].outgoing)
         self.spaces = Workspaces()
 
-    def learn(self) -> None:
+    def learn(self, behind: Tensor) -> None:
         """Learn from the first window, which is its batch's longest, how the layer adds its FFN."""
         batch, hidden = self.streams.batches[0], self.streams.dense[0]
         first = Batch(batch.ids[:1], batch.mask[:1], batch.windows[:1])
-        self.output.learn(first, None if hidden is None else hidden[:1])
+        self.output.learn(first, None if hidden is None else hidden[:1], behind[:1])
 
     def prune(self, position: int, arm: Arm, dense: Sequence[Tensor | None]) -> None:
         """Prune the blocks for one arm, and move its stream behind the layer."""
@@ -197,7 +195,7 @@ class _Layer:
         and what it takes fits into memory.
         """
         output = self.output
-        unlike = arm.threshold is not None or arm.groups is not None or arm.leafwise
+        unlike = arm.samples_neurons or arm.leafwise
         if unlike or len(probes) != 1 or (output.gain is None and output.tape_bytes is None):
             return False
         tokens = sum(batch.ids.numel() for batch in batches)

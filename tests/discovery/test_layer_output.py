@@ -21,7 +21,9 @@ def _second_layer(architecture):
     blocks = find_blocks(model)
     runner = LayerRunner(model, stacked_layers(model, [block.layer for block in blocks]))
     hidden = runner.run(0, BATCH, None)
-    return LayerOutput(runner, 1, blocks[1].outgoing), hidden
+    output = LayerOutput(runner, 1, blocks[1].outgoing)
+    output.learn(BATCH, hidden, runner.run(1, BATCH, hidden))
+    return output, hidden
 
 
 def _derivative(output, hidden):
@@ -48,12 +50,12 @@ def _derivative(output, hidden):
 def test_the_measured_gain_is_the_layers_derivative(architecture):
     output, hidden = _second_layer(architecture)
     expected = _derivative(output, hidden)
-    output.learn(BATCH, hidden)
     assert (output.gain is None) == (architecture in POST_NORM)
     if output.gain is not None:
         assert output.gain == pytest.approx(float(expected.mean()), rel=1e-3)
     real = BATCH.mask.flatten()
     passed = output.run(BATCH, hidden)
+    assert (passed.tape is None) == (architecture in PLAIN)
     untaped = Passed(passed.behind, None)
     for seen in (passed, untaped):
         error = (output.token_gains(BATCH, hidden, seen) - expected)[real].norm()
@@ -64,7 +66,6 @@ def test_the_measured_gain_is_the_layers_derivative(architecture):
 @torch.no_grad()
 def test_what_a_layer_gives_with_another_output_is_what_it_gives_when_run(architecture):
     output, hidden = _second_layer(architecture)
-    output.learn(BATCH, hidden)
     passed = output.run(BATCH, hidden)
     assert output.can_move(passed)
     added = torch.randn(IDS.numel(), passed.behind.shape[-1])
@@ -80,7 +81,6 @@ def test_what_a_layer_gives_with_another_output_is_what_it_gives_when_run(archit
 @torch.no_grad()
 def test_what_is_missing_makes_the_layer_give_what_it_should(architecture):
     output, hidden = _second_layer(architecture)
-    output.learn(BATCH, hidden)
     passed = output.run(BATCH, hidden)
     aim = passed.behind + torch.randn_like(passed.behind)
     missing, weights = output.missing(BATCH, hidden, passed, aim, torch.arange(IDS.numel()))
@@ -92,7 +92,6 @@ def test_what_is_missing_makes_the_layer_give_what_it_should(architecture):
 @torch.no_grad()
 def test_with_a_norm_behind_it_what_is_missing_brings_the_layer_nearer(architecture):
     output, hidden = _second_layer(architecture)
-    output.learn(BATCH, hidden)
     passed, rows = output.run(BATCH, hidden), torch.arange(IDS.numel())
     aim = passed.behind + 0.01 * torch.randn_like(passed.behind)
     missing, weights = output.missing(BATCH, hidden, passed, aim, rows)

@@ -66,6 +66,7 @@ def test_groups_compute_what_the_mask_does(quantised, executor, inputs, monkeypa
         sp.SparsePathwaysForCausalLM.from_dense(quantised, paths, executor=name)
         for name in (executor, "masked")
     )
+    assert model.execution.executor == executor, model.execution.reason
     for ids in (prompt(), prompt()[:1, :1]):
         for domain in ("code", ["code", "law"][: len(ids)]):
             found, expected = (m(ids, domain=domain).logits for m in (model, reference))
