@@ -1,9 +1,12 @@
 """The kernel in C: every shape, dtype and thread count, and machines that cannot compile it."""
 
+import functools
 import itertools
 import os
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +25,27 @@ def _load_anew():
     library.find_kernel.cache_clear()
     yield
     library.find_kernel.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """What compiles as the library does, but each command once."""
+    compile_it = library._compile
+
+    @functools.cache
+    def compiled(compiler, flags):
+        return compile_it(compiler, flags, tmp_path_factory.mktemp("kernel"))
+
+    return lambda compiler, flags, folder: Path(
+        shutil.copy(compiled(tuple(compiler), tuple(flags)), folder)
+    )
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path, compile_once):
+    monkeypatch.setattr(library, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "_compile", compile_once)
+    return tmp_path / "home" / "hf_sparse_pathways"
 
 
 def _case(n, k, m, dtype, weight_dtype, seed=0):
@@ -93,6 +117,26 @@ def test_sums_of_rows_are_products_with_the_transposed(dtype, weights, many, mon
             limit = 3 if many and dtype == torch.bfloat16 else 1
             error = (found.double() - expected).abs().max()
             assert error <= limit * expected.abs().max() * (4e-6 if dtype.itemsize == 4 else 8e-3)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()], ids=["avx2", "none"])
+@pytest.mark.parametrize("weights", ["own", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_processors_with_shorter_vectors(dtype, weights, flags, monkeypatch):
+    if flags and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setattr(library, "_TRIED", (flags,))
+    kind = torch.int8 if weights == "int8" else dtype
+    for n, k in itertools.product((1, 4, 9, 33), (1, 7, 8, 16, 130)):
+        x, weight, rows, scale, bias = _case(n, k, 1 + (n * k) % 11, dtype, kind)
+        scale = scale if weights == "int8" else None
+        found = linear_rows(x, weight, rows, scale, bias)
+        assert _close(found, _expected(x, weight, rows, scale, bias))
+        y = torch.randn(len(x), n).to(dtype)
+        assert _close(sum_rows(y, weight, rows), _expected(y, weight[rows].T, None, None, None))
+    assert not isinstance(library.find_kernel(), library.NativeError)
 
 
 @pytest.mark.needs_compiler
@@ -249,12 +293,6 @@ def test_it_is_one_operator_of_a_graph():
     compiled = torch.compile(twice, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), twice(x))
     torch.library.opcheck(product._traced, (x, weight, rows, None, bias))
-
-
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "HF_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "hf_sparse_pathways"
 
 
 @pytest.mark.needs_compiler

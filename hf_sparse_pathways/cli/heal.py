@@ -23,7 +23,7 @@ def run(  # noqa: PLR0913
     folder: opt.Folder,
     domain: opt.Texts,
     output: opt.Output,
-    tokens: Annotated[int, typer.Option(help="Training tokens per domain.")] = USUAL.tokens,
+    tokens: opt.TrainingTokens = USUAL.tokens,
     steps: Annotated[int | None, typer.Option(help="Instead of --tokens: steps.")] = None,
     train: Annotated[str, typer.Option(help="lora, or weights: all kept ones.")] = USUAL.train,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = USUAL.rank,
@@ -55,14 +55,10 @@ def run(  # noqa: PLR0913
     ] = USUAL.keep,
     learning_rate: Annotated[float | None, typer.Option(help=f"Highest rate. [{_RATES}]")] = None,
     batch_size: opt.BatchSize = USUAL.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = USUAL.accumulate,
+    accumulate: opt.Accumulate = USUAL.accumulate,
     max_length: opt.MaxLength = None,
-    validation_tokens: Annotated[
-        int, typer.Option(help="Tokens on which the best state is chosen.")
-    ] = USUAL.validation_tokens,
-    validations: Annotated[
-        int, typer.Option(help="How often that is measured.")
-    ] = USUAL.validations,
+    validation_tokens: opt.ValidationTokens = USUAL.validation_tokens,
+    validations: opt.Validations = USUAL.validations,
     patience: Annotated[
         int, typer.Option(help="Stop after so many of these without a new best.")
     ] = USUAL.patience,

@@ -40,6 +40,10 @@ MaxLength = Annotated[
     int | None, typer.Option(help="Most tokens per window. [512, or the model's positions]")
 ]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
+TrainingTokens = Annotated[int, typer.Option(help="Training tokens per domain.")]
+Accumulate = Annotated[int, typer.Option(help="Forward passes per step.")]
+ValidationTokens = Annotated[int, typer.Option(help="Tokens on which the best state is chosen.")]
+Validations = Annotated[int, typer.Option(help="How often that is measured.")]
 HeldOut = Annotated[
     float, typer.Option(help="Fraction of each domain's documents kept for evaluation.")
 ]

@@ -20,7 +20,7 @@ def run(  # noqa: PLR0913
     folder: opt.Folder,
     domain: opt.Texts,
     output: opt.Output,
-    tokens: Annotated[int, typer.Option(help="Training tokens per domain.")] = USUAL.tokens,
+    tokens: opt.TrainingTokens = USUAL.tokens,
     loss: Annotated[
         str, typer.Option(help="Towards the dense model: kl, lm, hidden, joined by +.")
     ] = USUAL.loss,
@@ -40,14 +40,10 @@ def run(  # noqa: PLR0913
         float, typer.Option(help="Highest rate of the refitted columns.")
     ] = USUAL.refit_rate,
     batch_size: opt.BatchSize = USUAL.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = USUAL.accumulate,
+    accumulate: opt.Accumulate = USUAL.accumulate,
     max_length: opt.MaxLength = None,
-    validation_tokens: Annotated[
-        int, typer.Option(help="Tokens on which the best state is chosen.")
-    ] = USUAL.validation_tokens,
-    validations: Annotated[
-        int, typer.Option(help="How often that is measured.")
-    ] = USUAL.validations,
+    validation_tokens: opt.ValidationTokens = USUAL.validation_tokens,
+    validations: opt.Validations = USUAL.validations,
     held_out: opt.HeldOut = HELD_OUT,
     seed: opt.Seed = USUAL.seed,
     dtype: opt.Dtype = "auto",

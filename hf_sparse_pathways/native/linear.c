@@ -12,11 +12,17 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#define LANES 16    /* floats per vector */
+/* Floats per vector. Where a processor has no registers of 16, compilers split them in two, but keep
+ * sums in memory then: several times slower. */
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
 #define AHEAD_BYTES 4096 /* least distance at which rows are asked for */
 #define AHEAD_ROWS 4
 #define LINE 64
@@ -69,8 +75,10 @@ static inline vec load_bfloat16(const uint16_t *p) {
 }
 
 static inline vec load_int8(const int8_t *p) {
-#ifdef __AVX512F__ /* compilers make more instructions of the lines below */
+#if defined(__AVX512F__) /* compilers make more instructions of the lines below */
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 #else
     bytes b;
     memcpy(&b, p, sizeof b);
@@ -93,7 +101,7 @@ static inline float sum(vec v) {
 
 /* The sums of four vectors. */
 static inline void sum_four(vec a, vec b, vec c, vec d, float *sums) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
     __m512 vw = _mm512_add_ps(_mm512_unpacklo_ps(v, w), _mm512_unpackhi_ps(v, w));
     __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
@@ -101,6 +109,10 @@ static inline void sum_four(vec a, vec b, vec c, vec d, float *sums) {
     __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+    __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    __m256 all = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
     sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
 #endif
