@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,38 @@ from huggingface_hub import constants
 
 from hf_sparse_pathways.discovery import profiling
 from hf_sparse_pathways.ffn import verdicts
-from hf_sparse_pathways.ffn.forms import NATIVE, PACKED
+from hf_sparse_pathways.ffn.forms import PACKED
+from hf_sparse_pathways.native import library
 from tests.hub.endpoint import SERVER
 from tests.hub.store import Hub
 
-NEEDED = {"needs_packing": PACKED, "needs_compiler": NATIVE}
+
+@functools.cache
+def no_packing(dtype=torch.float32):
+    """Say why weights cannot be packed here; None if they can, even if the result were wrong."""
+    problem = verdicts.find_problem(PACKED, (16, 8), dtype)
+    return problem if problem and "do not work here" in problem else None
+
+
+@functools.cache
+def no_compiler():
+    """Say why no library in C can be compiled here; None if one can, even if not the kernel."""
+    try:
+        command = [*library._find_compiler(), "-shared", "-fPIC", "-xc", "-", "-o", os.devnull]
+        source = "#include <stdlib.h>\nvoid *none(void) { return NULL; }"
+        subprocess.run(command, input=source, check=True, text=True, capture_output=True)
+    except (library.NativeError, OSError, subprocess.SubprocessError) as error:
+        return f"no C compiler works here: {error}"
+
+
+MISSING = {"needs_packing": no_packing, "needs_compiler": no_compiler}
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests of forms of weights that this machine does not have."""
-    find = functools.cache(verdicts.find_problem)
-    for item, (name, form) in itertools.product(items, NEEDED.items()):
+    """Skip tests of what this machine does not have; what it has and is wrong makes them fail."""
+    for item, (name, find) in itertools.product(items, MISSING.items()):
         for mark in item.iter_markers(name):
-            problem = find(form, (16, 8), *mark.args or (torch.float32,))
+            problem = find(*mark.args)
             if problem:
                 item.add_marker(pytest.mark.skip(reason=problem))
 
