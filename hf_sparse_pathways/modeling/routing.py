@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from hf_sparse_pathways.errors import PathwaysError
 from hf_sparse_pathways.modeling.kinds import KINDS, check_kinds, nearest
+from hf_sparse_pathways.pathways.framing import Framing
 from hf_sparse_pathways.pathways.names import AUTO
 from hf_sparse_pathways.pathways.pathway import Pathways
 from hf_sparse_pathways.pathways.signature import LENGTHS, Signature
@@ -101,6 +102,11 @@ class Router:
             table[: len(weights), column] = weights
         return table
 
+    @cached_property
+    def _framings(self) -> frozenset[Framing]:
+        """The signatures' framings, usually one."""
+        return frozenset(signature.framing for signature in self.signatures.values())
+
     def decide(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
         """Decide for each row.
 
@@ -132,7 +138,8 @@ class Router:
         return decisions
 
     def _decide(self, ids: Tensor) -> Decision:
-        readings = {name: one.read(ids) for name, one in self.signatures.items()}
+        texts = {framing: framing.take(ids) for framing in self._framings}
+        readings = {name: one.read(texts[one.framing]) for name, one in self.signatures.items()}
         best = nearest(readings)
         said = readings[best]
         enough = said.count >= LENGTHS[0]

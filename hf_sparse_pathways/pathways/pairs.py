@@ -26,7 +26,7 @@ def collect_pairs(texts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """
     seen = torch.zeros(BUCKETS, dtype=torch.bool)
     for ids, counted in texts:
-        seen[_buckets(ids)[_both(counted)]] = True
+        seen[find_pairs(ids, counted)] = True
     powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
     return (seen.view(BYTES, 8) * powers).sum(1, dtype=torch.uint8)
 
@@ -39,9 +39,23 @@ def share_seen(pairs: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
         ids: int64 ``(..., tokens)``.
         counted: Which of them count, of that shape.
     """
-    places, both = _buckets(ids), _both(counted)
-    seen = (pairs[places >> 3] >> (places & 7).to(torch.uint8)) & 1
-    return (seen * both).sum(-1) / both.sum(-1).clamp_min(1)
+    both = _both(counted)
+    return (holds(pairs, _buckets(ids)) * both).sum(-1) / both.sum(-1).clamp_min(1)
+
+
+def find_pairs(ids: Tensor, counted: Tensor) -> Tensor:
+    """Return the buckets of a text's pairs, int64 ``(pairs,)``.
+
+    Args:
+        ids: int64 ``(tokens,)``.
+        counted: Which of them count, bool of that shape.
+    """
+    return _buckets(ids)[_both(counted)]
+
+
+def holds(pairs: Tensor, buckets: Tensor) -> Tensor:
+    """Return which buckets a set holds, 0 or 1 in uint8, of the buckets' shape."""
+    return (pairs[buckets >> 3] >> (buckets & 7).to(torch.uint8)) & 1
 
 
 def _buckets(ids: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from hf_sparse_pathways.errors import ArtefactError, MismatchError
 from hf_sparse_pathways.limits import MOST_DOMAINS, MOST_FRAME, MOST_WIDTH
-from hf_sparse_pathways.pathways.pairs import BYTES, share_seen
+from hf_sparse_pathways.pathways.framing import Framing, Text
+from hf_sparse_pathways.pathways.pairs import BYTES, holds
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of tokens for which quantiles are kept. Of fewer than the first nothing is said."""
@@ -166,39 +167,25 @@ class Signature:
         """Whether the pairs of the domain's text are known; earlier versions did not keep them."""
         return self.pairs.numel() > 0
 
-    def read(self, ids: Tensor) -> "Reading":
-        """Return what a text says.
-
-        Args:
-            ids: int64 ``(tokens,)``, on the CPU; padding with a special token may stand on either
-                side.
-        """
-        begin, end = self._frames
-        ids = self._after(end, self._after(begin, ids).flip(0)).flip(0)
-        counted = (ids >= 0) & (ids < len(self.tokens)) & ~torch.isin(ids, self.ignored)
-        return Reading(
-            count=int(counted.sum()),
-            nats=float(self.tokens[ids[counted]].float().sum()),
-            seen=float(share_seen(self.pairs, ids, counted)) if self.knows_pairs else 1.0,
+    @cached_property
+    def framing(self) -> Framing:
+        """What of a text says something; equal for the domains of one tokenizer."""
+        special, prefix, suffix = (getattr(self, name).tolist() for name in _IDS)
+        return Framing(
+            vocabulary=len(self.tokens),
+            special=frozenset(special),
+            prefix=tuple(prefix),
+            suffix=tuple(suffix),
         )
 
-    def _after(self, frame: Tensor, ids: Tensor) -> Tensor:
-        """Return what follows a frame, if a text begins with it; special tokens do not count."""
-        rest = ids[self._leading(ids) :]
-        found = len(frame) and torch.equal(rest[: len(frame)], frame.to(ids.dtype))
-        return rest[len(frame) :] if found else ids
-
-    @cached_property
-    def _frames(self) -> tuple[Tensor, Tensor]:
-        """The prefix, and the suffix from its end, without what is special before other tokens."""
-        frames = (self.prefix, self.suffix.flip(0))
-        begin, end = (frame[self._leading(frame) :] for frame in frames)
-        return begin, end
-
-    def _leading(self, ids: Tensor) -> int:
-        """Return how many special tokens some ids begin with."""
-        told = (~torch.isin(ids, self.ignored)).nonzero()
-        return int(told[0]) if len(told) else len(ids)
+    def read(self, text: Text) -> "Reading":
+        """Return what a text says, of which ``framing`` took what says something."""
+        held = holds(self.pairs, text.pairs) if self.knows_pairs else None
+        return Reading(
+            count=len(text.tokens),
+            nats=float(self.tokens[text.tokens].float().sum()),
+            seen=1.0 if held is None else float(held.sum() / max(1, len(held))),
+        )
 
     @cached_property
     def least_scores(self) -> list[float]:
@@ -225,10 +212,13 @@ class Signature:
             other: Its signature.
             count: Tokens of the text.
         """
-        place = (self.peers == other.digest).nonzero()
-        if not len(place):
-            return USUAL_MARGIN
-        return at_length(self.margins[int(place[0])].tolist(), count)
+        margins = self._margins.get(other.digest)
+        return USUAL_MARGIN if margins is None else at_length(margins, count)
+
+    @cached_property
+    def _margins(self) -> dict[int, list[float]]:
+        """Digest of another domain's weights -> by how many nats it has to be ahead."""
+        return dict(zip(self.peers.tolist(), self.margins.tolist(), strict=True))
 
     def typicality(self, said: Reading) -> float:
         """Return the fraction of the domain's held-out text of a length that scores less.

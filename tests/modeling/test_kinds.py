@@ -59,7 +59,7 @@ def test_the_same_words_in_another_order_go_nowhere(router):
 
 def test_two_domains_that_have_the_pairs_leave_it_to_the_tokens(router):
     ids = (32 + torch.arange(10)).repeat(4)[:LENGTH]  # in both, and no more in one than the other
-    readings = {name: one.read(ids) for name, one in router.signatures.items()}
+    readings = {name: one.read(one.framing.take(ids)) for name, one in router.signatures.items()}
     assert admit_by_pairs(router.signatures, readings) == {"two", "near"}
     assert admit_by_tokens(router.signatures, readings) == set()
     assert _decide(router, ids, "pairs") is None
@@ -67,6 +67,18 @@ def test_two_domains_that_have_the_pairs_leave_it_to_the_tokens(router):
     ids = _text(30)
     assert _decide(router, ids, "pairs") is None
     assert _decide(router, ids) == "two"
+
+
+def test_each_domain_reads_what_its_own_tokenizer_says_something_with(router):
+    two = router.signatures["two"]
+    other = replace(two, ignored=torch.arange(30, 36, dtype=torch.int32))
+    mixed = replace(router, signatures={**router.signatures, "two": other})
+    ids = _text(25)
+    decision = mixed.decide(ids[None])[0]
+    for name, one in mixed.signatures.items():
+        alone = one.read(one.framing.take(ids))
+        assert (decision.scores[name], decision.seen[name]) == (alone.score, alone.seen)
+    assert decision.scores["two"] < router.decide(ids[None])[0].scores["two"]
 
 
 def test_domains_whose_pairs_are_not_known_go_by_their_tokens(router):

@@ -7,7 +7,7 @@ import torch
 
 import hf_sparse_pathways as sp
 from hf_sparse_pathways.errors import ArtefactError, MismatchError, PathwaysError
-from hf_sparse_pathways.pathways.pairs import collect_pairs
+from hf_sparse_pathways.pathways.pairs import collect_pairs, share_seen
 from hf_sparse_pathways.pathways.signature import (
     LENGTHS,
     LEVELS,
@@ -59,7 +59,7 @@ def test_a_frame_and_special_tokens_say_nothing():
     signature = make_signature()
     said = signature.tokens[[20, 30]].float().sum()
     for ids in ([20, 30], [5, 6, 20, 30, 7], [0, 20, 1, 30], [20, 30, 99, 1000]):
-        read = signature.read(torch.tensor(ids))
+        read = _read(signature, ids)
         assert (read.nats, read.count) == (pytest.approx(float(said)), 2)
         assert read.score == pytest.approx(float(said) / 2)
 
@@ -77,7 +77,14 @@ def test_pairs_are_of_tokens_that_say_something():
         ([20], 0.0),
         ([], 0.0),
     ):
-        assert signature.read(torch.tensor(ids, dtype=torch.int64)).seen == pytest.approx(seen)
+        assert _read(signature, ids).seen == pytest.approx(seen)
+
+
+def test_a_share_of_pairs_is_the_one_that_thresholds_are_quantiles_of():
+    ids, counted = torch.tensor([20, 30, 20, 50]), torch.ones(4, dtype=torch.bool)
+    pairs = collect_pairs([(ids[:2], counted[:2])])
+    signature = replace(make_signature(), pairs=pairs)
+    assert _read(signature, ids.tolist()).seen == float(share_seen(pairs, ids, counted))
 
 
 def test_thresholds_are_quantiles_and_typicality_is_their_inverse():
@@ -103,6 +110,10 @@ def test_interpolation_stays_within():
         20.0,
         20.0,
     ]
+
+
+def _read(signature, ids):
+    return signature.read(signature.framing.take(torch.tensor(ids, dtype=torch.int64)))
 
 
 def _tensor(part, change):
@@ -186,9 +197,9 @@ def test_a_template_says_nothing_whatever_padding_stands_beside_it(special, befo
     frame = {name: torch.tensor(ids, dtype=torch.int32) for name, ids in frame.items()}
     signature = replace(make_signature(), **frame)
     text = [8, 9, 10, 5, 6, 11]
-    ids = torch.tensor([0] * before + begin + text + finish + [0] * after)
-    assert signature.read(ids) == signature.read(torch.tensor(text))
-    assert signature.read(ids).count == len(text)
-    bare = torch.tensor([5, 6, *text, 7])  # without what is special of the template
-    assert signature.read(bare).count == len(text)
-    assert signature.read(torch.tensor([0, 8, *begin])).count == 3  # not where a text begins
+    ids = [0] * before + begin + text + finish + [0] * after
+    assert _read(signature, ids) == _read(signature, text)
+    assert _read(signature, ids).count == len(text)
+    bare = [5, 6, *text, 7]  # without what is special of the template
+    assert _read(signature, bare).count == len(text)
+    assert _read(signature, [0, 8, *begin]).count == 3  # not where a text begins
