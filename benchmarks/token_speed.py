@@ -21,12 +21,12 @@ from publishing import Section, add_page
 from torch import Tensor
 
 import hf_sparse_pathways as sp
-from hf_sparse_pathways.discovery.precision import capabilities, slow_dtypes
 from hf_sparse_pathways.measure.figures import markdown_table
 from hf_sparse_pathways.measure.routing import draw_prompts
 from hf_sparse_pathways.measure.speed.results import Spread
 from hf_sparse_pathways.measure.speed.runs import decode, prefill_speed
 from hf_sparse_pathways.measure.speed.timing import alternate
+from hf_sparse_pathways.native.processor import capabilities, slow_dtypes
 
 SECTION = Section("token speed", "benchmark-token-speed")
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sparse_pathways.discovery.passes import find_device
 from hf_sparse_pathways.errors import UnknownNameError
+from hf_sparse_pathways.native.processor import has_fast_bfloat16, slow_dtypes
 
 PRECISIONS = ("model", "bfloat16", "fastest")
 
@@ -46,37 +47,6 @@ def _reduces(model: nn.Module, precision: str) -> bool:
         raise UnknownNameError("precision", precision, PRECISIONS)
     device = find_device(model).type
     return precision == "bfloat16" or (precision == "fastest" and has_fast_bfloat16(device))
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Whether a kind of device multiplies bfloat16 numbers in hardware."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device == "cpu" and bool(capabilities().get("amx_bf16"))
-
-
-def capabilities() -> Mapping[str, Any]:
-    """Return what PyTorch tells of the processor: its name and units; nothing in old versions."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return known
-
-
-UNITS = {
-    torch.bfloat16: ("amx_bf16", "avx512_bf16"),
-    torch.float16: ("amx_fp16", "avx512_fp16"),
-}
-"""Dtype -> what a processor has that multiplies it, as PyTorch calls it."""
-
-
-def slow_dtypes() -> frozenset[torch.dtype]:
-    """Return the dtypes that this processor only emulates, as far as PyTorch tells.
-
-    A product in them takes several times as long as in float32.
-    """
-    known = capabilities()
-    if known.get("architecture") != "x86_64":
-        return frozenset()
-    return frozenset(dtype for dtype, units in UNITS.items() if not any(map(known.get, units)))
 
 
 @contextmanager

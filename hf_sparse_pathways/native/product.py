@@ -2,7 +2,7 @@
 
 One or a few inputs, as in decoding, are multiplied by the kernel in C: no row is copied. For many,
 as in a prompt, arithmetic takes the time and not the memory: rows are gathered a tile at a time,
-and torch multiplies.
+and torch multiplies, in float32 where the processor only emulates the inputs' format.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_sparse_pathways.native.library import NativeError, find_kernel
+from hf_sparse_pathways.native.processor import slow_dtypes
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -85,9 +86,7 @@ def sum_rows(
         output = _by_kernel(find_kernel().sum_rows, weight.shape[1], inputs, weight, rest)
     else:
         own = weight if rows is None else weight.index_select(0, rows)
-        output = functional.linear(inputs, own.T.to(inputs.dtype))
-        output = output if scale is None else output * scale.to(output.dtype)
-        output = output if bias is None else output + bias.to(output.dtype)
+        output = _multiply(inputs, own.T, scale, bias)
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -154,7 +153,7 @@ def _address(tensor: Tensor | None) -> int | None:
 def _by_tiles(
     x: Tensor, weight: Tensor, rows: Tensor | None, scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    if rows is None and scale is None:
+    if rows is None and scale is None and not _is_emulated(x, weight):
         return functional.linear(x, weight, bias)
     n = len(weight) if rows is None else len(rows)
     size = max(1, _TILE_BYTES // (max(1, weight.shape[1]) * x.element_size()))
@@ -162,10 +161,25 @@ def _by_tiles(
     for start in range(0, max(n, 1), size):
         some = slice(start, start + size)
         tile = weight[some] if rows is None else weight.index_select(0, rows[some])
-        part = functional.linear(x, tile.to(x.dtype))
-        part = part if scale is None else part * scale[some].to(x.dtype)
-        parts.append(part if bias is None else part + bias[some].to(part.dtype))
+        own = [None if vector is None else vector[some] for vector in (scale, bias)]
+        parts.append(_multiply(x, tile, *own))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _multiply(x: Tensor, matrix: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return ``linear(x, matrix) * scale + bias`` as torch computes it."""
+    if _is_emulated(x, matrix):
+        return _multiply(x.float(), matrix, scale, bias).to(x.dtype)
+    output = functional.linear(x, matrix.to(x.dtype))
+    output = output if scale is None else output * scale.to(output.dtype)
+    return output if bias is None else output + bias.to(output.dtype)
+
+
+def _is_emulated(x: Tensor, matrix: Tensor) -> bool:
+    """Whether a product in the inputs' dtype takes several times as long as in float32."""
+    plain = x.device.type == "cpu" and x.layout is matrix.layout is torch.strided
+    cast = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return plain and not cast and x.dtype in slow_dtypes()
 
 
 @torch.library.custom_op("hf_sparse_pathways::linear_rows", mutates_args=())

@@ -13,11 +13,11 @@ from hf_sparse_pathways.discovery.precision import (
     bfloat16_products,
     calibration_precision,
     quick_products,
-    slow_dtypes,
 )
 from hf_sparse_pathways.discovery.text import read_documents
 from hf_sparse_pathways.discovery.trials import run_model
 from hf_sparse_pathways.measure.arms import DENSE, ScoredText, measure_arms
+from hf_sparse_pathways.native.processor import slow_dtypes
 from tests.architectures import build
 from tests.texts import documents, tiny_tokenizer
 

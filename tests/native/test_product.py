@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hf_sparse_pathways.native import library, product
 from hf_sparse_pathways.native.product import linear_rows, sum_rows
-from tests.native.cases import DTYPES, in_float64, is_close, make_case
+from tests.native.cases import DTYPES, in_float64, is_close, is_rounded_once, make_case
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 130)
 TORCH = "torch"
@@ -77,6 +77,43 @@ def test_sums_of_rows_are_products_with_the_transposed(dtype, weights, way):
             limit = 3 if way == TORCH and dtype == torch.bfloat16 else 1
             error = (found.double() - expected).abs().max()
             assert error <= limit * expected.abs().max() * (4e-6 if dtype.itemsize == 4 else 8e-3)
+
+
+@pytest.mark.parametrize("weights", ["own", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_inputs_of_an_emulated_format_are_multiplied_in_float32(dtype, weights, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    multiplied = set()
+
+    def linear(x, *given):
+        multiplied.add(x.dtype)
+        return functional.linear(x, *given)
+
+    monkeypatch.setattr(product, "functional", SimpleNamespace(linear=linear))
+    kind = torch.int8 if weights == "int8" else dtype
+    x, weight, rows, scale, bias = make_case(40, 24, 80, dtype, kind)
+    if weights == "own":
+        scale = None
+    for tile, added in itertools.product((128, 1 << 20), (None, bias)):
+        monkeypatch.setattr(product, "_TILE_BYTES", tile)
+        found = linear_rows(x, weight, rows, scale, added)
+        assert is_rounded_once(found, in_float64(x, weight, rows, scale, added))
+    if scale is None:
+        assert is_rounded_once(linear_rows(x, weight), in_float64(x, weight, None, None, None))
+    x, _, _, scale, bias = make_case(24, 40, 80, dtype, kind)
+    if weights == "own":
+        scale = None
+    found = sum_rows(x, weight, rows, scale, bias)
+    assert is_rounded_once(found, in_float64(x, weight[rows].T, None, scale, bias))
+    assert multiplied == {torch.float32}
+
+
+def test_autocast_decides_where_a_format_is_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
+    x, weight, rows, _, _ = make_case(40, 24, 80, torch.float32, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_rows(x, weight, rows).dtype == torch.bfloat16
+        assert sum_rows(x @ weight[rows].T, weight, rows).dtype == torch.bfloat16
 
 
 @pytest.mark.needs_compiler
