@@ -77,14 +77,6 @@ def test_no_product_is_changed_that_the_processor_has_or_may_have(monkeypatch, k
 
 
 @pytest.mark.usefixtures("emulated")
-def test_what_is_emulated_is_told_by_the_processor(monkeypatch):
-    assert slow_dtypes() == {torch.bfloat16, torch.float16}
-    known = {"architecture": "x86_64", "amx_fp16": True, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
-    assert slow_dtypes() == {torch.bfloat16}
-
-
-@pytest.mark.usefixtures("emulated")
 def test_other_dtypes_and_factors_of_two_dtypes_are_as_they_were():
     whole = _draw(8, 8, dtype=torch.float32)
     expected = whole @ whole

@@ -110,10 +110,12 @@ def test_many_inputs_of_an_emulated_format_are_multiplied_in_float32(dtype, weig
 
 def test_autocast_decides_where_a_format_is_emulated(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"})
-    x, weight, rows, _, _ = make_case(40, 24, 80, torch.float32, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear_rows(x, weight, rows).dtype == torch.bfloat16
-        assert sum_rows(x @ weight[rows].T, weight, rows).dtype == torch.bfloat16
+    x, weight, rows, _, _ = make_case(40, 24, 80, torch.bfloat16, torch.bfloat16)
+    other = make_case(24, 40, 80, torch.bfloat16, torch.bfloat16)[0]
+    with torch.autocast("cpu", torch.float16):
+        assert linear_rows(x, weight).dtype == torch.float16
+        assert linear_rows(x, weight, rows).dtype == torch.float16
+        assert sum_rows(other, weight, rows).dtype == torch.float16
 
 
 @pytest.mark.needs_compiler
